@@ -1,0 +1,74 @@
+"""Checks of bad input, shared by every room.
+
+Static facts (rank, shape, dtype) are checked always. Values are checked when they are concrete, in a plain call;
+under a trace (``jit``, ``vmap``, ``grad``) they are unknown, so they pass and outcomes are data instead. Every message
+names the value and says what to do.
+"""
+
+from __future__ import annotations
+
+import numbers
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import ArrayLike
+
+__all__ = ["check_data", "check_finite", "check_integer", "check_nonnegative", "check_positive", "is_concrete"]
+
+
+def is_concrete(*values: object) -> bool:
+    """Whether no leaf of ``values`` is being traced, so that its numbers can be looked at."""
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
+
+
+def check_finite(name: str, value: ArrayLike) -> None:
+    """Raise ``ValueError`` if a concrete ``value`` has a NaN or an infinity; the message counts them."""
+    if is_concrete(value):
+        bad = int(np.sum(~np.isfinite(np.asarray(value))))
+        if bad:
+            raise ValueError(f"{name} has {bad} non-finite entries (NaN or infinity); remove or replace them first.")
+
+
+def check_positive(name: str, value: ArrayLike) -> None:
+    """Raise ``ValueError`` unless every entry of a concrete ``value`` is finite and above zero."""
+    check_finite(name, value)
+    if is_concrete(value) and not np.all(np.asarray(value) > 0):
+        raise ValueError(f"{name} must be positive, got {_shown(value)}.")
+
+
+def check_nonnegative(name: str, value: ArrayLike) -> None:
+    """Raise ``ValueError`` unless every entry of a concrete ``value`` is finite and at least zero."""
+    check_finite(name, value)
+    if is_concrete(value) and not np.all(np.asarray(value) >= 0):
+        raise ValueError(f"{name} must not be negative, got {_shown(value)}.")
+
+
+def check_integer(name: str, value: object, *, minimum: int, maximum: int | None = None) -> int:
+    """Return ``value`` as an int, or raise ``ValueError`` unless it is an integer in [minimum, maximum]."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name} must be an integer, got {value!r}.")
+    value = int(value)
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}.")
+    if maximum is not None and value > maximum:
+        raise ValueError(f"{name} must be at most {maximum}, got {value}.")
+    return value
+
+
+def check_data(data: ArrayLike, *, name: str = "data") -> None:
+    """Raise ``ValueError`` unless ``data`` is a floating (n, d) array with n, d >= 1 and, when concrete, finite."""
+    shape, dtype = jnp.shape(data), jnp.result_type(data)
+    if len(shape) != 2:
+        raise ValueError(f"{name} must have shape (n, d), samples as rows; got shape {shape}.")
+    if 0 in shape:
+        raise ValueError(f"{name} is empty: shape {shape}; it needs at least one sample and one dimension.")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{name} must be floating point, got {dtype}; convert it, for example with .astype(float).")
+    check_finite(name, data)
+
+
+def _shown(value: ArrayLike) -> str:
+    array = np.asarray(value)
+    return str(array) if array.size <= 6 else f"an array whose smallest entry is {array.min()}"

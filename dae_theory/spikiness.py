@@ -1,0 +1,99 @@
+r"""Measures of spikiness of one code ``h`` of shape (p,): few units carry a spiky code, many a balanced one.
+
+One signature, ``measure(code) -> ()``; batch with ``jax.vmap``. All but :func:`std` are scale-free; signed codes are
+allowed. :data:`MEASURES` maps names to functions. A zero code has no direction: each docstring says its defined value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+__all__ = ["MEASURES", "hoyer", "kurtosis", "l4_over_l2", "participation_ratio", "std"]
+
+
+def std(code: Float[Array, " p"]) -> Float[Array, ""]:
+    r"""Population standard deviation over units, the paper's detector :cite:`zhang26`, section 4.
+
+    .. math:: \mathrm{std}(h)^2 = \|h\|_2^2/p - \bar h^2, \qquad \bar h = \|h\|_1/p \text{ for codes } h \ge 0
+
+    In [0, max|h|]; grows with the scale of the input and of the layer. Divides by p (PyTorch's default divides by
+    p − 1). 0 for a zero code.
+    """
+    # √ has an infinite derivative at 0, where constant codes lie: take it on a safe branch.
+    variance = jnp.mean(jnp.square(code - jnp.mean(code)))
+    return jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
+
+
+def l4_over_l2(code: Float[Array, " p"]) -> Float[Array, ""]:
+    r"""Ratio of norms, from p^{-1/4} (all units equal) to 1 (one-hot).
+
+    .. math:: \|h\|_4 / \|h\|_2
+
+    0 for a zero code.
+    """
+    unit, alive = _unit(code)
+    fourth = jnp.sum(unit**4)
+    return jnp.where(alive, jnp.where(alive, fourth, 1.0) ** 0.25, 0.0)
+
+
+def participation_ratio(code: Float[Array, " p"]) -> Float[Array, ""]:
+    r"""Effective number of active units, from 1 (one-hot) to p (all equal): the inverse of spikiness.
+
+    .. math:: \left(\sum_j h_j^2\right)^2 / \sum_j h_j^4
+
+    0 for a zero code.
+    """
+    unit, alive = _unit(code)
+    return jnp.where(alive, 1.0 / jnp.where(alive, jnp.sum(unit**4), 1.0), 0.0)
+
+
+def hoyer(code: Float[Array, " p"]) -> Float[Array, ""]:
+    r"""Hoyer's sparsity, from 0 (all equal) to 1 (one-hot) :cite:`hoyer04`.
+
+    .. math:: \left(\sqrt p - \|h\|_1/\|h\|_2\right) / (\sqrt p - 1)
+
+    0 for a zero code, and for p = 1, where every code is both.
+    """
+    unit, alive = _unit(code)
+    root = code.size**0.5
+    if code.size == 1:
+        return jnp.zeros((), code.dtype)
+    return jnp.where(alive, (root - jnp.sum(jnp.abs(unit))) / (root - 1.0), 0.0)
+
+
+def kurtosis(code: Float[Array, " p"]) -> Float[Array, ""]:
+    r"""Excess kurtosis over units, at least −2; 0 for a Gaussian spread, about p for a one-hot code.
+
+    .. math:: \frac{\frac1p \sum_j (h_j - \bar h)^4}{\left(\frac1p \sum_j (h_j - \bar h)^2\right)^2} - 3
+
+    −2, the least value, for a constant code (a zero code too): it has no outlier.
+    """
+    scaled, _ = _unit(code)
+    unit, alive = _unit(scaled - jnp.mean(scaled))
+    # A constant code leaves rounding behind after its mean is taken; that is not a spread.
+    alive = alive & (jnp.max(jnp.abs(scaled - jnp.mean(scaled))) > 4 * jnp.finfo(code.dtype).eps)
+    return jnp.where(alive, code.size * jnp.sum(unit**4) - 3.0, -2.0)
+
+
+MEASURES: Mapping[str, Callable[[Float[Array, " p"]], Float[Array, ""]]] = MappingProxyType(
+    {
+        "std": std,
+        "l4_over_l2": l4_over_l2,
+        "participation_ratio": participation_ratio,
+        "hoyer": hoyer,
+        "kurtosis": kurtosis,
+    }
+)
+
+
+def _unit(code: Float[Array, " p"]) -> tuple[Float[Array, " p"], Array]:
+    """The code at unit length, and whether it has any; scaled first, so that squares neither overflow nor vanish."""
+    largest = jnp.max(jnp.abs(code), initial=0.0)
+    alive = largest > 0
+    scaled = code / jnp.where(alive, largest, 1.0)
+    length = jnp.sqrt(jnp.where(alive, jnp.sum(jnp.square(scaled)), 1.0))
+    return scaled / length, alive

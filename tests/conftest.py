@@ -1,0 +1,29 @@
+"""Settings of the whole suite: float64, strict promotions, no key used twice, one key per test."""
+
+import os
+import pathlib
+
+# Before jax is imported: the library itself never sets global state.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_ENABLE_X64"] = "1"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["JAX_DEBUG_KEY_REUSE"] = "1"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import zlib
+
+import hypothesis
+import jax
+import pytest
+
+hypothesis.settings.register_profile("repo", deadline=None, max_examples=25, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("repo")
+
+
+@pytest.fixture
+def key(request: pytest.FixtureRequest) -> jax.Array:
+    """A key fixed by the test's name: adding a test never changes another's draws."""
+    return jax.random.key(zlib.crc32(request.node.nodeid.encode()))
