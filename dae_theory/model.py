@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from dae_theory.checks import check_integer
 from dae_theory.precision import full_precision
@@ -25,8 +25,6 @@ __all__ = [
     "init",
     "jacobian",
     "live_columns",
-    "merge_parallel_columns",
-    "parallel_groups",
 ]
 
 
@@ -87,48 +85,3 @@ def live_columns(dae: ReluDae, *, tolerance: Scalar = 1e-3) -> Bool[Array, " p"]
     """Which units do something: ``‖w₁ⱼ‖ ‖w₂ⱼ‖`` above ``tolerance`` times the largest such product."""
     size = jnp.linalg.norm(dae.w1, axis=0) * jnp.linalg.norm(dae.w2, axis=0)
     return size > tolerance * jnp.max(size, initial=0.0)
-
-
-@full_precision
-def parallel_groups(dae: ReluDae, *, tolerance: Scalar = 1e-3) -> Int[Array, " p"]:
-    """For each unit the index of its group's first member: groups share a direction of w₁ up to ``tolerance``.
-
-    Unit j joins the group of the first representative r < j with ``1 − cos(w₁ⱼ, w₁ᵣ) <= tolerance``; a representative
-    is a unit that joined no earlier one. Units with ``w₁ = 0`` compute nothing and form one group.
-    """
-    norms = jnp.linalg.norm(dae.w1, axis=0)
-    units = dae.w1 / jnp.where(norms > 0, norms, 1.0)[None, :]
-    both_zero = (norms == 0)[:, None] & (norms == 0)[None, :]
-    near = (1.0 - units.T @ units <= tolerance) | both_zero | jnp.eye(norms.size, dtype=bool)
-
-    def join(leader: Bool[Array, " p"], j: Int[Array, ""]) -> tuple[Bool[Array, " p"], Int[Array, ""]]:
-        candidate = near[j] & leader
-        found = jnp.any(candidate)
-        first = jnp.where(found, jnp.argmax(candidate), j)
-        return leader.at[j].set(~found), first
-
-    _, groups = jax.lax.scan(join, jnp.zeros(norms.size, bool), jnp.arange(norms.size))
-    return groups
-
-
-@full_precision
-def merge_parallel_columns(dae: ReluDae, *, tolerance: Scalar = 1e-3) -> ReluDae:
-    r"""One balanced unit for each group of parallel units; absorbed units become zero columns, so the shape stays.
-
-    .. math:: w_1 = \sqrt{\|v\|}\, \hat w, \quad w_2 = v/\sqrt{\|v\|}, \quad v = \sum_{j \in G} \|w_{1j}\| w_{2j}
-
-    for a group G of direction ŵ. The function is unchanged where the group is exactly parallel, and the penalty cannot
-    grow. A trained network splits a unit into several, (c₁w₁, c₁w₂), (c₂w₁, c₂w₂) with c₁² + c₂² = 1, at no cost: count
-    units only after merging.
-    """
-    groups = parallel_groups(dae, tolerance=tolerance)
-    width = groups.size
-    norms = jnp.linalg.norm(dae.w1, axis=0)
-    v = jax.ops.segment_sum((dae.w2 * norms[None, :]).T, groups, num_segments=width).T
-    # The representative's own direction would forget members that differ within the tolerance.
-    direction = jax.ops.segment_sum((dae.w1 * norms[None, :]).T, groups, num_segments=width).T
-    length = jnp.linalg.norm(direction, axis=0)
-    direction = direction / jnp.where(length > 0, length, 1.0)[None, :]
-    root = jnp.sqrt(jnp.where(length > 0, jnp.linalg.norm(v, axis=0), 0.0))
-    inverse_root = jnp.where(root > 0, 1.0 / jnp.where(root > 0, root, 1.0), 0.0)
-    return ReluDae(direction * root[None, :], v * inverse_root[None, :])

@@ -1,0 +1,136 @@
+r"""CLIP's text encoder :cite:`radford21`: ``CLIPTextModel`` and ``CLIPTextModelWithProjection`` of transformers.
+
+A causal transformer over token ids (B, T), T at most ``max_position_embeddings``. Stable Diffusion reads its last
+hidden state, SDXL the last but one, and the pooled vector is the state at the end-of-text token. Padding on the right
+needs no mask: no state up to the end of the text sees it.
+
+Published checkpoints and transformers 4 name everything under ``text_model.``; transformers 5 saves a ``CLIPTextModel``
+that it made itself without that prefix. Parameters and taps have the prefix always; :func:`rename` adds it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from dae_theory.checks import is_concrete
+from scaling.models.blocks_clip import ClipStyle, clip_encoder, clip_encoder_specs, clip_key, clip_style
+from scaling.models.config import Fields
+from scaling.models.layers import Params, Specs, embedding_specs, layer_norm, linear, linear_specs, norm_specs
+from scaling.taps import Tap
+
+__all__ = ["Config", "TextOutput", "apply", "inputs", "parameters", "parse", "pooled_position", "rename"]
+
+PREFIX = "text_model"
+MAX_VOCABULARY = 1 << 20
+# Released configurations say 2, which is not the id of any end of text: the library then takes the largest id.
+LEGACY_EOS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Fields of ``CLIPTextConfig`` that matter; ``projection`` is None without the projection."""
+
+    style: ClipStyle
+    vocabulary: int
+    positions: int
+    eos_token_id: int
+    projection: int | None
+
+
+class TextOutput(NamedTuple):
+    """What the encoder knows about a text."""
+
+    hidden: Float[Array, "b t c"]
+    """Last hidden state, after the last norm: the context of Stable Diffusion 1 and 2."""
+    penultimate: Float[Array, "b t c"]
+    """Output of the last layer but one, not normalized (``hidden_states[-2]``): the context of SDXL."""
+    pooled: Float[Array, "b p"]
+    """State at the end of the text: projected (``text_embeds``) if the model has a projection (``pooler_output``)."""
+
+
+def parse(config: Mapping[str, Any]) -> Config:
+    """Read a config.json; ``ValueError`` names what is not understood. ``architectures`` tells about the projection."""
+    fields = Fields("CLIPTextModel", config)
+    architecture = fields.choice(
+        "architectures", ["CLIPTextModel"], (["CLIPTextModel"], ["CLIPTextModelWithProjection"], None)
+    )
+    return read(fields, projected=architecture == ["CLIPTextModelWithProjection"])
+
+
+def read(fields: Fields, *, projected: bool, projection: int = 512) -> Config:
+    """The configuration from its fields; the last two are the head and the default of its width."""
+    fields.only("model_type", "clip_text_model")
+    for name in ("bos_token_id", "pad_token_id"):
+        fields.optional_integer(name, minimum=-1, maximum=MAX_VOCABULARY)
+    width = fields.optional_integer("projection_dim") or projection
+    result = Config(
+        style=clip_style(fields, channels=512, hidden=2048, heads=8),
+        vocabulary=fields.integer("vocab_size", 49408, maximum=MAX_VOCABULARY),
+        positions=fields.integer("max_position_embeddings", 77),
+        eos_token_id=fields.integer("eos_token_id", 49407, minimum=0, maximum=MAX_VOCABULARY),
+        projection=width if projected else None,
+    )
+    fields.finish()
+    return result
+
+
+def parameters(config: Config) -> Specs:
+    """Every key of the checkpoint, with the prefix."""
+    channels = config.style.channels
+    specs = embedding_specs(f"{PREFIX}.embeddings.token_embedding", config.vocabulary, channels)
+    specs |= embedding_specs(f"{PREFIX}.embeddings.position_embedding", config.positions, channels)
+    specs |= clip_encoder_specs(f"{PREFIX}.encoder", config.style)
+    specs |= norm_specs(f"{PREFIX}.final_layer_norm", channels)
+    if config.projection:
+        specs |= linear_specs("text_projection", channels, config.projection, bias=False)
+    return specs
+
+
+def rename(key: str) -> str | None:
+    """The parameter's name for a checkpoint's key: the prefix added where it is missing; None for ``position_ids``."""
+    return clip_key(key, PREFIX, ("text_projection",))
+
+
+def inputs(config: Config, dtype: DTypeLike) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Shape of one full line of token ids."""
+    del dtype
+    return (jax.ShapeDtypeStruct((1, config.positions), jnp.int32),), {}
+
+
+def apply(config: Config, params: Params, tap: Tap, ids: Int[Array, "b t"]) -> TextOutput:
+    """Encode token ids, each from 0 to ``vocab_size`` - 1, else ``ValueError``; under a trace such an id gives NaN."""
+    if ids.shape[1] > config.positions:
+        raise ValueError(
+            f"ids have {ids.shape[1]} tokens, the model has positions for {config.positions}; truncate the text."
+        )
+    if is_concrete(ids) and not np.all((np.asarray(ids) >= 0) & (np.asarray(ids) < config.vocabulary)):
+        raise ValueError(f"ids must lie in [0, {config.vocabulary}), the vocabulary; tokenize with this model's own.")
+    tokens = params[f"{PREFIX}.embeddings.token_embedding.weight"]
+    # Else a negative id would count from the end.
+    ids_or_out = jnp.where(ids < 0, config.vocabulary, ids)
+    x = tap(f"{PREFIX}.embeddings.token_embedding", tokens.at[ids_or_out].get(mode="fill", fill_value=jnp.nan))
+    positions = params[f"{PREFIX}.embeddings.position_embedding.weight"][: ids.shape[1]]
+    x = tap(f"{PREFIX}.embeddings", x + positions[None, :, :])
+    *_, penultimate, last = clip_encoder(params, tap, f"{PREFIX}.encoder", x, style=config.style, causal=True)
+    hidden = layer_norm(params, tap, f"{PREFIX}.final_layer_norm", last, eps=config.style.eps)
+    pooled = jnp.take_along_axis(hidden, pooled_position(config, ids)[:, None, None], axis=1)[:, 0, :]
+    if config.projection:
+        pooled = linear(params, tap, "text_projection", pooled)
+    return TextOutput(hidden, penultimate, pooled)
+
+
+def pooled_position(config: Config, ids: Int[Array, "b t"]) -> Int[Array, " b"]:
+    """Where each text ends: the first ``eos_token_id``, or the first of the largest ids if that field is the legacy 2.
+
+    0 if a text has no end.
+    """
+    scores = ids if config.eos_token_id == LEGACY_EOS else (ids == config.eos_token_id).astype(jnp.int32)
+    return jnp.argmax(scores, axis=-1)

@@ -1,0 +1,288 @@
+r"""Layers of all architectures, each a function of the flat dict of parameters and of its own name in it.
+
+Every layer is called as ``layer(params, tap, name, x, ...)``, finds its parameters at ``name + ".weight"`` and so on,
+and ends in ``tap(name, y)``. Images are (B, H, W, C), tokens (B, T, C). Normalizations and softmax are computed in at
+least float32, products in the dtype of the parameters. Beside each layer stands the function that lists its parameters.
+
+Where the CPU's general routines are slow, :func:`cpu_aware` chooses others with the same result: attention in chunks,
+small convolutions as one matrix product.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from scaling.models.config import ParamSpec
+from scaling.taps import Tap
+
+__all__ = [
+    "ACTIVATIONS",
+    "ACT_FNS",
+    "Params",
+    "Specs",
+    "activation",
+    "attention",
+    "conv",
+    "conv_specs",
+    "cpu_aware",
+    "embedding_specs",
+    "group_norm",
+    "layer_norm",
+    "linear",
+    "linear_specs",
+    "norm_specs",
+    "sinusoidal_embedding",
+    "timestep_embedding",
+    "timestep_embedding_specs",
+    "to_nchw",
+    "to_nhwc",
+    "widened",
+]
+
+Params: TypeAlias = Mapping[str, Array]
+Specs: TypeAlias = dict[str, ParamSpec]
+
+# Measured on two cores: below this many output pixels and from this many channels one product beats the convolution.
+IM2COL_PIXELS, IM2COL_CHANNELS = 256, 256
+# Rows of the attention matrix that are alive at once on a CPU.
+QUERY_CHUNK = 256
+
+
+def cpu_aware() -> bool:
+    """Whether to take the CPU's own routines: true if JAX computes on a CPU by default, else the plain ones serve."""
+    device = getattr(jax.config, "jax_default_device", None)
+    return (getattr(device, "platform", device) or jax.default_backend()) == "cpu"
+
+
+def to_nhwc(x: Float[Array, "b c h w"]) -> Float[Array, "b h w c"]:
+    """Channels last, as the layers compute."""
+    return jnp.moveaxis(x, 1, -1)
+
+
+def to_nchw(x: Float[Array, "b h w c"]) -> Float[Array, "b c h w"]:
+    """Channels first, as at the edges."""
+    return jnp.moveaxis(x, -1, 1)
+
+
+def linear_specs(name: str, c_in: int, c_out: int, *, bias: bool = True) -> Specs:
+    """Parameters of :func:`linear`."""
+    specs = {f"{name}.weight": ParamSpec((c_out, c_in), "linear")}
+    return specs | {f"{name}.bias": ParamSpec((c_out,), "vector")} if bias else specs
+
+
+def linear(params: Params, tap: Tap, name: str, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+    r"""An affine map of the last axis, :math:`y = x W + b`; without b if there is none."""
+    return tap(name, _add_bias(params, name, x @ params[f"{name}.weight"]))
+
+
+def conv_specs(name: str, c_in: int, c_out: int, *, kernel: int = 3) -> Specs:
+    """Parameters of :func:`conv`."""
+    weight = ParamSpec((c_out, c_in, kernel, kernel), "conv")
+    return {f"{name}.weight": weight, f"{name}.bias": ParamSpec((c_out,), "vector")}
+
+
+def conv(
+    params: Params,
+    tap: Tap,
+    name: str,
+    x: Float[Array, "b h w i"],
+    *,
+    stride: int = 1,
+    padding: tuple[int, int] | None = None,
+) -> Float[Array, "b h2 w2 o"]:
+    """A convolution; ``padding`` is zeros before and after each axis, by default what keeps the size at stride 1."""
+    weight = params[f"{name}.weight"]
+    kernel, _, c_in, c_out = weight.shape
+    pads = [padding or ((kernel - 1) // 2, (kernel - 1) // 2)] * 2
+    height, width = ((n + sum(pad) - kernel) // stride + 1 for n, pad in zip(x.shape[1:3], pads, strict=True))
+    if kernel == stride == 1:
+        y = x @ weight[0, 0]
+    elif cpu_aware() and height * width <= IM2COL_PIXELS and min(c_in, c_out) >= IM2COL_CHANNELS:
+        y = _im2col(x, kernel, stride, pads, height, width) @ weight.reshape(-1, c_out)
+    else:
+        y = jax.lax.conv_general_dilated(x, weight, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return tap(name, _add_bias(params, name, y))
+
+
+def norm_specs(name: str, channels: int) -> Specs:
+    """Parameters of :func:`group_norm` and of :func:`layer_norm` with weights."""
+    return {f"{name}.{part}": ParamSpec((channels,), "vector") for part in ("weight", "bias")}
+
+
+def group_norm(
+    params: Params, tap: Tap, name: str, x: Float[Array, "b *s c"], *, groups: int, eps: float
+) -> Float[Array, "b *s c"]:
+    r"""Zero mean and unit variance over the positions and over the channels of each group, then weight and bias.
+
+    .. math:: y = w \odot (x - \mu_g) / \sqrt{\sigma_g^2 + \epsilon} + b
+    """
+    wide = widened(x)
+    grouped = wide.reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
+    mean = jnp.mean(grouped, axis=(1, 3), keepdims=True)
+    variance = jnp.mean(jnp.square(grouped - mean), axis=(1, 3), keepdims=True)
+    normal = ((grouped - mean) * jax.lax.rsqrt(variance + eps)).reshape(x.shape)
+    return tap(name, _affine(params, name, normal).astype(x.dtype))
+
+
+def layer_norm(params: Params, tap: Tap, name: str, x: Float[Array, "*b c"], *, eps: float) -> Float[Array, "*b c"]:
+    r"""Zero mean and unit variance over the last axis, then weight and bias if the parameters have them."""
+    wide = widened(x)
+    mean = jnp.mean(wide, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(wide - mean), axis=-1, keepdims=True)
+    normal = (wide - mean) * jax.lax.rsqrt(variance + eps)
+    return tap(name, _affine(params, name, normal).astype(x.dtype))
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "mish": jax.nn.mish,
+    "relu": jax.nn.relu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu-approximate": functools.partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
+"""By their names in configurations; ``gelu`` is exact."""
+
+ACT_FNS = ("silu", "swish", "mish", "gelu", "relu")
+"""Those that diffusers' ``act_fn`` may name."""
+
+
+def activation(tap: Tap, name: str, kind: str, x: Array) -> Array:
+    """The nonlinearity ``kind`` of :data:`ACTIVATIONS`, with a tap of its own."""
+    return tap(name, ACTIVATIONS[kind](x))
+
+
+def embedding_specs(name: str, count: int, channels: int) -> Specs:
+    """Parameters of a table of ``count`` vectors."""
+    return {f"{name}.weight": ParamSpec((count, channels), "embedding")}
+
+
+def sinusoidal_embedding(
+    t: Float[Array, " b"], channels: int, *, flip_sin_to_cos: bool, freq_shift: float, max_period: float = 10000.0
+) -> Float[Array, "b c"]:
+    r"""Sines, then cosines (the reverse if ``flip_sin_to_cos``) of t at c/2 geometric frequencies, in float32.
+
+    .. math:: \omega_j = P^{-j / (c/2 - \mathrm{shift})}, \quad j = 0, \dots, c/2 - 1
+
+    An odd c ends in a zero.
+    """
+    half = channels // 2
+    # The exponent is rounded to float32 in the order of PyTorch: at t = 1000 one ulp of ω turns the phase by 6e-5.
+    exponent = np.float32(-math.log(max_period)) * np.arange(half, dtype=np.float32) / np.float32(half - freq_shift)
+    frequency = np.exp(exponent.astype(np.float64)).astype(np.float32)
+    phase = t.astype(jnp.float32)[:, None] * jnp.asarray(frequency)[None, :]
+    parts = (jnp.cos(phase), jnp.sin(phase)) if flip_sin_to_cos else (jnp.sin(phase), jnp.cos(phase))
+    return jnp.pad(jnp.concatenate(parts, axis=-1), ((0, 0), (0, channels % 2)))
+
+
+def timestep_embedding_specs(name: str, c_in: int, channels: int, *, condition: int | None = None) -> Specs:
+    """Parameters of :func:`timestep_embedding`; ``condition`` is the width of an added condition."""
+    specs = linear_specs(f"{name}.linear_1", c_in, channels) | linear_specs(f"{name}.linear_2", channels, channels)
+    return specs | linear_specs(f"{name}.cond_proj", condition, c_in, bias=False) if condition else specs
+
+
+def timestep_embedding(
+    params: Params,
+    tap: Tap,
+    name: str,
+    x: Float[Array, "b i"],
+    *,
+    act_fn: str = "silu",
+    post_act: str | None = None,
+    condition: Float[Array, "b k"] | None = None,
+) -> Float[Array, "b o"]:
+    """Linear, nonlinearity, linear; with ``condition`` projected onto the input, and a last nonlinearity, if given."""
+    if condition is not None:
+        x = x + linear(params, tap, f"{name}.cond_proj", condition)
+    x = activation(tap, f"{name}.act", act_fn, linear(params, tap, f"{name}.linear_1", x))
+    x = linear(params, tap, f"{name}.linear_2", x)
+    return tap(name, x if post_act is None else activation(tap, f"{name}.post_act", post_act, x))
+
+
+def attention(
+    q: Float[Array, "b t c"],
+    k: Float[Array, "b s c"],
+    v: Float[Array, "b s c"],
+    *,
+    heads: int,
+    causal: bool = False,
+) -> Float[Array, "b t c"]:
+    r"""Attention of ``heads`` heads, the channels divided among them.
+
+    .. math:: \mathrm{softmax}\big(q k^\top / \sqrt{c/\mathrm{heads}}\big)\, v
+
+    On a CPU one head and ``QUERY_CHUNK`` queries at a time, recomputed for the derivative, so that no more than that
+    part of the attention matrix is ever stored. ``causal`` hides later keys.
+    """
+    q, k, v = (x.reshape(*x.shape[:2], heads, x.shape[-1] // heads) for x in (q, k, v))
+    if cpu_aware():
+        mixed = _chunked_attention(q, k, v, causal=causal)
+    else:
+        # It raises under strict promotion, which a caller may have set.
+        with jax.numpy_dtype_promotion("standard"):
+            mixed = jax.nn.dot_product_attention(q, k, v, is_causal=causal)
+    return mixed.reshape(*mixed.shape[:2], -1)
+
+
+def _chunked_attention(
+    q: Float[Array, "b t n d"], k: Float[Array, "b s n d"], v: Float[Array, "b s n d"], *, causal: bool
+) -> Float[Array, "b t n d"]:
+    scale = q.shape[-1] ** -0.5
+
+    def one_head(qkv: tuple[Array, Array, Array]) -> Float[Array, "t d"]:
+        q, k, v = qkv
+
+        @jax.checkpoint
+        def one_query(query_at: tuple[Float[Array, " d"], Int[Array, ""]]) -> Float[Array, " d"]:
+            query, position = query_at
+            logits = scale * widened(query @ k.T)
+            if causal:
+                logits = jnp.where(jnp.arange(logits.size) <= position, logits, -jnp.inf)
+            return jax.nn.softmax(logits).astype(v.dtype) @ v
+
+        return jax.lax.map(one_query, (q, jnp.arange(len(q))), batch_size=QUERY_CHUNK)
+
+    batch, tokens, heads, channels = q.shape
+    q, k, v = (jnp.moveaxis(x, 2, 1).reshape(batch * heads, -1, channels) for x in (q, k, v))
+    return jnp.moveaxis(jax.lax.map(one_head, (q, k, v)).reshape(batch, heads, tokens, channels), 1, 2)
+
+
+def _im2col(
+    x: Float[Array, "b h w i"], kernel: int, stride: int, pads: Sequence[tuple[int, int]], height: int, width: int
+) -> Float[Array, "b h2 w2 k"]:
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    patches = [
+        x[:, row : row + stride * (height - 1) + 1 : stride, column : column + stride * (width - 1) + 1 : stride]
+        for row in range(kernel)
+        for column in range(kernel)
+    ]
+    return jnp.concatenate(patches, axis=-1)
+
+
+def widened(x: Array) -> Array:
+    """``x`` in at least float32."""
+    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
+
+
+def _affine(params: Params, name: str, x: Array) -> Array:
+    if f"{name}.weight" not in params:
+        return x
+    return x * _last_axis(params[f"{name}.weight"], x) + _last_axis(params[f"{name}.bias"], x)
+
+
+def _add_bias(params: Params, name: str, x: Array) -> Array:
+    bias = params.get(f"{name}.bias")
+    return x if bias is None else x + _last_axis(bias, x)
+
+
+def _last_axis(v: Float[Array, " c"], x: Array) -> Array:
+    return v.astype(x.dtype).reshape((1,) * (x.ndim - 1) + v.shape)

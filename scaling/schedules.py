@@ -1,0 +1,368 @@
+r"""Noise schedules: what a scheduler_config.json means.
+
+A model of T timesteps sees variance-preserving noise,
+
+.. math:: x_t = \sqrt{\bar\alpha_t} \, x_0 + \sqrt{1 - \bar\alpha_t} \, \epsilon, \qquad
+          \bar\alpha_t = \prod_{u \le t} (1 - \beta_u)
+
+Divided by :math:`\sqrt{\bar\alpha_t}` it is variance exploding, :math:`y = x_0 + \sigma \epsilon`, the convention of
+``dae_theory``, with :math:`\sigma_t = \sqrt{(1 - \bar\alpha_t)/\bar\alpha_t}`. Tables are float64 NumPy arrays of shape
+(T,), made once on the host; what is computed from them under ``jit`` is in the dtype of the data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Float64
+
+from dae_theory.checks import is_concrete
+from dae_theory.types import Scalar
+from scaling.models.config import Fields
+
+__all__ = [
+    "CLASSES",
+    "METHODS",
+    "Method",
+    "Prediction",
+    "Schedule",
+    "add_noise",
+    "from_config",
+    "sigma_to_timestep",
+    "target",
+    "timestep_to_sigma",
+    "with_method",
+]
+
+Method: TypeAlias = Literal["ddim", "ddpm", "pndm", "euler", "heun", "dpmsolver++"]
+Prediction: TypeAlias = Literal["epsilon", "sample", "v_prediction"]
+METHODS: tuple[Method, ...] = get_args(Method)
+CLASSES: dict[str, Method] = {
+    "DDIMScheduler": "ddim",
+    "DDPMScheduler": "ddpm",
+    "PNDMScheduler": "pndm",
+    "EulerDiscreteScheduler": "euler",
+    "HeunDiscreteScheduler": "heun",
+    "DPMSolverMultistepScheduler": "dpmsolver++",
+}
+"""The scheduler classes whose steps are reproduced, each with its method."""
+
+OTHER_CLASSES = (
+    "DEISMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "UniPCMultistepScheduler",
+)
+"""Classes of the same noise schedules and other steps: their models can be sampled by any method here."""
+
+MAX_TIMESTEPS = 1_000_000
+# What stands for ᾱ = 0, where σ would be infinite; the reference's own value.
+TINY_ALPHA_BAR = 2.0**-24
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A scheduler_config.json read: a noise schedule, and how its method walks down it.
+
+    Static and hashable: a pytree without leaves. The fields have the names of the file; where the method does not know
+    a field it has the inert value below. ``source`` is the file's content, unread fields included.
+    """
+
+    method: Method
+    source: str
+    num_train_timesteps: int
+    beta_schedule: str
+    beta_start: float
+    beta_end: float
+    trained_betas: tuple[float, ...] | None
+    rescale_betas_zero_snr: bool
+    prediction_type: Prediction
+    timestep_spacing: str
+    steps_offset: int
+    clip_sample: bool = False
+    clip_sample_range: float = 1.0
+    thresholding: bool = False
+    dynamic_thresholding_ratio: float = 0.995
+    sample_max_value: float = 1.0
+    set_alpha_to_one: bool = True
+    variance_type: str | None = None
+    skip_prk_steps: bool = True
+    use_karras_sigmas: bool = False
+    use_exponential_sigmas: bool = False
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    final_sigmas_type: str = "zero"
+    timestep_type: str = "discrete"
+    solver_order: int = 1
+    solver_type: str = "midpoint"
+    lower_order_final: bool = True
+    euler_at_final: bool = False
+    lambda_min_clipped: float = -math.inf
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The file's content, as it was given to :func:`from_config`."""
+        return json.loads(self.source)
+
+    @functools.cached_property
+    def alpha_bar(self) -> Float64[np.ndarray, " T"]:
+        r"""Signal power :math:`\bar\alpha_t`, strictly decreasing in (0, 1); 0 at the end of zero-SNR ones."""
+        return _alpha_bar(self)
+
+    @functools.cached_property
+    def sigmas(self) -> Float64[np.ndarray, " T"]:
+        r"""Noise-to-signal ratio :math:`\sigma_t`, strictly increasing; 4096 where it would be infinite."""
+        alpha_bar = self.alpha_bar.copy()
+        if self.rescale_betas_zero_snr:
+            alpha_bar[-1] = TINY_ALPHA_BAR
+        return _read_only(np.sqrt((1 - alpha_bar) / alpha_bar))
+
+
+_NOISE = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "linear",
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "trained_betas": None,
+    "rescale_betas_zero_snr": False,
+    "prediction_type": "epsilon",
+    "steps_offset": 0,
+}
+_CLIP = {"clip_sample": True, "clip_sample_range": 1.0}
+_THRESHOLD = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
+_SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+_ENDS = {"sigma_min": None, "sigma_max": None}
+_LEADING, _LINSPACE = {"timestep_spacing": "leading"}, {"timestep_spacing": "linspace"}
+
+# The reference's defaults of every field that the method knows.
+_DEFAULTS: dict[Method, dict[str, Any]] = {
+    "ddim": _NOISE | _LEADING | _CLIP | _THRESHOLD | {"set_alpha_to_one": True},
+    "ddpm": _NOISE | _LEADING | _CLIP | _THRESHOLD | {"variance_type": "fixed_small"},
+    "pndm": _NOISE | _LEADING | {"set_alpha_to_one": False, "skip_prk_steps": False},
+    "euler": _NOISE
+    | _LINSPACE
+    | _SIGMAS
+    | _ENDS
+    | {"interpolation_type": "linear", "timestep_type": "discrete", "final_sigmas_type": "zero"},
+    "heun": _NOISE | _LINSPACE | _SIGMAS | _ENDS | {"clip_sample": False, "clip_sample_range": 1.0},
+    "dpmsolver++": _NOISE
+    | _LINSPACE
+    | _SIGMAS
+    | _ENDS
+    | _THRESHOLD
+    | {
+        "algorithm_type": "dpmsolver++",
+        "solver_order": 2,
+        "solver_type": "midpoint",
+        "lower_order_final": True,
+        "euler_at_final": False,
+        "final_sigmas_type": "zero",
+        "lambda_min_clipped": -math.inf,
+        "use_lu_lambdas": False,
+        "use_flow_sigmas": False,
+        "use_dynamic_shifting": False,
+    },
+}
+# Betas belong to the model, not to the method that samples it: their defaults go by the class of the file.
+_BETAS_OF_KARRAS = {"beta_start": 0.00085, "beta_end": 0.012}
+_NOISE_OF_CLASS = {
+    "HeunDiscreteScheduler": _BETAS_OF_KARRAS,
+    "KDPM2AncestralDiscreteScheduler": _BETAS_OF_KARRAS,
+    "KDPM2DiscreteScheduler": _BETAS_OF_KARRAS,
+}
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "prediction_type": get_args(Prediction),
+    "timestep_spacing": ("leading", "trailing", "linspace"),
+    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large"),
+    "interpolation_type": ("linear",),
+    "timestep_type": ("discrete", "continuous"),
+    "final_sigmas_type": ("zero", "sigma_min"),
+    "algorithm_type": ("dpmsolver++", "deis"),
+    "solver_order": (1, 2),
+    "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),
+    "use_beta_sigmas": (False,),
+    "use_lu_lambdas": (False,),
+    "use_flow_sigmas": (False,),
+    "use_dynamic_shifting": (False,),
+}
+# Fields of old files and of OTHER_CLASSES that no method here reads.
+_IGNORED = frozenset(
+    {"disable_corrector", "flow_shift", "predict_x0", "shift_terminal", "solver_p", "tensor_format", "time_shift_type"}
+)
+_KNOWN = frozenset().union(*_DEFAULTS.values()) | _IGNORED
+
+
+def from_config(config: Mapping[str, Any], method: Method | None = None) -> Schedule:
+    """Read a scheduler_config.json.
+
+    ``method`` (one of :data:`METHODS`) overrides the one that the file's ``_class_name`` names, as
+    ``OtherScheduler.from_config(scheduler.config)`` does in the reference: fields that the file lacks take the defaults
+    of the new method's class; but those of the betas stay with the file's class, and a zero-SNR rescaling is never
+    dropped, for they belong to the model.
+
+    ``ValueError`` for a class that is not known, a field that is not understood, or a value that is not supported:
+    the message names it and lists the known ones.
+    """
+    fields = Fields("scheduler", config)
+    name = fields.raw("_class_name")
+    method = _method(name, method)
+    try:
+        source = json.dumps(dict(config))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{fields.owner} config: it must hold plain JSON values; {error}.") from error
+    for field, value in config.items():
+        if not (field in _KNOWN or field.startswith("_")):
+            raise fields.refusal(field, value, f"this field is not understood; known are {', '.join(sorted(_KNOWN))}")
+    owner = name or next(known for known, walked in CLASSES.items() if walked == method)
+    defaults = _DEFAULTS[method] | _NOISE_OF_CLASS.get(owner, {})
+    values = {field: _value(fields, field, default) for field, default in defaults.items()}
+    if values.get("use_karras_sigmas") and values.get("use_exponential_sigmas"):
+        raise fields.refusal("use_exponential_sigmas", True, "use_karras_sigmas is set too; choose one")
+    if values.get("solver_type") in ("logrho", "bh1", "bh2"):
+        values["solver_type"] = "midpoint"
+    known = {field.name for field in dataclasses.fields(Schedule)}
+    schedule = Schedule(method, source, **{field: value for field, value in values.items() if field in known})
+    _check_alpha_bar(fields, schedule)
+    return schedule
+
+
+def with_method(schedule: Schedule, method: Method | None) -> Schedule:
+    """The same noise schedule walked by another method; None leaves it as it is."""
+    return schedule if method in (None, schedule.method) else from_config(schedule.config, method)
+
+
+def add_noise(
+    schedule: Schedule, x: Float[Array, "n ..."], noise: Float[Array, "n ..."], t: ArrayLike
+) -> Float[Array, "n ..."]:
+    r"""The noisy batch :math:`\sqrt{\bar\alpha_t} \, x + \sqrt{1 - \bar\alpha_t} \, \epsilon` at integer timesteps, one
+    or one per example. A concrete t outside [0, T) is a ``ValueError``; a traced one is clipped.
+    """
+    alpha, sigma = _levels(schedule, x, t)
+    return alpha * x + sigma * noise
+
+
+def target(
+    schedule: Schedule, x: Float[Array, "n ..."], noise: Float[Array, "n ..."], t: ArrayLike
+) -> Float[Array, "n ..."]:
+    r"""What the network should return on :func:`add_noise`: ε, x or :math:`v = \alpha \epsilon - \sigma x`."""
+    alpha, sigma = _levels(schedule, x, t)
+    return {"epsilon": noise, "sample": x, "v_prediction": alpha * noise - sigma * x}[schedule.prediction_type]
+
+
+def sigma_to_timestep(schedule: Schedule, sigma: Scalar) -> Float[Array, ""]:
+    """The fractional timestep of a noise level: linear in log σ between timesteps, clipped to [0, T − 1]."""
+    sigma = jnp.asarray(sigma, jnp.result_type(float, sigma))
+    log_sigmas = jnp.asarray(np.log(schedule.sigmas), sigma.dtype)
+    return jnp.interp(jnp.log(sigma), log_sigmas, jnp.arange(log_sigmas.size, dtype=sigma.dtype))
+
+
+def timestep_to_sigma(schedule: Schedule, t: Scalar) -> Float[Array, ""]:
+    """The noise level of a fractional timestep, the inverse of :func:`sigma_to_timestep` on [0, T − 1]."""
+    t = jnp.asarray(t, jnp.result_type(float, t))
+    log_sigmas = jnp.asarray(np.log(schedule.sigmas), t.dtype)
+    return jnp.exp(jnp.interp(t, jnp.arange(log_sigmas.size, dtype=t.dtype), log_sigmas))
+
+
+def _method(name: object, method: Method | None) -> Method:
+    if method is not None and method not in METHODS:
+        raise ValueError(f"method {method!r} is not known; choose from {', '.join(METHODS)}.")
+    if isinstance(name, str) and name in CLASSES:
+        return method or CLASSES[name]
+    if name is None or (isinstance(name, str) and name in OTHER_CLASSES):
+        if method is not None:
+            return method
+        found = "the config has no _class_name" if name is None else f"the steps of {name} are not supported"
+        raise ValueError(f"{found}; sample its noise schedule by another: method= one of {', '.join(METHODS)}.")
+    raise ValueError(f"scheduler {name!r} is not supported; known are {', '.join((*CLASSES, *OTHER_CLASSES))}.")
+
+
+def _value(fields: Fields, name: str, default: Any) -> Any:
+    value = fields.raw(name, default)
+    if name in _CHOICES:
+        return fields.choice(name, default, _CHOICES[name])
+    if name == "lambda_min_clipped":
+        return _number(fields, name, value, maximum=math.inf)
+    if name == "trained_betas":
+        return None if value is None else _betas(fields, value)
+    if isinstance(default, bool):
+        # The reference takes null for false, whatever the default.
+        return fields.boolean(name, default) if value is not None else False
+    if isinstance(default, int):
+        return fields.integer(name, default, minimum=int(name != "steps_offset"), maximum=MAX_TIMESTEPS)
+    return None if value is None and default is None else fields.number(name, default)
+
+
+def _number(fields: Fields, name: str, value: object, *, maximum: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value < maximum:
+        raise fields.refusal(name, value, f"it must be a number below {maximum}")
+    return float(value)
+
+
+def _betas(fields: Fields, value: object) -> tuple[float, ...]:
+    if not isinstance(value, list | tuple) or not 1 <= len(value) <= MAX_TIMESTEPS:
+        raise fields.refusal("trained_betas", value, "it must be a list of numbers")
+    return tuple(_number(fields, "trained_betas", beta, maximum=1.0) for beta in value)
+
+
+def _alpha_bar(schedule: Schedule) -> Float64[np.ndarray, " T"]:
+    start, end, num = schedule.beta_start, schedule.beta_end, schedule.num_train_timesteps
+    # Betas outside (0, 1) give NaN or an increasing table, which from_config refuses.
+    with np.errstate(all="ignore"):
+        if schedule.trained_betas is not None:
+            betas = np.asarray(schedule.trained_betas, np.float64)
+        elif schedule.beta_schedule == "linear":
+            betas = np.linspace(start, end, num)
+        elif schedule.beta_schedule == "scaled_linear":
+            betas = np.square(np.linspace(math.sqrt(start), math.sqrt(end), num))
+        else:
+            power = np.square(np.cos((np.arange(num + 1) / num + 0.008) / 1.008 * math.pi / 2))
+            betas = np.minimum(1 - power[1:] / power[:-1], 0.999)
+        alpha_bar = np.cumprod(1 - betas)
+        if schedule.rescale_betas_zero_snr:
+            root = np.sqrt(alpha_bar)
+            alpha_bar = np.square((root - root[-1]) * (root[0] / (root[0] - root[-1])))
+    return _read_only(alpha_bar)
+
+
+def _check_alpha_bar(fields: Fields, schedule: Schedule) -> None:
+    alpha_bar = schedule.alpha_bar
+    if alpha_bar.size != schedule.num_train_timesteps:
+        reason = f"num_train_timesteps is {schedule.num_train_timesteps}, trained_betas has {alpha_bar.size}"
+        raise fields.refusal("num_train_timesteps", schedule.num_train_timesteps, reason)
+    ends = alpha_bar[-1] == 0 if schedule.rescale_betas_zero_snr else alpha_bar[-1] > 0
+    if not (alpha_bar[0] < 1 and np.all(np.diff(alpha_bar) < 0) and ends):
+        raise fields.refusal(
+            "beta_schedule",
+            schedule.beta_schedule,
+            "its signal power must fall strictly from below 1 and stay above 0; every beta must lie in (0, 1)",
+        )
+
+
+def _read_only(table: Float64[np.ndarray, " T"]) -> Float64[np.ndarray, " T"]:
+    table.flags.writeable = False
+    return table
+
+
+def _levels(schedule: Schedule, x: Float[Array, "n ..."], t: ArrayLike) -> tuple[Array, Array]:
+    t = jnp.asarray(t)
+    if not jnp.issubdtype(t.dtype, jnp.integer) or t.shape not in ((), x.shape[:1]):
+        raise ValueError(f"t must be an integer timestep or one per example, got {t.dtype} of shape {t.shape}.")
+    if is_concrete(t) and not np.all((np.asarray(t) >= 0) & (np.asarray(t) < schedule.num_train_timesteps)):
+        raise ValueError(f"t must lie in [0, {schedule.num_train_timesteps}), got {t}.")
+    powers = (schedule.alpha_bar, 1 - schedule.alpha_bar)
+    per_example = t.shape + (1,) * (x.ndim - 1) if t.ndim else ()
+    alpha, sigma = (jnp.asarray(np.sqrt(power), x.dtype)[t].reshape(per_example) for power in powers)
+    return alpha, sigma

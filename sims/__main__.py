@@ -1,0 +1,182 @@
+"""``python -m sims``: sweeps, single runs and what they found."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, logging
+from absl.flags import argparse_flags
+
+from sims.files import write_text
+
+from sims import flags
+
+DEMO = {
+    "dataset": "digits",
+    "num_samples": (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
+    "sigma": (0.25, 0.5, 1.0, 1.5, 2.0, 3.0),
+    "width": (64,),
+    "penalty": (1e-3,),
+    "optimizer": "adam",
+    "learning_rate": (3e-3,),
+    "schedule": "cosine",
+    "batch_size": 128,
+    "steps": 2000,
+    "seeds": 4,
+}
+"""The experiment of ``python -m sims demo``."""
+
+
+def main() -> None:
+    """Run the command line and exit: 0 done, 2 bad input, 130 interrupted."""
+    logging.set_verbosity(logging.WARNING)
+    app.run(lambda args: args.run(args), flags_parser=_parse)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse_flags.ArgumentParser(prog="python -m sims", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], summary: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        sub.set_defaults(run=_guarded(run))
+        return sub
+
+    demo = command("demo", _sweep, "the phase diagram of the embedded digits: an n x sigma sweep, and its transition")
+    demo.set_defaults(preset=DEMO)
+    sweep = command("sweep", _sweep, "train and measure every combination of the axes")
+    sweep.set_defaults(preset={})
+    for sub in (demo, sweep):
+        flags.add_spec_flags(sub)
+        flags.add_measures_flag(sub)
+    flags.add_run_flags(demo, default_out="runs/demo")
+    flags.add_run_flags(sweep)
+
+    train = command("train", _train, "train one network (axes of one value), keep its weights and its course")
+    flags.add_spec_flags(train)
+    flags.add_measures_flag(train)
+    flags.add_run_flags(train)
+
+    transitions = command("transitions", _transitions, "where a measure of a run crosses a level, with intervals")
+    transitions.add_argument("run_dir", metavar="DIR", help="folder of a sweep")
+    transitions.add_argument("--measure", default="gap", help="a measure of the run (gap)")
+    transitions.add_argument("--level", type=float, default=0.5, help="the level to cross (0.5)")
+    transitions.add_argument("--along", default="num_samples", help="the axis to cross it on (num_samples)")
+    transitions.add_argument("--json", metavar="FILE", type=pathlib.Path, help="write the rows there too")
+
+    show = command("show", _show, "the summary of a run, finished or not")
+    show.add_argument("run_dir", metavar="DIR", help="folder of a sweep")
+    return parser.parse_args(argv[1:])
+
+
+def _guarded(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], int]:
+    """Turn bad input into a message and exit code 2, an interrupt into 130."""
+
+    def guarded(args: argparse.Namespace) -> int:
+        try:
+            run(args)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except BrokenPipeError:
+            # The reader (head, less) has seen enough; Python would complain once more at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except KeyboardInterrupt:
+            kept = f"; finished cells are in {args.out}" if getattr(args, "out", None) else ""
+            print(f"\ninterrupted{kept}. The same command again resumes.", file=sys.stderr)
+            return 130
+        return 0
+
+    return guarded
+
+
+def _sweep(args: argparse.Namespace) -> None:
+    from sims import engine, report, store
+
+    spec = flags.spec_from_flags(args, **args.preset)
+    _set_precision(spec.dtype)
+    with _Bar(args.quiet, "cells") as bar:
+        results = engine.sweep(
+            spec,
+            args.measures,
+            out=args.out,
+            memory=args.memory,
+            on_unit=lambda p: bar.move(p.done, p.total, ", ".join(f"{k} {v:g}" for k, v in p.unit.items())),
+        )
+    text = report.summary(results, spec.to_dict(), store.read_spec(args.out)["sessions"][-1].get("data", {}))
+    write_text(pathlib.Path(args.out) / "summary.md", text)
+    if not args.quiet:
+        print(text)
+        print(f"Written: {args.out}/results.zarr, {args.out}/spec.json, {args.out}/summary.md")
+
+
+def _train(args: argparse.Namespace) -> None:
+    from sims import single
+
+    spec = flags.spec_from_flags(args)
+    _set_precision(spec.dtype)
+    with _Bar(args.quiet, "steps") as bar:
+        rows = single.run(spec, args.measures, args.out, on_record=bar.move)
+    if not args.quiet:
+        for name, value in rows[-1].items():
+            print(f"{name:34s} {value:.6g}")
+        print(f"Written: {args.out}/weights.safetensors, {args.out}/course.json, {args.out}/spec.json")
+
+
+def _transitions(args: argparse.Namespace) -> None:
+    import json
+
+    from sims import report, store
+
+    rows = report.transition_table(store.load(args.run_dir), measure=args.measure, level=args.level, along=args.along)
+    print("\t".join(rows[0]))
+    for row in rows:
+        print("\t".join(f"{value:.6g}" for value in row.values()))
+    if args.json:
+        write_text(args.json, json.dumps(rows, indent=1))
+
+
+def _show(args: argparse.Namespace) -> None:
+    from sims import report, store
+
+    record = store.read_spec(args.run_dir)
+    print(report.summary(store.load(args.run_dir), record["spec"], record["sessions"][-1].get("data", {})))
+
+
+def _set_precision(dtype: str) -> None:
+    import jax
+
+    if dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+
+
+class _Bar:
+    """A progress bar that knows its total only when work begins."""
+
+    def __init__(self, quiet: bool, unit: str) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(disable=quiet, unit=f" {unit}", dynamic_ncols=True)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def move(self, done: int, total: int, label: str = "") -> None:
+        """Stand at ``done`` of ``total``."""
+        if self._bar.total is None:
+            # What an earlier run finished must not count in the rate.
+            self._bar.reset(total=total)
+            self._bar.initial = done
+        self._bar.set_postfix_str(label, refresh=False)
+        self._bar.update(done - self._bar.n)
+
+
+if __name__ == "__main__":
+    main()

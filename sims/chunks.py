@@ -1,0 +1,280 @@
+"""The arrays of a run on disk: a zarr group whose chunk grid is the grid of units of work.
+
+All variables are chunked alike, so that a unit owns its files; each file is little-endian numbers and their CRC-32C.
+The layout (metadata and labels) is written once, in one move, and known by its digests. A unit is finished when the
+file of its ``done`` flag is there: it is written last, after the rest has been flushed to the disk. What to compute and
+who may write is the business of :mod:`sims.store`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import itertools
+import math
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
+
+import google_crc32c
+import numpy as np
+import xarray as xr
+import zarr
+from zarr.codecs import BytesCodec, Crc32cCodec
+from zarr.errors import ZarrUserWarning
+
+__all__ = [
+    "AGAIN",
+    "BOOKKEEPING",
+    "RESULTS",
+    "Run",
+    "StoreError",
+    "Unit",
+    "attach",
+    "blank",
+    "digests",
+    "dims",
+    "disk",
+    "finished",
+    "labels",
+    "layout",
+    "pending",
+    "read_chunk",
+    "region",
+    "write_chunk",
+]
+
+RESULTS = "results.zarr"
+BOOKKEEPING = {"wall_s": np.dtype(float), "done": np.dtype(bool)}
+AGAIN = "run the same command again: finished chunks are kept"
+
+Unit: TypeAlias = dict[str, slice]
+"""A unit of work: its slice of every chunked dimension, as ``Dataset.isel(unit)`` takes it."""
+
+
+class StoreError(ValueError):
+    """A run's folder cannot be used as asked; the message names the folder or the file and says what to do."""
+
+
+class Run(NamedTuple):
+    """A run's folder, opened."""
+
+    path: Path
+    """The folder."""
+    chunks: dict[str, int]
+    """Size of a unit along each chunked dimension, as it was when the run began."""
+    arrays: dict[str, zarr.Array]
+    """The variables, with ``wall_s`` and ``done``."""
+
+
+@contextlib.contextmanager
+def disk(action: str, path: Path) -> Iterator[None]:
+    """Turn an ``OSError`` inside into a :class:`StoreError`: "cannot ``action`` ``path``", and what to do."""
+    try:
+        yield
+    except (OSError, NotImplementedError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        todo = f"free some space and {AGAIN}" if full else "choose a folder that can be written"
+        raise StoreError(f"cannot {action} {path} ({error}); {todo}.") from error
+
+
+def blank(coords: Mapping[str, Any], variables: Mapping[str, Sequence[Any]]) -> xr.Dataset:
+    """The template of a run: labeled, and taking no memory whatever its size.
+
+    ``coords`` are as for ``xarray.Dataset``; ``variables`` maps names to ``(dims, dtype)`` or ``(dims, dtype, attrs)``.
+    Cells are NaN, or 0 or False where the dtype has no NaN. ``StoreError`` if a dimension has no coordinate.
+    """
+    template = xr.Dataset(coords=dict(coords))
+    for name, (dimensions, dtype, *attrs) in variables.items():
+        unknown = [dim for dim in dimensions if dim not in template.sizes]
+        if unknown:
+            raise StoreError(f"variable {name!r} has dimensions {unknown} without a coordinate; add them to coords.")
+        shape = tuple(template.sizes[dim] for dim in dimensions)
+        template[name] = xr.Variable(dimensions, np.broadcast_to(_fill(np.dtype(dtype)), shape), *attrs)
+    return template
+
+
+@contextlib.contextmanager
+def layout(path: Path, template: xr.Dataset, chunks: Mapping[str, int], attrs: Mapping[str, str]) -> Iterator[Path]:
+    """A results store with everything but chunks, in a passing folder under ``path``, to be moved from there.
+
+    It has the labels and variables of the template, ``wall_s`` and ``done`` over the chunked dimensions, and the
+    attributes of the template joined by ``attrs``.
+    """
+    folder = path / ".layout"
+    shutil.rmtree(folder, ignore_errors=True)
+    coords = template.coords.to_dataset().assign_attrs({**template.attrs, **attrs})
+    # Zarr specifies text of variable length only.
+    text = {name: label.astype(object) for name, label in coords.coords.items() if label.dtype.kind == "U"}
+    variables = {str(name): (array.dims, array.dtype, array.attrs) for name, array in template.data_vars.items()}
+    variables |= {name: (tuple(chunks), dtype, {}) for name, dtype in BOOKKEEPING.items()}
+    try:
+        coords.assign_coords(text).to_zarr(folder, zarr_format=3, consolidated=False)
+        group = zarr.open_group(folder, mode="r+")
+        for name, (dimensions, dtype, attributes) in variables.items():
+            group.create_array(
+                name,
+                shape=tuple(template.sizes[dim] for dim in dimensions),
+                chunks=tuple(min(chunks.get(str(dim), sys.maxsize), template.sizes[dim]) for dim in dimensions),
+                dtype=dtype,
+                dimension_names=[str(dim) for dim in dimensions],
+                serializer=BytesCodec(endian="little"),
+                compressors=[Crc32cCodec()],
+                fill_value=_fill(dtype).item(),
+                attributes=attributes,
+            )
+        with warnings.catch_warnings():
+            # Format 3 does not specify consolidated metadata yet, but plain open_zarr warns without them. They cannot
+            # go stale: the layout never changes.
+            warnings.simplefilter("ignore", ZarrUserWarning)
+            zarr.consolidate_metadata(str(folder))
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def digests(results: Path, variables: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of every file of the layout, by its name under ``results``: all files but the chunks of ``variables``."""
+    chunks = tuple(f"{name}/c" for name in variables)
+    names = sorted(file.relative_to(results).as_posix() for file in results.rglob("*") if file.is_file())
+    return {name: _digest(results / name) for name in names if not name.startswith(chunks)}
+
+
+def attach(
+    path: Path,
+    chunks: Mapping[str, int],
+    variables: Iterable[str],
+    files: Mapping[str, str],
+    *,
+    mode: Literal["r", "r+"],
+) -> Run:
+    """Open the results under ``path``. ``StoreError`` if a file of the layout is not as in its digest in ``files``."""
+    results = path / RESULTS
+    for name, digest in files.items():
+        if not (results / name).is_file() or _digest(results / name) != digest:
+            raise StoreError(f"{results / name} was changed, damaged or lost; delete it and {AGAIN}.")
+    # Else a chunk of nothing but NaN would leave no file and look lost.
+    with zarr.config.set({"array.write_empty_chunks": True}):
+        group = zarr.open_group(results, mode=mode, use_consolidated=False)
+        return Run(path, dict(chunks), {name: cast(zarr.Array, group[name]) for name in variables})
+
+
+def labels(run: Run) -> xr.Dataset:
+    """The data set without its variables: coordinates and attributes, in memory."""
+    with xr.open_dataset(run.path / RESULTS, engine="zarr", chunks=None, consolidated=False) as stored:
+        return stored.drop_vars(list(run.arrays)).load()
+
+
+def dims(array: zarr.Array) -> tuple[str, ...]:
+    """Names of an array's dimensions."""
+    return tuple(cast(Any, array.metadata).dimension_names)
+
+
+def pending(run: Run) -> list[Unit]:
+    """The units still to be computed, in the order of the grid."""
+    return [unit for unit in _units(run) if not _file(run, "done", unit).exists()]
+
+
+def finished(run: Run) -> list[Unit]:
+    """The units that are done, in the order of the grid."""
+    return [unit for unit in _units(run) if _file(run, "done", unit).exists()]
+
+
+def region(array: zarr.Array, unit: Unit) -> tuple[slice, ...]:
+    """Where a unit lies in ``array``: a slice of every dimension."""
+    return tuple(unit.get(dim, slice(0, size)) for dim, size in zip(dims(array), array.shape, strict=True))
+
+
+def write_chunk(run: Run, unit: Unit, arrays: Mapping[str, Any], *, wall_s: float = math.nan) -> None:
+    """Store one finished unit: its arrays, flushed to the disk, then its ``done`` flag.
+
+    ``arrays`` has every variable of the template in the shape that ``template.isel(unit)`` gives it; ``wall_s`` is what
+    the unit took, in seconds. ``StoreError`` if the unit is not pending, if names, shapes or dtypes are others, or if
+    the disk refuses: then this unit stays pending and finished ones are kept.
+    """
+    values = {**_checked(run, unit, arrays), "wall_s": np.asarray(wall_s)}
+    with disk(f"write {_shown(unit)} in", run.path):
+        for name, value in values.items():
+            run.arrays[name][region(run.arrays[name], unit)] = value
+        _flush(run, values, unit)
+        run.arrays["done"][region(run.arrays["done"], unit)] = True
+        _flush(run, ["done"], unit)
+
+
+def read_chunk(run: Run, name: str, unit: Unit) -> np.ndarray:
+    """What a finished unit holds of the variable ``name``. ``StoreError`` if its file is damaged or lost."""
+    array, file = run.arrays[name], _file(run, name, unit)
+    raw = file.read_bytes() if file.exists() else b""
+    body, checksum = raw[:-4], raw[-4:]
+    whole = len(body) == math.prod(array.chunks) * array.dtype.itemsize
+    if not whole or google_crc32c.value(body).to_bytes(4, "little") != checksum:
+        done = _file(run, "done", unit)
+        raise StoreError(f"{file} is damaged or lost; delete {done} and {AGAIN}, only {_shown(unit)} is computed anew.")
+    values = np.frombuffer(body, array.dtype.newbyteorder("<")).reshape(array.chunks)
+    # The last chunk of a dimension is padded.
+    return values[tuple(slice(part.stop - part.start) for part in region(array, unit))]
+
+
+def _fill(dtype: np.dtype) -> np.ndarray:
+    return np.full((), np.nan if dtype.kind == "f" else 0, dtype)
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _units(run: Run) -> list[Unit]:
+    parts = [
+        [slice(start, min(start + chunk, size)) for start in range(0, size, chunk)]
+        for size, chunk in zip(run.arrays["done"].shape, run.chunks.values(), strict=True)
+    ]
+    return [dict(zip(run.chunks, unit, strict=True)) for unit in itertools.product(*parts)]
+
+
+def _file(run: Run, name: str, unit: Unit) -> Path:
+    array = run.arrays[name]
+    place = tuple(unit[dim].start // run.chunks[dim] if dim in unit else 0 for dim in dims(array))
+    return run.path / RESULTS / name / array.metadata.encode_chunk_key(place)
+
+
+def _shown(unit: Unit) -> str:
+    parts = ", ".join(f"{dim}[{part.start}:{part.stop}]" for dim, part in unit.items())
+    return f"chunk {parts}" if parts else "the only chunk"
+
+
+def _checked(run: Run, unit: Unit, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    if unit not in pending(run):
+        raise StoreError(f"{unit} is not pending in {run.path}; write each unit of pending(run) once.")
+    wanted = [name for name in run.arrays if name not in BOOKKEEPING]
+    if set(arrays) != set(wanted):
+        raise StoreError(f"{_shown(unit)} needs exactly the variables {wanted}, got {list(arrays)}.")
+    values = {name: np.asarray(arrays[name]) for name in wanted}
+    for name, value in values.items():
+        array = run.arrays[name]
+        shape = tuple(part.stop - part.start for part in region(array, unit))
+        if value.shape != shape or not np.can_cast(value.dtype, array.dtype, "same_kind"):
+            raise StoreError(
+                f"{name!r} of {_shown(unit)} must have shape {shape} over {dims(array)} and dtype {array.dtype}, "
+                f"got {value.shape} and {value.dtype}."
+            )
+    return values
+
+
+def _flush(run: Run, names: Iterable[str], unit: Unit) -> None:
+    folders = set()
+    for name in names:
+        file, top = _file(run, name, unit), run.path / RESULTS / name
+        folders |= {folder for folder in file.parents if folder.is_relative_to(top)}
+        with file.open("r+b") as opened:
+            os.fsync(opened.fileno())
+    for folder in folders if os.name == "posix" else ():
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,160 @@
+"""Command-line flags of an experiment, and a :class:`sims.spec.Spec` from them.
+
+Axes take one value, a list (``2,4,8``) or a range (``geom:0.05:2:12``, ``lin:0:1:5``: start, stop, number of points,
+both ends included). A TOML or JSON file (``--spec FILE``) may give any field; flags win over it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import tomllib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+
+from sims.measures import DEFAULT, MEASURES
+from sims.spec import OPTIMIZERS, SCHEDULES, Spec
+
+__all__ = ["add_run_flags", "add_spec_flags", "parse_bytes", "parse_floats", "parse_ints", "spec_from_flags"]
+
+T = TypeVar("T", int, float)
+
+
+def parse_floats(text: str) -> tuple[float, ...]:
+    """``0.1,0.2`` or ``geom:0.05:2:12`` or ``lin:0:1:5`` as floats (ranges rounded to 6 significant digits)."""
+    return _parse_axis(text, float, lambda x: float(f"{x:.6g}"))
+
+
+def parse_ints(text: str) -> tuple[int, ...]:
+    """As :func:`parse_floats`, rounded to integers; points of a range that round alike are merged."""
+    return _parse_axis(text, int, lambda x: round(float(x)))
+
+
+def parse_bytes(text: str) -> int:
+    """A memory size such as ``500MB``, ``2GiB`` or a plain number of bytes."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    number = text.strip().rstrip("bBkKmMgGiI ")
+    unit = text.strip()[len(number) :].strip().upper()
+    try:
+        size = float(number) * units[unit]
+    except (ValueError, KeyError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write for example 500MB or 2GiB") from None
+    if not 1 <= size < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is out of range; give at least one byte")
+    return int(size)
+
+
+def add_spec_flags(parser: argparse.ArgumentParser) -> None:
+    """Add one flag for each field of :class:`sims.spec.Spec`; a flag left out keeps the spec file's value or the
+    default."""
+    axis = "a value, a list 1,2,4 or a range geom:START:STOP:NUM / lin:START:STOP:NUM"
+    add = parser.add_argument_group("the experiment").add_argument
+    add("--spec", metavar="FILE", type=pathlib.Path, help="TOML or JSON file with any of the fields below; flags win")
+    add(
+        "--dataset",
+        help="digits; mixture:modes=4,dim=32,separation=3; idx:, cifar10:, npz:, images:, patches:PATH; or PATH",
+    )
+    add("--num-samples", type=parse_ints, metavar="N,...", help=f"training-set sizes n >= 1: {axis}")
+    add("--duplicates", metavar="KxM", help="K rows repeated M times each, beside --singles; replaces --num-samples")
+    add("--singles", type=int, metavar="N", help="rows that appear once, beside --duplicates")
+    add("--center", action=argparse.BooleanOptionalAction, default=None, help="subtract the mean of the training rows")
+    add(
+        "--separable",
+        type=int,
+        metavar="M",
+        help="keep a greedy subset of M rows with pairwise negative cosines; 0: all",
+    )
+    add("--held-out", type=float, metavar="F", help="rows never trained on: a fraction below 1, or a count from 1")
+    add("--split-seed", type=int, help="seed of the split into training pool and held-out rows, >= 0")
+    add("--sigma", type=parse_floats, metavar="S,...", help=f"noise levels > 0, in the units of the data: {axis}")
+    add("--width", type=parse_ints, metavar="P,...", help=f"hidden units p >= 1: {axis}")
+    add("--penalty", type=parse_floats, metavar="L,...", help=f"lambda >= 0 of the paper's objective: {axis}")
+    add("--learning-rate", type=parse_floats, metavar="R,...", help=f"optimizer step size > 0: {axis}")
+    add("--init-scale", type=parse_floats, metavar="C,...", help=f"norm of the columns at the start > 0: {axis}")
+    add("--optimizer", choices=OPTIMIZERS, help="update rule, with PyTorch's constants")
+    add("--schedule", choices=SCHEDULES, help="learning rate over the run: constant, or cosine to zero")
+    add("--batch-size", type=int, metavar="B", help="rows a step, drawn with replacement; 0: all of them")
+    add("--steps", type=int, help="optimizer steps >= 1")
+    add("--record-steps", type=parse_ints, metavar="T,...", help=f"measure after these steps, in [0, steps]: {axis}")
+    add("--tied", action=argparse.BooleanOptionalAction, default=None, help="one parameter for W1 and W2")
+    add("--weight-decay", type=float, help="decoupled decay of adamw >= 0 (coupled decay is --penalty)")
+    add("--seeds", type=int, metavar="K", help="repetitions >= 1, each with its own rows, start and noise")
+    add("--seed", type=int, help="root of all randomness >= 0")
+    add("--eval-samples", type=int, help="most training rows, and most held-out rows, that measures look at, >= 1")
+    add("--eval-draws", type=int, help="noise draws for each of them, >= 1")
+    add("--dtype", choices=("float32", "float64"), help="of the training")
+
+
+def add_run_flags(parser: argparse.ArgumentParser, *, default_out: str | None = None) -> None:
+    """Add the flags that change no number: where, how much memory, how loud."""
+    add = parser.add_argument_group("the run").add_argument
+    add(
+        "--out",
+        metavar="DIR",
+        default=default_out,
+        required=default_out is None,
+        help="results; the same again resumes",
+    )
+    add("--memory", type=parse_bytes, default=2 << 30, metavar="SIZE", help="bound on a program's temporaries (2GiB)")
+    add("--quiet", action="store_true", help="no progress bar and no summary")
+
+
+def add_measures_flag(parser: argparse.ArgumentParser) -> None:
+    """Add ``--measures``."""
+    parser.add_argument(
+        "--measures",
+        type=lambda text: text.split(","),
+        default=list(DEFAULT),
+        metavar="NAME,...",
+        help=f"what to measure, of: {', '.join(MEASURES)}",
+    )
+
+
+def spec_from_flags(args: argparse.Namespace, **defaults: Any) -> Spec:
+    """The spec of the command line: ``defaults``, then the fields of ``--spec FILE``, then the flags given.
+
+    ``ValueError`` for a file that cannot be read and for all that :class:`Spec` refuses.
+    """
+    fields = dict(defaults)
+    if args.spec is not None:
+        fields |= _read_fields(args.spec)
+    for field in dataclasses.fields(Spec):
+        value = getattr(args, field.name, None)
+        if value is not None:
+            fields[field.name] = value
+    return Spec.from_dict(fields)
+
+
+def _read_fields(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        text = path.read_text()
+        fields = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except OSError as error:
+        raise ValueError(f"cannot read the spec file {path}: {error.strerror}.") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid {'TOML' if path.suffix == '.toml' else 'JSON'}: {error}.") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} must hold an object with fields of the spec, got a {type(fields).__name__}.")
+    # A finished run's spec.json can be given as it is.
+    fields = fields.get("spec", fields)
+    return {name: value for name, value in fields.items() if name != "measures"}
+
+
+def _parse_axis(text: str, kind: type[T], rounded: Callable[[float], T]) -> tuple[T, ...]:
+    name, _, rest = text.partition(":")
+    try:
+        if name in ("geom", "lin"):
+            begin, end, count = rest.split(":")
+            if int(count) < 1 or (name == "geom" and (float(begin) <= 0 or float(end) <= 0)):
+                raise ValueError
+            points = (np.geomspace if name == "geom" else np.linspace)(float(begin), float(end), int(count))
+            return tuple(dict.fromkeys(rounded(x) for x in points))
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not an axis of {kind.__name__}s; write 1,2,4 or geom:1:100:5 or lin:0:1:5"
+        ) from None

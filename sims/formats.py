@@ -1,0 +1,152 @@
+"""From the bytes of a data file to an array. Files are untrusted.
+
+Sizes that a header claims are compared with the size of the file before anything is allocated; nothing is unpickled.
+Every refusal is a ``ValueError`` that names the file and says what was expected there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import math
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+
+__all__ = ["read_cifar10", "read_idx", "read_image", "read_npy", "read_npz"]
+
+MAX_DEFLATE = 1032
+"""No deflated stream expands by more than this factor."""
+
+COMPONENTS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+"""Modes of Pillow with at most 8 bits a channel: others would be clipped without a word."""
+
+
+def read_idx(file: Path, ndim: int) -> np.ndarray:
+    """An IDX file of unsigned bytes with ``ndim`` dimensions (3: images, 1: labels), plain or gzipped."""
+    what = f"an IDX file of unsigned bytes in {ndim} dimension{'s' * (ndim > 1)}"
+    with _readable(file, what), _unzipped(file) as (stream, expansion):
+        size = file.stat().st_size
+        magic = stream.read(4)
+        sizes = struct.unpack(f">{ndim}I", stream.read(4 * ndim)) if magic == bytes((0, 0, 8, ndim)) else ()
+        claimed = math.prod(sizes)
+        plausible = sizes and claimed <= expansion * size
+        body = stream.read(claimed + 1) if plausible else b""
+    if not sizes:
+        raise ValueError(f"{file} is not {what}: it begins with {magic.hex()}, not {bytes((0, 0, 8, ndim)).hex()}.")
+    if not plausible or len(body) != claimed:
+        claim = " x ".join(map(str, sizes))
+        found = f"{len(body)}{'+' * (len(body) > claimed)}" if plausible else f"at most {expansion * size}"
+        raise ValueError(f"{file} claims {claim} = {claimed} bytes of data but holds {found}; get it again.")
+    return np.frombuffer(body, np.uint8).reshape(sizes)
+
+
+def read_cifar10(file: Path) -> UInt8[np.ndarray, "N 3073"]:
+    """A batch of CIFAR-10's binary version: a label, then 32 x 32 red, green and blue values, in each record."""
+    with _readable(file, "a batch of CIFAR-10, binary version"):
+        size = file.stat().st_size
+        records = np.fromfile(file, np.uint8)
+    if size == 0 or size % 3073:
+        raise ValueError(f"{file} has {size} bytes; a batch of CIFAR-10 (binary version) has records of 3073.")
+    records = records.reshape(-1, 3073)
+    if records[:, 0].max() > 9:
+        raise ValueError(f"{file} has a label {records[:, 0].max()}; CIFAR-10 (binary version) has labels 0 to 9.")
+    return records
+
+
+def read_npy(file: Path) -> np.ndarray:
+    """A .npy file."""
+    with _readable(file, "a .npy file"), file.open("rb") as stream:
+        return _read_array(stream, file.stat().st_size)
+
+
+def read_npz(file: Path, choices: Sequence[Sequence[str]]) -> list[np.ndarray | None]:
+    """From a .npz archive, for each of ``choices`` the first of these keys that is there, or None."""
+    with _readable(file, "a .npz archive"), zipfile.ZipFile(file) as archive:
+        members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+        keys = [next((key for key in choice if key in members), None) for choice in choices]
+        return [None if key is None else _read_member(archive, members[key]) for key in keys]
+
+
+def read_image(file: Path, *, gray: bool = False, size: tuple[int, int] | None = None) -> UInt8[np.ndarray, "h w c"]:
+    """An image as (height, width, channels): one channel if ``gray`` or stored so, else three.
+
+    With ``size`` (height, width) it is cropped about its center to that shape and resampled.
+    """
+    with _readable(file, "an image"), Image.open(file) as stored:
+        stored.load()
+        mode = stored.mode
+        picture = ImageOps.exif_transpose(stored)
+        if mode in COMPONENTS:
+            picture = picture.convert("L" if gray or mode in ("1", "L", "LA") else "RGB")
+        if size:
+            picture = ImageOps.fit(picture, (size[1], size[0]), Image.Resampling.LANCZOS)
+        values = np.asarray(picture)
+    if mode not in COMPONENTS:
+        raise ValueError(f"{file} has pixels of mode {mode}; images need 8 bits a channel: convert it first.")
+    return values.reshape(*values.shape[:2], -1)
+
+
+@contextlib.contextmanager
+def _readable(file: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise ValueError(f"cannot read {file}: {error.strerror}; it should be {what}.") from error
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        SyntaxError,
+        struct.error,
+        zlib.error,
+        zipfile.BadZipFile,
+        Image.DecompressionBombError,
+    ) as error:
+        raise ValueError(f"{file} is damaged, or not {what}: {error}.") from error
+
+
+@contextlib.contextmanager
+def _unzipped(file: Path) -> Iterator[tuple[io.BufferedIOBase, int]]:
+    """The file's bytes, decompressed if need be, and by how much they can exceed its size."""
+    with file.open("rb") as raw:
+        zipped = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        if zipped:
+            with gzip.open(raw) as stream:
+                yield stream, MAX_DEFLATE
+        else:
+            yield raw, 1
+
+
+def _read_array(stream: io.BufferedIOBase, size: int) -> np.ndarray:
+    """An array in NumPy's format from a stream of ``size`` bytes."""
+    headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(stream)
+    if version not in headers:
+        raise ValueError(f"version {version} of NumPy's format holds no plain numbers")
+    shape, fortran, dtype = headers[version](stream)
+    if dtype.kind not in "biuf":
+        raise ValueError(f"its dtype {dtype} is not of real numbers (nothing is unpickled)")
+    claimed, held = math.prod(shape) * dtype.itemsize, size - stream.tell()
+    if min(shape, default=0) < 0 or claimed != held:
+        raise ValueError(f"its header claims {claimed} bytes of data, shape {shape}, but it holds {held}")
+    return np.frombuffer(stream.read(claimed), dtype).reshape(shape, order="F" if fortran else "C")
+
+
+def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{member.filename} is neither stored nor deflated")
+    if member.file_size > MAX_DEFLATE * member.compress_size:
+        raise ValueError(f"{member.filename} claims {member.file_size} bytes from {member.compress_size}")
+    with archive.open(member) as stream:
+        return _read_array(stream, member.file_size)

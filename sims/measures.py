@@ -1,0 +1,241 @@
+r"""What is measured of a trained network: pure functions ``(params, data, spec) -> array``, swept like one another.
+
+``params`` is the network, ``data`` the rows it was trained on and those it was not, ``spec`` the cell's numbers.
+Built-in measures return scalars and are listed in :data:`MEASURES`; any function of this signature can stand beside
+them. Averages run over the first ``eval_samples`` rows with ``eval_draws`` noise draws each; row i and draw r have the
+same ε in every cell of a seed (common random numbers), so differences between cells are sharper than their values.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from dae_theory import (
+    GaussianMixture,
+    ReluDae,
+    block_minimizer,
+    denoise,
+    empirical_denoiser,
+    encode,
+    merge_parallel_columns,
+    mixture_denoiser,
+    spikiness,
+)
+from dae_theory.conditions import Checks, check_conditions
+from dae_theory.model import live_columns
+from dae_theory.types import PRNGKey, Scalar
+
+__all__ = ["DEFAULT", "MEASURES", "CellData", "CellSpec", "Measure", "noisy_pairs"]
+
+
+class CellData(NamedTuple):
+    """Rows that a measure may look at."""
+
+    train: Float[Array, "n d"]
+    held_out: Float[Array, "m d"]
+    population: GaussianMixture
+    """The law of the data: exact for synthetic mixtures, else fitted to the labeled training pool."""
+    key: PRNGKey
+    """For evaluation noise; the same for all cells of a seed."""
+
+
+class CellSpec(NamedTuple):
+    """A cell's numbers; σ and λ are traced, the rest is static."""
+
+    sigma: Scalar
+    penalty: Scalar
+    eval_samples: int
+    eval_draws: int
+    identity: tuple[int, ...]
+    """For each training row the index of the distinct row that it repeats."""
+
+
+Measure: TypeAlias = Callable[[ReluDae, CellData, CellSpec], Array]
+"""The signature of a measure."""
+
+
+def noisy_pairs(
+    rows: Float[Array, "n d"], data: CellData, spec: CellSpec
+) -> tuple[Float[Array, "m d"], Float[Array, "m d"]]:
+    """Clean and noisy versions of the first ``eval_samples`` rows, each repeated for every noise draw."""
+    clean = jnp.repeat(rows[: spec.eval_samples], spec.eval_draws, axis=0)
+
+    def eps(i: Array) -> Float[Array, " d"]:
+        return jax.random.normal(jax.random.fold_in(data.key, i), rows.shape[1:], rows.dtype)
+
+    return clean, clean + spec.sigma * jax.vmap(eps)(jnp.arange(clean.shape[0]))
+
+
+def objective(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
+    """Monte Carlo estimate of the paper's objective, eq. (6), on training rows."""
+    decay = jnp.sum(jnp.square(params.w1)) + jnp.sum(jnp.square(params.w2))
+    return train_error(params, data, spec) + spec.penalty * decay
+
+
+def train_error(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
+    """E‖f(y) − x‖² on training rows; σ²d for a network that returns its input."""
+    return _mean_square(params, data.train, data, spec, lambda clean, noisy: clean)
+
+
+def held_out_error(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
+    """E‖f(y) − x‖² on rows never trained on."""
+    return _mean_square(params, data.held_out, data, spec, lambda clean, noisy: clean)
+
+
+def gap(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
+    """Generalization gap, 1 − train error/held-out error: 0 generalizes, towards 1 memorizes."""
+    return 1.0 - train_error(params, data, spec) / held_out_error(params, data, spec)
+
+
+def distance_to_empirical_train(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
+    """E‖f(y) − f_emp(y)‖² near training rows: the memorizing optimum, eq. (3)."""
+    return _mean_square(params, data.train, data, spec, _empirical(data, spec))
+
+
+def distance_to_empirical_held_out(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
+    """E‖f(y) − f_emp(y)‖² near held-out rows."""
+    return _mean_square(params, data.held_out, data, spec, _empirical(data, spec))
+
+
+def distance_to_population_train(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
+    """E‖f(y) − f_gt(y)‖² near training rows: the population's mixture optimum."""
+    return _mean_square(params, data.train, data, spec, _population(data, spec))
+
+
+def distance_to_population_held_out(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
+    """E‖f(y) − f_gt(y)‖² near held-out rows."""
+    return _mean_square(params, data.held_out, data, spec, _population(data, spec))
+
+
+def distance_to_closed_form(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
+    """E‖f(y) − f*(y)‖²/E‖f*(y)‖² near training rows, f* the memorizing closed form (Corollaries 3.2, 3.4).
+
+    In function space, so no symmetry of the weights counts. NaN where the closed form does not exist: more distinct
+    rows than units, or a penalty that clips all of it to zero.
+    """
+    if max(spec.identity) + 1 > params.w1.shape[1]:
+        return jnp.full((), jnp.nan, data.train.dtype)
+    closed = block_minimizer(data.train, np.asarray(spec.identity), spec.sigma, spec.penalty, 1)
+    _, noisy = noisy_pairs(data.train, data, spec)
+    target = jax.vmap(functools.partial(denoise, closed))(noisy)
+    ours = jax.vmap(functools.partial(denoise, params))(noisy)
+    return jnp.sum(jnp.square(ours - target)) / jnp.sum(jnp.square(target))
+
+
+def conditions_hold(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, " c"]:
+    """1 or 0 for each inequality of Theorem 3.1, every distinct row a cluster: is memorization what it predicts here?
+
+    In the order of :class:`dae_theory.conditions.Checks`. NaN where there are more distinct rows than units.
+    """
+    names = Checks._fields
+    if max(spec.identity) + 1 > params.w1.shape[1]:
+        return jnp.full(len(names), jnp.nan, data.train.dtype)
+    conditions = check_conditions(data.train, np.asarray(spec.identity), spec.sigma, spec.penalty, 1)
+    return jnp.stack([check.holds for check in conditions.checks]).astype(data.train.dtype)
+
+
+conditions_hold.labels = {"condition": Checks._fields}  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def num_live_columns(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
+    """Units that do something, after merging parallel ones (cosine above 0.99)."""
+    del spec
+    merged = merge_parallel_columns(params, tolerance=0.01)
+    return jnp.sum(live_columns(merged, tolerance=0.03)).astype(data.train.dtype)
+
+
+def num_aligned_columns(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
+    """Merged live units whose encoder column has cosine above 0.95 with a training row: stored images."""
+    del spec
+    merged = merge_parallel_columns(params, tolerance=0.01)
+    unit = merged.w1 / jnp.maximum(jnp.linalg.norm(merged.w1, axis=0), jnp.finfo(data.train.dtype).tiny)[None, :]
+    rows = data.train / jnp.maximum(jnp.linalg.norm(data.train, axis=1), jnp.finfo(data.train.dtype).tiny)[:, None]
+    aligned = jnp.any(rows @ unit > 0.95, axis=0)
+    return jnp.sum(aligned & live_columns(merged, tolerance=0.03)).astype(data.train.dtype)
+
+
+def code_measure(name: str, rows: str) -> Measure:
+    """Mean of a spikiness measure (a name of :data:`dae_theory.spikiness.MEASURES`) over codes of noisy rows.
+
+    ``rows`` is ``"train"`` or ``"held_out"``.
+    """
+    of_code = spikiness.MEASURES[name]
+
+    def measure(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
+        _, noisy = noisy_pairs(getattr(data, rows), data, spec)
+        return jnp.mean(jax.vmap(lambda y: of_code(encode(params, y)))(noisy))
+
+    measure.__name__ = f"{name}_{rows}"
+    measure.__doc__ = f"Mean {name} of the codes of noisy {rows.replace('_', '-')} rows."
+    return measure
+
+
+MEASURES: Mapping[str, Measure] = MappingProxyType(
+    {
+        measure.__name__: measure
+        for measure in (
+            objective,
+            train_error,
+            held_out_error,
+            gap,
+            distance_to_empirical_train,
+            distance_to_empirical_held_out,
+            distance_to_population_train,
+            distance_to_population_held_out,
+            distance_to_closed_form,
+            conditions_hold,
+            num_live_columns,
+            num_aligned_columns,
+            *(code_measure(name, rows) for name in spikiness.MEASURES for rows in ("train", "held_out")),
+        )
+    }
+)
+"""Built-in measures by name."""
+
+DEFAULT: tuple[str, ...] = (
+    "objective",
+    "train_error",
+    "held_out_error",
+    "gap",
+    "distance_to_empirical_train",
+    "distance_to_empirical_held_out",
+    "distance_to_population_train",
+    "distance_to_population_held_out",
+    "distance_to_closed_form",
+    "conditions_hold",
+    "num_live_columns",
+    "num_aligned_columns",
+    "std_train",
+    "std_held_out",
+    "l4_over_l2_train",
+    "l4_over_l2_held_out",
+)
+"""Measures taken when none are named."""
+
+
+def _mean_square(
+    params: ReluDae,
+    rows: Float[Array, "n d"],
+    data: CellData,
+    spec: CellSpec,
+    target: Callable[[Float[Array, " d"], Float[Array, " d"]], Float[Array, " d"]],
+) -> Float[Array, ""]:
+    clean, noisy = noisy_pairs(rows, data, spec)
+    error = jax.vmap(lambda x, y: denoise(params, y) - target(x, y))(clean, noisy)
+    return jnp.mean(jnp.sum(jnp.square(error), axis=-1))
+
+
+def _empirical(data: CellData, spec: CellSpec) -> Callable[[Array, Array], Array]:
+    return lambda clean, noisy: empirical_denoiser(noisy, spec.sigma, data.train)
+
+
+def _population(data: CellData, spec: CellSpec) -> Callable[[Array, Array], Array]:
+    return lambda clean, noisy: mixture_denoiser(noisy, spec.sigma, data.population)

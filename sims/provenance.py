@@ -1,0 +1,54 @@
+"""What computes: versions, commit, device and machine, to be recorded beside every result."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+
+__all__ = ["environment"]
+
+PACKAGES = ("dae-theory", "jax", "jaxlib", "optax", "numpy", "xarray", "zarr")
+
+
+def environment() -> dict[str, Any]:
+    """As JSON: ``versions``, git ``commit``, ``device``, ``platform`` and ``host``.
+
+    The commit ends in ``-dirty`` where files differ from it, and is None outside a checkout. Asking for the device
+    starts JAX's backend.
+    """
+    device = jax.devices()[0]
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "commit": _commit(),
+        "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
+        "platform": platform.platform(),
+        "host": platform.node(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    here = Path(__file__)
+    # An installed copy may lie inside somebody else's checkout, whose commit says nothing of it.
+    tracked = _git("ls-files", "--error-unmatch", here.name)
+    return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") if tracked else None
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

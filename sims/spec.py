@@ -1,0 +1,202 @@
+"""The description of an experiment: frozen, validated, serializable, and all that decides its numbers.
+
+A :class:`Spec` names a data set, the axes of a sweep (every tuple field is an axis), how each network is trained and
+how it is evaluated. Two equal specs give equal results; where and how fast they are computed (output folder, memory
+budget, devices) is not part of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from dae_theory.checks import check_integer
+from sims.datasets import parse_duplicates
+
+if TYPE_CHECKING:
+    Integers = tuple[int, ...]
+    Numbers = tuple[float, ...]
+else:
+    # A single value or a list becomes a tuple at construction, so what __init__ takes is checked there.
+    Integers = Numbers = Any
+
+__all__ = ["FORMAT", "OPTIMIZERS", "SCHEDULES", "SHAPE_AXES", "VALUE_AXES", "Spec"]
+
+FORMAT = 1
+"""Version of the serialized form; a newer one is refused."""
+
+SHAPE_AXES = ("num_samples", "width")
+"""Axes that change array shapes: one compiled program for each combination."""
+
+VALUE_AXES = ("penalty", "learning_rate", "init_scale", "sigma")
+"""Axes of numbers: all combinations are mapped inside one compiled program."""
+
+OPTIMIZERS = ("sgd", "momentum", "rmsprop", "adam", "adamw")
+SCHEDULES = ("constant", "cosine")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+    """One experiment. Axis fields accept a number or a sequence. ``ValueError`` names the field that is out of
+    range."""
+
+    # Data.
+    dataset: str = "digits"
+    """What :func:`sims.datasets.load` understands: ``digits``, ``mixture:...`` or a path."""
+    center: bool = False
+    """Subtract the mean of the training rows (from held-out rows too)."""
+    separable: int = 0
+    """Keep only a greedy subset of this many rows with pairwise negative cosines; 0 keeps all."""
+    duplicates: str = ""
+    """``KxM``: K rows repeated M times each, beside ``singles`` rows once. Replaces ``num_samples``."""
+    singles: int = 0
+    """Rows that appear once, beside ``duplicates``."""
+    held_out: float | int = 0.2
+    """Rows never trained on: a fraction of the data set below 1, or a count from 1."""
+    split_seed: int = 0
+    """Seed of the split into training pool and held-out rows."""
+
+    # Axes.
+    num_samples: Integers = (2, 8, 32, 128, 512)
+    """Training-set sizes n; sets are nested in n at each seed."""
+    width: Integers = (64,)
+    """Hidden units p."""
+    penalty: Numbers = (1e-3,)
+    """λ of the objective, at least 0."""
+    learning_rate: Numbers = (3e-3,)
+    """Step size of the optimizer, above 0."""
+    init_scale: Numbers = (0.1,)
+    """Norm of the columns at the start, above 0."""
+    sigma: Numbers = (0.1, 0.2, 0.5, 1.0)
+    """Noise levels σ in the units of the data, above 0."""
+    seeds: int = 3
+    """Repetitions, each with its own training set, start and noise."""
+
+    # Training.
+    optimizer: str = "adam"
+    schedule: str = "constant"
+    batch_size: int = 0
+    """Rows a step, drawn with replacement; 0, or more than n, is the full batch."""
+    steps: int = 2000
+    record_steps: Integers = ()
+    """Steps after which measures are taken; empty: after the last only."""
+    tied: bool = False
+    """One parameter for W₁ and W₂."""
+    weight_decay: float | int = 0.0
+    """Decoupled decay of adamw, which does not minimize the paper's objective; coupled decay is ``penalty``."""
+
+    # Evaluation.
+    eval_samples: int = 256
+    """Most training rows, and most held-out rows, that measures look at."""
+    eval_draws: int = 4
+    """Noise draws for each of them."""
+    dtype: str = "float32"
+    seed: int = 0
+    """Root of all randomness."""
+
+    def __post_init__(self) -> None:
+        for name in (*SHAPE_AXES, *VALUE_AXES, "record_steps"):
+            object.__setattr__(self, name, _as_axis(name, getattr(self, name)))
+        for name in SHAPE_AXES:
+            for value in getattr(self, name):
+                check_integer(name, value, minimum=1)
+        for name in ("sigma", "learning_rate", "init_scale"):
+            for value in getattr(self, name):
+                _check_number(name, value, positive=True)
+        for value in self.penalty:
+            _check_number("penalty", value, positive=False)
+        _check_number("held_out", self.held_out, positive=True)
+        _check_number("weight_decay", self.weight_decay, positive=False)
+        for name in ("seeds", "steps", "eval_samples", "eval_draws"):
+            check_integer(name, getattr(self, name), minimum=1)
+        for name in ("batch_size", "separable", "singles", "split_seed", "seed"):
+            check_integer(name, getattr(self, name), minimum=0)
+        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        _check_choice("schedule", self.schedule, SCHEDULES)
+        _check_choice("dtype", self.dtype, ("float32", "float64"))
+        if self.weight_decay and self.optimizer != "adamw":
+            raise ValueError(
+                f"weight_decay = {self.weight_decay} means the decoupled decay of adamw; with optimizer "
+                f"{self.optimizer!r} use penalty (sims.train.penalty_from_weight_decay converts)."
+            )
+        if self.singles and not self.duplicates:
+            raise ValueError(f"singles = {self.singles} needs duplicates, such as duplicates='20x60'.")
+        if self.duplicates:
+            object.__setattr__(self, "num_samples", (len(self.identity(0)),))
+        for step in self.record_steps:
+            check_integer("record_steps", step, minimum=0, maximum=self.steps)
+        if list(self.record_steps) != sorted(set(self.record_steps)):
+            raise ValueError(f"record_steps must increase, got {self.record_steps}.")
+        if not self.record_steps:
+            object.__setattr__(self, "record_steps", (self.steps,))
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Length of each dimension of the results, in their order."""
+        axes = {name: len(getattr(self, name)) for name in (*SHAPE_AXES,)}
+        values = {name: len(getattr(self, name)) for name in VALUE_AXES}
+        return {**axes, "seed": self.seeds, **values, "step": len(self.record_steps)}
+
+    @property
+    def num_cells(self) -> int:
+        """Networks trained."""
+        return math.prod(self.shape.values()) // len(self.record_steps)
+
+    def identity(self, num_samples: int) -> tuple[int, ...]:
+        """For each row of a training set of ``num_samples`` the index of the distinct row that it is.
+
+        0, 1, 2, ... without duplicates; with ``duplicates="KxM"`` the first K indices stand M times each and
+        ``singles`` follow, whatever ``num_samples`` is.
+        """
+        if not self.duplicates:
+            return tuple(range(num_samples))
+        count, times = parse_duplicates(self.duplicates)
+        repeated = [i for i in range(count) for _ in range(times)]
+        return (*repeated, *range(count, count + self.singles))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec as JSON-able values, with its format number."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return {"format": FORMAT, **values}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Spec:
+        """Inverse of :meth:`to_dict`; missing fields take their defaults.
+
+        ``ValueError`` for a newer format and for fields that do not exist (the nearest names are suggested).
+        """
+        values = dict(values)
+        version = values.pop("format", FORMAT)
+        if version != FORMAT:
+            raise ValueError(f"this spec has format {version}; this version reads format {FORMAT}. Update dae-theory.")
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=3)
+                hint = f" Did you mean {' or '.join(near)}?" if near else f" Known fields: {', '.join(known)}."
+                raise ValueError(f"unknown field {name!r} in the spec.{hint}")
+        return cls(**values)
+
+
+def _as_axis(name: str, value: Any) -> tuple[Any, ...]:
+    axis = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if not axis and name != "record_steps":
+        raise ValueError(f"axis {name} is empty; give it at least one value.")
+    if len(set(axis)) < len(axis):
+        raise ValueError(f"axis {name} repeats a value: {axis}; list each once (repetitions are seeds).")
+    return axis
+
+
+def _check_number(name: str, value: Any, *, positive: bool) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}.")
+    if value < 0 or (positive and value == 0):
+        raise ValueError(f"{name} must be {'positive' if positive else 'zero or more'}, got {value}.")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")

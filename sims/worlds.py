@@ -1,0 +1,85 @@
+"""From a data set and a seed to the rows of a cell: those trained on, those held out, and the law they follow.
+
+A seed permutes the training pool and cells take prefixes of it, so training sets are nested in n, and one seed means
+the same rows whatever the other axes are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dae_theory import GaussianMixture
+from dae_theory import mixture as mx
+from dae_theory.types import PRNGKey
+from sims import datasets
+from sims.measures import CellData
+from sims.spec import Spec
+
+__all__ = ["World", "cell_data", "make_world"]
+
+
+class World(NamedTuple):
+    """A data set ready for cells."""
+
+    pool: np.ndarray
+    """Rows that training sets are drawn from, (N, d)."""
+    held_out: np.ndarray
+    """Rows never trained on, (m, d)."""
+    population: GaussianMixture
+    """The law of the data: exact for synthetic mixtures, else one mode a label, fitted to the pool."""
+    facts: dict[str, Any]
+    """What to record of the data, as JSON values."""
+
+
+def make_world(spec: Spec) -> World:
+    """Load the data that ``spec`` names; ``ValueError`` if it is missing, damaged, or smaller than the largest n."""
+    data = datasets.load(
+        spec.dataset,
+        # A whole number is a count, as the data sets take it.
+        held_out=int(spec.held_out) if spec.held_out >= 1 else spec.held_out,
+        seed=spec.split_seed,
+        center=spec.center and bool(spec.separable),
+        separable=spec.separable,
+        dtype=np.dtype(spec.dtype),
+    )
+    needed = max(max(spec.identity(n)) + 1 for n in spec.num_samples)
+    if needed > len(data.train):
+        raise ValueError(
+            f"{needed} distinct training rows are asked for, but {data.name} has {len(data.train)} beside "
+            f"{len(data.held_out)} held out; ask for fewer, or lower held_out."
+        )
+    population = data.mixture or mx.fit(jnp.asarray(data.train), data.train_labels, ridge=1e-3)
+    world = World(data.train, data.held_out, population, {})
+    return world._replace(facts=_facts(world, spec, data))
+
+
+def _facts(world: World, spec: Spec, data: datasets.Dataset) -> dict[str, Any]:
+    """The data in numbers: sizes, norms, and at seed 0 for each n the largest cosine β between distinct rows."""
+    betas = []
+    for num_samples in spec.num_samples:
+        _, cell, identity = cell_data(world, spec, num_samples, 0)
+        distinct = np.unique(identity, return_index=True)[1]
+        betas.append(datasets.max_cosine(np.asarray(cell.train)[distinct]))
+    most = max(spec.num_samples)
+    used = data._replace(train=data.train[:most], train_labels=data.train_labels[:most])
+    return {**datasets.describe(used), "pool": len(data.train), "beta_by_num_samples": betas}
+
+
+def cell_data(world: World, spec: Spec, num_samples: int, seed: int) -> tuple[PRNGKey, CellData, tuple[int, ...]]:
+    """The key of training, the rows of a cell, and for each training row the index of the distinct row it repeats.
+
+    Depends on ``seed`` and, through the length of a prefix, on ``num_samples``; on no other axis.
+    """
+    seed_key = jax.random.fold_in(jax.random.key(spec.seed), seed)
+    rows_key, train_key, eval_key = jax.random.split(seed_key, 3)
+    order = np.asarray(jax.random.permutation(rows_key, len(world.pool)))
+    identity = np.asarray(spec.identity(num_samples))
+    train = world.pool[order[identity]]
+    mean = train.mean(axis=0) if spec.center and not spec.separable else np.zeros(train.shape[1], train.dtype)
+    population = world.population._replace(means=world.population.means - mean[None, :])
+    data = CellData(jnp.asarray(train - mean), jnp.asarray(world.held_out - mean), population, eval_key)
+    return train_key, data, tuple(identity.tolist())

@@ -1,0 +1,103 @@
+"""The structure of the house: who may import whom, and what each room may use."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+ROOMS = ("dae_theory", "sims", "scaling", "paper_figs")
+MODULES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+THEORY_MAY_USE = {"jax", "jaxtyping", "numpy", "optax", "dae_theory"}
+STANDARD_LIBRARY_IN_THEORY = {
+    "__future__", "collections", "dataclasses", "enum", "functools", "itertools", "math", "numbers", "types", "typing",
+}  # fmt: skip
+
+
+def imports(path):
+    """Top-level packages and full module names that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively"
+            yield node.module
+
+
+def name_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_follow_the_arrows(path):
+    room = path.relative_to(ROOT).parts[0]
+    tops = {name.split(".")[0] for name in imports(path)}
+    above = set(ROOMS[ROOMS.index(room) + 1 :]) | {"tests"}
+    assert not tops & above, f"{path} imports {tops & above}, which stand above {room}"
+    if room != "paper_figs":
+        assert "matplotlib" not in tops, f"{path} plots outside paper_figs"
+    if path.stem != "bench":
+        assert not tops & {"torch", "torchax"}, f"{path} imports torch outside a benchmark"
+    assert not tops & {"pickle", "dill", "joblib"}, f"{path} can unpickle"
+    if room == "dae_theory":
+        stray = tops - THEORY_MAY_USE - STANDARD_LIBRARY_IN_THEORY
+        assert not stray, f"{path} imports {stray}; theory is formulas only"
+
+
+def test_there_are_no_import_cycles():
+    known = {name_of(path): path for path in MODULES}
+    graph = {}
+    for name, path in known.items():
+        targets = set()
+        tree = ast.parse(path.read_text())
+        # Imports inside functions run later and cannot close a cycle at import time.
+        for node in tree.body:
+            if isinstance(node, ast.Import):
+                targets |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                targets |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        graph[name] = {t for t in targets if t in known and t != name and not name.startswith(t + ".")}
+    done, path = set(), []
+
+    def visit(name):
+        assert name not in path, " -> ".join([*path[path.index(name) :], name]) if name in path else ""
+        if name in done:
+            return
+        path.append(name)
+        for target in sorted(graph[name]):
+            # A package's own __init__ re-exports its modules; they may not import it back at import time.
+            visit(target)
+        path.pop()
+        done.add(name)
+
+    for name in graph:
+        visit(name)
+
+
+def test_modules_stay_small_enough_to_read():
+    long = {str(p.relative_to(ROOT)): n for p in MODULES if (n := p.read_text().count("\n")) > 420}
+    assert not long, f"about 400 lines is the limit: {long}"
+
+
+def test_no_module_is_hidden_by_a_function_of_its_name():
+    for room in ROOMS:
+        exported = {
+            alias.asname or alias.name
+            for node in ast.parse((ROOT / room / "__init__.py").read_text()).body
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+            if node.module != room
+        }
+        modules = {path.stem for path in (ROOT / room).glob("*.py")} - {"__init__", "__main__"}
+        assert not exported & modules, f"{room} exports {exported & modules}, which hides modules of that name"
+
+
+def test_libraries_print_nothing_and_set_nothing():
+    for path in MODULES:
+        if path.stem in ("__main__", "bench"):
+            continue
+        calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        names = {ast.unparse(call.func) for call in calls}
+        assert not names & {"print", "jax.config.update", "np.random.seed"}, f"{path} prints or sets global state"
+        assert not any(name.endswith("PRNGKey") for name in names), f"{path} uses an old-style key"
