@@ -14,6 +14,7 @@ with ``jax.vmap``; labels, ranks and widths are static.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -25,7 +26,16 @@ from dae_theory.checks import check_data, check_integer, check_nonnegative
 from dae_theory.mixture import GaussianMixture
 from dae_theory.model import ReluDae
 from dae_theory.precision import full_precision
-from dae_theory.spectra import Labels, Ranks, blocks_alike, check_ranks, partition, population_axes, principal_axes
+from dae_theory.spectra import (
+    Labels,
+    Ranks,
+    block_points,
+    blocks_alike,
+    check_ranks,
+    partition,
+    population_axes,
+    principal_axes,
+)
 from dae_theory.types import Scalar
 
 __all__ = [
@@ -112,15 +122,11 @@ def block_minimizer(
     ranks = _some(check_ranks(ranks, np.minimum(blocks.counts, d), width=width))
     columns, owners = [], []
     for numbers, rows in blocks_alike(blocks, ranks):
-        rank, size = ranks[numbers[0]], rows.shape[1]
-
-        def block(points: Float[Array, "n_k d"], rank: int = rank, size: int = size) -> Float[Array, "p_k d"]:
-            lam, axes = principal_axes(points, rank)
-            q = shrinkage(lam / size, size / n, sigma, penalty)
-            return block_units(q, axes, jnp.mean(points, axis=0), orthogonal_factor(rank)).T
-
+        rank = ranks[numbers[0]]
         if rank:
-            columns.append(jax.vmap(block)(data[rows]).reshape(-1, d))
+            counts = jnp.asarray(blocks.counts[numbers], data.dtype)
+            block = functools.partial(_block, n=n, sigma=sigma, penalty=penalty, rank=rank)
+            columns.append(jax.vmap(block)(block_points(data, rows), counts).reshape(-1, d))
             owners.append(np.repeat(numbers, rank))
     order = np.argsort(np.concatenate(owners), kind="stable")
     return _tied(jnp.concatenate(columns)[order].T, width)
@@ -153,7 +159,7 @@ def generalizing_minimizer(
 def block_units(
     q: Float[Array, " p"], axes: Float[Array, "d p"], mean: Float[Array, " d"], factor: ArrayLike
 ) -> Float[Array, "d p"]:
-    r"""The units of one block from the gains q_j of its axes u_j, columns of ``axes``, and the cluster's mean.
+    r"""The units of one block from the gains q_j of its axes u_j, columns of ``axes``, and the cluster's mean or sum.
 
     .. math:: W = U \, \mathrm{diag}(\pm \sqrt{q}) \, O^\top, \quad \pm = \mathrm{sign}(u_j^\top \bar x)
 
@@ -192,6 +198,14 @@ def _check(data: Float[Array, "n d"], sigma: Scalar, penalty: Scalar) -> None:
     check_data(data)
     check_nonnegative("sigma", sigma)
     check_nonnegative("penalty", penalty)
+
+
+def _block(
+    points: Float[Array, "m d"], count: Float[Array, ""], *, n: int, sigma: Scalar, penalty: Scalar, rank: int
+) -> Float[Array, "p_k d"]:
+    lam, axes = principal_axes(points, rank)
+    q = shrinkage(lam / count, count / n, sigma, penalty)
+    return block_units(q, axes, jnp.sum(points, axis=0), orthogonal_factor(rank)).T
 
 
 def _some(ranks: tuple[int, ...]) -> tuple[int, ...]:

@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 # Work in flight by default: pairs of units that fit a CPU's cache, and numbers of one batch of noise.
-PAIRS_IN_FLIGHT = 2**15
+PAIRS_IN_FLIGHT = 2**14
 NOISE_IN_FLIGHT = 2**20
 
 
@@ -90,8 +90,8 @@ def code_moments(dae: ReluDae, x: Float[Array, " d"], sigma: Scalar) -> CodeMome
     mean, covariance = _pair_moments(_noise(dae.w1, sigma), dae.w1, x)
     j, k = _pairs(mean.size)
     position = np.zeros((mean.size, mean.size), int)
-    position[j, k] = position[k, j] = np.arange(j.size).reshape(j.shape)
-    return CodeMoments(mean, covariance.ravel()[position])
+    position[j, k] = position[k, j] = np.arange(j.size)
+    return CodeMoments(mean, covariance[position])
 
 
 @full_precision
@@ -228,15 +228,7 @@ def _chunk(chunk_size: int | None, default: int) -> int:
 
 
 def _pairs(width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Units (j, k) with ``k = j + step mod p`` for step = 0, ..., ⌊p/2⌋: every pair, in an array (steps, p)."""
-    step, j = np.indices((width // 2 + 1, width))
-    return j, (j + step) % width
-
-
-def _partners(x: Float[Array, " p"]) -> Float[Array, "steps p"]:
-    """``x[k]`` for :func:`_pairs`, without the gather whose derivative, a scatter, is slow."""
-    p, steps = x.size, x.size // 2 + 1
-    return jnp.tile(x, steps + 1)[: steps * (p + 1)].reshape(steps, p + 1)[:, :p]
+    return np.triu_indices(width)
 
 
 def _noise(w1: Float[Array, "d p"], sigma: Float[Array, ""]) -> Noise:
@@ -246,24 +238,22 @@ def _noise(w1: Float[Array, "d p"], sigma: Float[Array, ""]) -> Noise:
     return Noise(sigma * norm, sigma * sigma * gram[_pairs(sq_norm.size)])
 
 
-def _pair_weights(w2: Float[Array, "d p"]) -> Float[Array, "steps p"]:
-    """Entries of W₂ᵀW₂ so weighted that a sum over :func:`_pairs` is one over all j and k."""
+def _pair_weights(w2: Float[Array, "d p"]) -> Float[Array, " pairs"]:
+    """Entries of W₂ᵀW₂, those off the diagonal twice: a trace over all pairs as a sum over ``j <= k``."""
     j, k = _pairs(w2.shape[1])
-    step = (k - j) % w2.shape[1]
-    return (w2.T @ w2)[j, k] * np.where((step == 0) | (2 * step == w2.shape[1]), 1.0, 2.0).astype(w2.dtype)
+    return (w2.T @ w2)[j, k] * np.where(j == k, 1.0, 2.0).astype(w2.dtype)
 
 
 def _pair_moments(
     noise: Noise, w1: Float[Array, "d p"], x: Float[Array, " d"]
-) -> tuple[Float[Array, " p"], Float[Array, "steps p"]]:
-    mean = x @ w1
-    own = [jnp.broadcast_to(a[None, :], noise.cov.shape) for a in (mean, noise.std)]
-    covariance = relu_covariance(own[0], _partners(mean), own[1], _partners(noise.std), noise.cov)
+) -> tuple[Float[Array, " p"], Float[Array, " pairs"]]:
+    mean, (j, k) = x @ w1, _pairs(w1.shape[1])
+    covariance = relu_covariance(mean[j], mean[k], noise.std[j], noise.std[k], noise.cov)
     return relu_mean(mean, noise.std), covariance
 
 
 def _risk_at(
-    dae: ReluDae, noise: Noise, weights: Float[Array, "steps p"], x: Float[Array, " d"]
+    dae: ReluDae, noise: Noise, weights: Float[Array, " pairs"], x: Float[Array, " d"]
 ) -> Float[Array, ""]:
     mean, covariance = _pair_moments(noise, dae.w1, x)
     return jnp.sum(jnp.square(dae.w2 @ mean - x)) + jnp.sum(weights * covariance)

@@ -28,6 +28,7 @@ __all__ = [
     "Ranks",
     "Spectra",
     "block_copies",
+    "block_points",
     "blocks_alike",
     "check_multiplicity",
     "check_ranks",
@@ -115,13 +116,27 @@ def check_ranks(ranks: Ranks, limits: Sequence[int] | np.ndarray, *, width: int 
 
 
 def blocks_alike(blocks: Blocks, ranks: Sequence[int] | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Blocks of equal size (and rank) together, so that one batched call serves them: block numbers, rows (g, n_k)."""
+    """Blocks of like size (and equal rank) together, so that one batched call serves them and compiles once.
+
+    Yields block numbers (g,) and rows (g, m), where m is n_k rounded up to a power of two and the row n, one past the
+    last, fills up: see :func:`block_points`.
+    """
+    n = blocks.members.size
     order = np.argsort(blocks.members, kind="stable")
     starts = np.cumsum(blocks.counts) - blocks.counts
-    keys = np.stack([blocks.counts, np.zeros_like(blocks.counts) if ranks is None else np.asarray(ranks)], axis=1)
+    sizes = [1 << (int(count) - 1).bit_length() for count in blocks.counts]
+    keys = np.stack([sizes, np.zeros_like(sizes) if ranks is None else np.asarray(ranks)], axis=1)
     for key in np.unique(keys, axis=0):
         (numbers_alike,) = np.nonzero(np.all(keys == key, axis=1))
-        yield numbers_alike, order[starts[numbers_alike][:, None] + np.arange(key[0])[None, :]]
+        place = np.arange(key[0])[None, :]
+        inside = place < blocks.counts[numbers_alike][:, None]
+        rows = order[np.minimum(starts[numbers_alike][:, None] + place, n - 1)]
+        yield numbers_alike, np.where(inside, rows, n)
+
+
+def block_points(data: Float[Array, "n d"], rows: np.ndarray) -> Float[Array, "g m d"]:
+    """The rows of each block of :func:`blocks_alike`, and zeros, which change no second moment."""
+    return data.at[jnp.asarray(rows)].get(mode="fill", fill_value=0.0)
 
 
 @full_precision
@@ -133,15 +148,20 @@ def principal_axes(points: Float[Array, "m d"], rank: int) -> tuple[Float[Array,
     From the smaller of the two Gram matrices. Eigenvalues that rounding cannot tell from zero are exactly zero.
     """
     m, d = points.shape
-    if m < d:
-        _, axes = jnp.linalg.eigh(points @ points.T)
-        # Dividing by √Λ instead would lose orthogonality in the weak directions.
-        axes, _ = jnp.linalg.qr(points.T @ axes[:, ::-1][:, :rank])
-    else:
-        _, axes = jnp.linalg.eigh(points.T @ points)
-        axes = axes[:, ::-1][:, :rank]
     # The Gram matrix's eigenvalues are off by the rounding of the largest; Rayleigh quotients square that error.
-    lam = jnp.sum(jnp.square(points @ axes), axis=0)
+    if m < d:
+        gram = points @ points.T
+        # Rows of zeros would tie at the eigenvalue 0, and ties make derivatives NaN: send them below, one by one.
+        empty = jnp.all(points == 0, axis=1).astype(gram.dtype)
+        _, vectors = jnp.linalg.eigh(gram - jnp.diag(empty * jnp.cumsum(empty)) * jnp.trace(gram) / m)
+        scaled = points.T @ vectors[:, ::-1][:, :rank]
+        lam = jnp.sum(jnp.square(scaled), axis=0)
+        # Dividing by √Λ instead would lose orthogonality in the weak directions.
+        axes, _ = jnp.linalg.qr(scaled)
+    else:
+        _, vectors = jnp.linalg.eigh(points.T @ points)
+        axes = vectors[:, ::-1][:, :rank]
+        lam = jnp.sum(jnp.square(points @ axes), axis=0)
     floor = (jnp.finfo(lam.dtype).eps * max(m, d)) ** 2
     return jnp.where(lam > floor * jnp.max(lam), lam, 0.0), axes
 
@@ -164,7 +184,7 @@ def empirical_spectra(data: Float[Array, "n d"], labels: Labels, *, multiplicity
     moments = jnp.zeros((counts.size, width), data.dtype)
     for numbers_alike, rows in blocks_alike(blocks):
         rank = min(rows.shape[1], width)
-        lam, _ = jax.vmap(lambda points, rank=rank: principal_axes(points, rank))(weighted[rows])
+        lam, _ = jax.vmap(lambda points, rank=rank: principal_axes(points, rank))(block_points(weighted, rows))
         sizes = jnp.asarray(counts[numbers_alike], data.dtype)
         moments = moments.at[numbers_alike, :rank].set(lam / sizes[:, None])
     return Spectra(moments, jnp.asarray(counts / counts.sum(), data.dtype))

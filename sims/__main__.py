@@ -11,24 +11,9 @@ from collections.abc import Callable, Sequence
 from absl import app, logging
 from absl.flags import argparse_flags
 
-from sims.files import write_text
-
 from sims import flags
-
-DEMO = {
-    "dataset": "digits",
-    "num_samples": (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
-    "sigma": (0.25, 0.5, 1.0, 1.5, 2.0, 3.0),
-    "width": (64,),
-    "penalty": (1e-3,),
-    "optimizer": "adam",
-    "learning_rate": (3e-3,),
-    "schedule": "cosine",
-    "batch_size": 128,
-    "steps": 2000,
-    "seeds": 4,
-}
-"""The experiment of ``python -m sims demo``."""
+from sims.files import write_text
+from sims.presets import DEMO
 
 
 def main() -> None:

@@ -172,7 +172,7 @@ def labels(run: Run) -> xr.Dataset:
 
 def dims(array: zarr.Array) -> tuple[str, ...]:
     """Names of an array's dimensions."""
-    return tuple(cast(Any, array.metadata).dimension_names)
+    return tuple(cast(Any, array.metadata).dimension_names or ())
 
 
 def pending(run: Run) -> list[Unit]:
@@ -217,7 +217,7 @@ def read_chunk(run: Run, name: str, unit: Unit) -> np.ndarray:
         raise StoreError(f"{file} is damaged or lost; delete {done} and {AGAIN}, only {_shown(unit)} is computed anew.")
     values = np.frombuffer(body, array.dtype.newbyteorder("<")).reshape(array.chunks)
     # The last chunk of a dimension is padded.
-    return values[tuple(slice(part.stop - part.start) for part in region(array, unit))]
+    return values[(*(slice(part.stop - part.start) for part in region(array, unit)), ...)]
 
 
 def _fill(dtype: np.dtype) -> np.ndarray:

@@ -15,6 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from jaxtyping import UInt8
@@ -128,7 +129,7 @@ def _unzipped(file: Path) -> Iterator[tuple[io.BufferedIOBase, int]]:
             yield raw, 1
 
 
-def _read_array(stream: io.BufferedIOBase, size: int) -> np.ndarray:
+def _read_array(stream: io.BufferedIOBase | IO[bytes], size: int) -> np.ndarray:
     """An array in NumPy's format from a stream of ``size`` bytes."""
     headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     version = np.lib.format.read_magic(stream)

@@ -22,6 +22,7 @@ from jaxtyping import Int, Num
 
 from dae_theory import mixture as mx
 from dae_theory.checks import check_integer
+from dae_theory.types import Scalar
 from sims.formats import read_cifar10, read_idx, read_image, read_npy, read_npz
 
 __all__ = [
@@ -94,10 +95,10 @@ def mixture(
     *,
     modes: int = 4,
     dim: int = 32,
-    separation: float = 3.0,
-    spread: float = 1.0,
+    separation: Scalar = 3.0,
+    spread: Scalar = 1.0,
     rank: int = 0,
-    decay: float = 1.0,
+    decay: Scalar = 1.0,
     weights: str = "",
     size: int = 4096,
     seed: int = 0,
@@ -315,7 +316,7 @@ def _unknown(rows: np.ndarray) -> np.ndarray:
 
 def _of_images(pictures: np.ndarray, labels: np.ndarray) -> Source:
     count, height, width, channels = pictures.shape
-    return Source(pictures.reshape(count, -1), labels, (height, width, channels))
+    return Source(pictures.reshape(count, height * width * channels), labels, (height, width, channels))
 
 
 def _of_arrays(path: Path, array: np.ndarray, labels: np.ndarray | None, values: str) -> Source:
@@ -345,7 +346,7 @@ def _of_arrays(path: Path, array: np.ndarray, labels: np.ndarray | None, values:
     if array.ndim == 4 and array.shape[1] in (1, 3) and array.shape[3] not in (1, 3):
         array = array.transpose(0, 2, 3, 1)
     shape = {3: (*array.shape[1:], 1), 4: array.shape[1:]}.get(array.ndim)
-    return Source(array.reshape(len(array), -1), classes.astype(np.int64), shape, span)
+    return Source(array.reshape(len(array), math.prod(array.shape[1:])), classes.astype(np.int64), shape, span)
 
 
 def _image_files(path: Path) -> tuple[list[Path], np.ndarray]:

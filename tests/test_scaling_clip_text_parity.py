@@ -41,6 +41,7 @@ for repository, parts in PUBLISHED.items():
     for part, fields in parts.items():
         if part.startswith("text_encoder"):
             narrow = fields | {
+                "num_hidden_layers": 3,
                 "hidden_size": 4 * fields["num_attention_heads"],
                 "intermediate_size": 64,
                 "vocab_size": 99,

@@ -96,7 +96,7 @@ def embed_labels(
             rows = jnp.take(params["class_embedding.weight"], labels, axis=0, mode="fill", fill_value=jnp.nan)
             return tap("class_embedding", rows)
         case "timestep":
-            emb = sinusoids(labels.astype(jnp.float32)).astype(like.dtype)
+            emb = tap("time_proj", sinusoids(labels.astype(jnp.float32))).astype(like.dtype)
             return timestep_embedding(params, tap, "class_embedding", emb, act_fn=act_fn)
         case "projection":
             return timestep_embedding(params, tap, "class_embedding", labels.astype(like.dtype))

@@ -135,6 +135,10 @@ class Fields:
         """One of ``choices``, which may hold None."""
         return self._choice(name, self.raw(name, default), choices)
 
+    def choices(self, name: str, default: Sequence[str], choices: Sequence[str]) -> tuple[str, ...]:
+        """A list of one to MAX_BLOCKS of ``choices``."""
+        return tuple(self._choice(name, item, choices) for item in self._list(name, self.raw(name, default)))
+
     def block_types(self, name: str, default: Sequence[str], choices: Sequence[str], count: int) -> tuple[str, ...]:
         """The types of ``count`` blocks; a prefix of 2022, ``UNetRes``, is dropped."""
         items = self._list(name, self.raw(name, default))

@@ -1,0 +1,51 @@
+"""A figure on disk: its picture, its numbers, and what they were computed from, side by side.
+
+``NAME.png`` is drawn from ``NAME.npz`` alone, and ``NAME.json`` says by which spec and versions the numbers were
+computed.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.figure
+import numpy as np
+
+from sims.files import replace_file, write_text
+from sims.provenance import environment
+
+__all__ = ["Arrays", "STYLE", "load_arrays", "save"]
+
+Arrays = Mapping[str, np.ndarray]
+"""The numbers of a figure, by name."""
+
+STYLE = str(pathlib.Path(__file__).with_name("paper.mplstyle"))
+
+
+def save(
+    name: str, figure: matplotlib.figure.Figure, arrays: Arrays, spec: Mapping[str, Any], out: pathlib.Path
+) -> list[pathlib.Path]:
+    """Write the three files into ``out`` and return their paths; ``ValueError`` naming a file that cannot be
+    written."""
+    paths = [out / f"{name}.{suffix}" for suffix in ("npz", "json", "png")]
+    record = {"figure": name, "spec": spec, "environment": environment()}
+
+    def write_arrays(partial: pathlib.Path) -> None:
+        with partial.open("wb") as file:
+            np.savez_compressed(file, **{key: np.asarray(value) for key, value in arrays.items()})
+
+    replace_file(paths[0], write_arrays)
+    write_text(paths[1], json.dumps(record, indent=1))
+    with mpl.rc_context(fname=STYLE):
+        replace_file(paths[2], lambda partial: figure.savefig(partial, format="png"))
+    return paths
+
+
+def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The numbers of a saved figure, to draw it again or differently; never unpickles."""
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)

@@ -1,0 +1,84 @@
+"""One code of a memorized and one of a generalized sample as bars, and histograms of their spikiness, after Fig. 4.
+
+A memorized sample is a training row of a network that stored its few rows; a generalized one is a held-out row of a
+network trained on many. Only the training set differs between the two networks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import matplotlib.figure
+import numpy as np
+from matplotlib import pyplot as plt
+
+from dae_theory import encode, merge_parallel_columns, spikiness
+from paper_figs.artifacts import Arrays
+from paper_figs.networks import train
+from sims.spec import Spec
+
+__all__ = ["QUICK", "SPEC", "compute", "draw"]
+
+_COMMON = {
+    "dataset": "digits",
+    "center": True,
+    "width": 64,
+    "sigma": 0.5,
+    "penalty": 0.1,
+    "schedule": "cosine",
+    "steps": 20000,
+    "batch_size": 128,
+    "seeds": 1,
+}
+SPEC: dict[str, Any] = {
+    "noisy": 400,
+    "cases": {
+        "memorized": _COMMON | {"separable": 8, "num_samples": 8},
+        "generalized": _COMMON | {"num_samples": 1024},
+    },
+}
+"""What is computed: how many noisy codes a histogram has, and a spec for each network."""
+
+QUICK = SPEC | {"noisy": 50, "cases": {name: case | {"steps": 200} for name, case in SPEC["cases"].items()}}
+
+
+def compute(spec: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Codes of noisy rows by each network, parallel units merged; training rows if memorized, held-out if
+    generalized."""
+    results: dict[str, np.ndarray] = {}
+    for number, (name, case) in enumerate(spec["cases"].items()):
+        experiment = Spec.from_dict(case)
+        trained = train(experiment)
+        rows = trained.train if name == "memorized" else trained.held_out
+        picked = rows[np.arange(spec["noisy"]) % len(rows)]
+        key = jax.random.fold_in(jax.random.key(experiment.seed), number)
+        noisy = picked + experiment.sigma[0] * np.asarray(jax.random.normal(key, picked.shape, picked.dtype))
+        dae = merge_parallel_columns(trained.dae, tolerance=0.01)
+        codes = jax.vmap(lambda y, dae=dae: encode(dae, y))(noisy)
+        results[f"{name}_code"] = np.asarray(codes[0])
+        results[f"{name}_image"] = picked[0].reshape(trained.image_shape)
+        for measure in ("std", "l4_over_l2"):
+            results[f"{name}_{measure}"] = np.asarray(jax.vmap(spikiness.MEASURES[measure])(codes))
+    return results
+
+
+def draw(arrays: Arrays) -> matplotlib.figure.Figure:
+    """Top: one code each, with its clean image. Bottom: histograms of std and of l4/l2 over noisy rows."""
+    figure, axes = plt.subplots(2, 2, figsize=(6.2, 3.6))
+    names = ("memorized", "generalized")
+    for axis, name, color in zip(axes[0], names, ("C1", "C0"), strict=True):
+        code = np.sort(arrays[f"{name}_code"])[::-1]
+        axis.bar(np.arange(code.size), code, width=1.0, color=color)
+        axis.set(title=f"a {name} sample's code", xlabel="unit, in order of size", ylabel="activation")
+        inset = axis.inset_axes((0.72, 0.5, 0.26, 0.5))
+        inset.imshow(arrays[f"{name}_image"])
+        inset.set(xticks=[], yticks=[])
+    for axis, measure, label in zip(axes[1], ("std", "l4_over_l2"), ("std of code", "l4/l2 of code"), strict=True):
+        values = [arrays[f"{name}_{measure}"] for name in names]
+        edges = np.histogram_bin_edges(np.concatenate(values), 30)
+        for value, name, color in zip(values, names, ("C1", "C0"), strict=True):
+            axis.hist(value, edges, alpha=0.7, color=color, label=name)
+        axis.set(xlabel=label, ylabel="noisy samples")
+    axes[1, 1].legend()
+    return figure

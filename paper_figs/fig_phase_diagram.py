@@ -1,0 +1,101 @@
+"""The memorization-to-generalization transition over n and σ: the generalization gap, and where it is one half.
+
+Drawn from the results of a sweep (``--run DIR``), or of the sweep that :data:`SPEC` describes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib.figure
+import numpy as np
+import xarray as xr
+from matplotlib import pyplot as plt
+
+from paper_figs.artifacts import Arrays
+from sims.engine import sweep
+from sims.presets import DEMO
+from sims.spec import Spec
+from sims.transitions import transition
+
+__all__ = ["QUICK", "SPEC", "arrays_of_run", "compute", "draw"]
+
+SPEC: dict[str, Any] = dict(DEMO)
+"""The sweep to compute if no run is given."""
+
+QUICK = SPEC | {"num_samples": (2, 16, 128), "sigma": (0.5, 1.5), "steps": 100, "seeds": 2}
+
+_MEASURES = ("gap", "train_error", "held_out_error")
+
+
+def compute(spec: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Sweep, then reduce as :func:`arrays_of_run` does."""
+    return arrays_of_run(sweep(Spec.from_dict(spec), _MEASURES))
+
+
+def arrays_of_run(results: xr.Dataset) -> dict[str, np.ndarray]:
+    """Seed means of the gap and errors (n, σ) and the crossings of gap = 1/2, at the last step and first other values.
+
+    ``ValueError`` if the run did not measure them, or has fewer than two n.
+    """
+    lacking = [name for name in _MEASURES if name not in results]
+    if lacking:
+        raise ValueError(f"the phase diagram needs the measures {', '.join(lacking)}; sweep again with them.")
+    here = results[list(_MEASURES)].isel(step=-1)
+    here = here.isel({dim: 0 for dim in here.dims if dim not in ("num_samples", "sigma", "seed")})
+    found = transition(here)
+    means = here.mean("seed").transpose("num_samples", "sigma")
+    return {
+        "num_samples": here.num_samples.values,
+        "sigma": here.sigma.values,
+        **{name: means[name].values for name in _MEASURES},
+        "transition": found.estimate.values,
+        "transition_low": found.low.values,
+        "transition_high": found.high.values,
+        "seeds": np.array(here.sizes["seed"]),
+    }
+
+
+def draw(arrays: Arrays) -> matplotlib.figure.Figure:
+    """Left: gap over n × σ with the transition and its interval. Right: train and held-out error against n."""
+    n, sigma = arrays["num_samples"], arrays["sigma"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(6.8, 2.9), width_ratios=(1.15, 1))
+    mesh = left.pcolormesh(
+        _edges(sigma), _edges(n), arrays["gap"], cmap="viridis", vmin=0, vmax=1, edgecolors="none", rasterized=True
+    )
+    figure.colorbar(mesh, ax=left, label="1 - train error/held-out error")
+    inside = np.isfinite(arrays["transition"])
+    low, high = (arrays[f"transition_{end}"][inside] for end in ("low", "high"))
+    where = arrays["transition"][inside]
+    spread = np.nan_to_num([where - low, high - where]).clip(0)
+    left.errorbar(sigma[inside], where, spread, color="white", marker="o", capsize=2, label=r"gap = 1/2, 95 % interval")
+    left.set(xscale="log", yscale="log", xlabel="noise level σ", ylabel="training images n")
+    _plain_ticks(left.xaxis, sigma)
+    _plain_ticks(left.yaxis, n)
+    left.text(0.04, 0.04, "memorizes", transform=left.transAxes, color="black", fontweight="bold")
+    left.text(0.96, 0.92, "generalizes", transform=left.transAxes, color="white", fontweight="bold", ha="right")
+    left.set_title("generalization gap; line: gap = 1/2 with 95 % interval")
+    shown = np.unique(np.linspace(0, len(sigma) - 1, 3).round().astype(int))
+    for color, j in zip(("C0", "C1", "C2"), shown, strict=False):
+        right.plot(n, arrays["held_out_error"][:, j], color=color, marker="o", label=f"σ = {sigma[j]:g}")
+        right.plot(n, arrays["train_error"][:, j], color=color, marker="o", linestyle="--")
+        right.axvline(arrays["transition"][j], color=color, linewidth=0.6, linestyle=":")
+    right.set(xscale="log", yscale="log", xlabel="training images n", ylabel="denoising error E‖f(y) - x‖²")
+    _plain_ticks(right.xaxis, n)
+    right.set_title("solid: held-out, dashed: training; dotted: gap = 1/2")
+    right.legend()
+    return figure
+
+
+def _edges(centers: np.ndarray) -> np.ndarray:
+    """Edges of cells around points of a logarithmic axis."""
+    logs = np.log(centers.astype(float))
+    if len(logs) == 1:
+        return np.exp([logs[0] - 0.5, logs[0] + 0.5])
+    middles = (logs[1:] + logs[:-1]) / 2
+    return np.exp([2 * logs[0] - middles[0], *middles, 2 * logs[-1] - middles[-1]])
+
+
+def _plain_ticks(axis: Any, values: np.ndarray) -> None:
+    axis.set_ticks(values, [f"{value:g}" for value in values])
+    axis.set_ticks([], minor=True)

@@ -1,0 +1,158 @@
+"""Reading safetensors files that may be damaged or hostile.
+
+The header is checked by our own code, whole, before any tensor is touched: every tensor's extent must agree with its
+shape and dtype, and together they must cover the file exactly. Tensors are then mapped, not read, so that one is copied
+at a time. Format: https://huggingface.co/docs/safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+__all__ = ["FLOATS", "Entry", "read_header", "read_index", "read_json", "tensors", "write_tensors"]
+
+MAX_HEADER = 1 << 24
+MAX_JSON = 1 << 24
+MAX_RANK = 8
+
+_DTYPES: dict[str, Any] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+"""Names of the dtypes that a parameter may have."""
+
+
+class Entry(NamedTuple):
+    """Where a file holds a tensor: bytes [start, stop) of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of at most MAX_JSON bytes; ``ValueError`` for anything else, doubled keys too."""
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file.")
+    if path.stat().st_size > MAX_JSON:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes are too many for a configuration.")
+    return _json_object(path.read_bytes(), str(path))
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors in a safetensors file by name; ``ValueError`` if the file is not exactly what its header says."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > size - 8:
+            raise ValueError(f"{path}: truncated, or no safetensors file: {size} bytes, a header of {length}.")
+        if length > MAX_HEADER:
+            raise ValueError(f"{path}: a header of {length} bytes is beyond the limit of {MAX_HEADER}.")
+        header = _json_object(file.read(length), f"{path} (header)")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path}: __metadata__ must be an object, got {type(metadata).__name__}.")
+    entries = {name: _entry(f"{path}: tensor {name!r}", value, 8 + length) for name, value in header.items()}
+    end = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != end:
+            raise ValueError(f"{path}: tensor {name!r} begins at byte {entry.start}, not where the last ended, {end}.")
+        end = entry.stop
+    if end != size:
+        raise ValueError(f"{path}: the tensors end at byte {end}, the file at {size}; it is truncated or damaged.")
+    return entries
+
+
+def read_index(path: Path) -> dict[str, list[str]]:
+    """Files named by a shard index, with the tensors it puts in each; names with folders in them are refused."""
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path}: weight_map must be an object from tensors to files.")
+    files: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not re.fullmatch(r"[\w][\w.-]*\.safetensors", file):
+            raise ValueError(f"{path}: tensor {name!r} is in {file!r}; shards are .safetensors files beside their index.")
+        files.setdefault(file, []).append(name)
+    return files
+
+
+def tensors(path: Path, entries: Mapping[str, Entry]) -> Iterator[tuple[str, np.ndarray]]:
+    """Each tensor as a read-only view of the mapped file: copy what you keep."""
+    mapped = np.memmap(path, np.uint8, mode="r")
+    for name, entry in entries.items():
+        yield name, mapped[entry.start : entry.stop].view(_DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+def write_tensors(path: Path, shapes: Mapping[str, tuple[Any, tuple[int, ...]]], arrays: Iterator[np.ndarray]) -> None:
+    """Write a safetensors file, one tensor at a time: ``shapes`` gives dtype and shape by name, ``arrays`` come in order.
+
+    The file appears under its name only when it is complete.
+    """
+    names = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in shapes.items():
+        stop = offset + math.prod(shape) * np.dtype(dtype).itemsize
+        header[name] = {"dtype": names[np.dtype(dtype)], "shape": list(shape), "data_offsets": [offset, stop]}
+        offset = stop
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in arrays:
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    partial.replace(path)
+
+
+def _json_object(text: bytes, origin: str) -> dict[str, Any]:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key appears twice")
+        return found
+
+    try:
+        value = json.loads(text.decode(), object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{origin}: not valid JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{origin}: must be a JSON object, got {type(value).__name__}.")
+    return value
+
+
+def _entry(origin: str, value: Any, data: int) -> Entry:
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{origin}: must have dtype, shape and data_offsets and nothing else.")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(f"{origin}: unknown dtype {dtype!r}; known are {', '.join(_DTYPES)}.")
+    if not _naturals(shape) or not _naturals(offsets) or len(shape) > MAX_RANK or len(offsets) != 2:
+        raise ValueError(f"{origin}: shape and data_offsets must be lists of integers from 0, the latter of two.")
+    start, stop = offsets
+    if stop - start != math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize:
+        raise ValueError(f"{origin}: {stop - start} bytes do not hold {dtype} of shape {shape}.")
+    return Entry(dtype, tuple(shape), data + start, data + stop)
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)

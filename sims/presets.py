@@ -1,0 +1,24 @@
+"""Named experiments."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+__all__ = ["DEMO"]
+
+DEMO = MappingProxyType(
+    {
+        "dataset": "digits",
+        "num_samples": (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
+        "sigma": (0.25, 0.5, 1.0, 1.5, 2.0, 3.0),
+        "width": (64,),
+        "penalty": (1e-3,),
+        "optimizer": "adam",
+        "learning_rate": (3e-3,),
+        "schedule": "cosine",
+        "batch_size": 128,
+        "steps": 2000,
+        "seeds": 4,
+    }
+)
+"""``python -m sims demo``: the phase diagram of the embedded digits."""
