@@ -1,15 +1,15 @@
 r"""The bivariate normal distribution over the whole range of the correlation, ±1 included.
 
-``(Z₁, Z₂)`` is standard normal with correlation ``r``; ``q = √(1 − r²)``; ``φ``, ``Φ`` are the standard normal density and
-distribution. Everything is elementwise: arguments have one shape, batch freely.
-
-The wedge ``{Z₁ > −a, Z₂ > −b}`` is cut into two right-angled pieces, seen from its vertex at the coordinates
+``(Z₁, Z₂)`` is standard normal with correlation ``r``; ``q = √(1 − r²)``; ``φ`` and ``Φ`` are the standard normal
+density and distribution. The wedge ``{Z₁ > −a, Z₂ > −b}`` has its corner, measured along its two edges, at
 
 .. math:: t_a = (a - r b)/q, \quad t_b = (b - r a)/q, \quad a^2 + t_b^2 = b^2 + t_a^2,
 
-each of which is Owen's T function :cite:`owen56` of a tangent of at most 1. That integrand is analytic, so one short
-Gauss rule serves every correlation; the direct integral over the correlation has an essential singularity at ±1 and
-needs a second method there :cite:`genz04`.
+and is cut there into two right-angled pieces, each an Owen T function :cite:`owen56` of a tangent of at most 1. That
+integrand is analytic, so one short Gauss rule serves every correlation; the integral over the correlation itself has an
+essential singularity at ±1 and needs a second method there :cite:`genz04`.
+
+Everything is elementwise: arguments have one shape, which may be batched freely.
 """
 
 from __future__ import annotations
@@ -22,35 +22,37 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-__all__ = ["Vertex", "bivariate_normal_cdf", "gate_covariance", "normal_cdf", "normal_pdf", "vertex"]
+__all__ = ["SATURATION", "Corner", "bivariate_normal_cdf", "corner", "gate_covariance", "normal_cdf", "normal_pdf"]
 
 SQRT2 = math.sqrt(2.0)
-SQRT2PI = math.sqrt(2.0 * math.pi)
-# Beyond this many standard deviations the density is 0 in float64, so nothing changes any more.
+TWO_PI = 2.0 * math.pi
+# The density underflows to 0 at this many standard deviations: beyond, gates are certain.
 SATURATION = 40.0
+# For directions without a finite coordinate: beyond every finite one, and its square is finite in float32.
+FAR = 1e12
 
 
-class Vertex(NamedTuple):
-    """The corner of the wedge ``{Z₁ > −a, Z₂ > −b}`` along its two edges."""
+class Corner(NamedTuple):
+    """The corner of the wedge ``{Z₁ > −a, Z₂ > −b}``."""
 
     t_a: Float[Array, "*shape"]
-    """``(a − r b)/q``, signed infinity (a large number) where ``q = 0``."""
+    """``(a − r b)/q``; a huge number of the right sign, or 0, where ``q = 0``."""
     t_b: Float[Array, "*shape"]
     """``(b − r a)/q``, likewise."""
     tau_b: Float[Array, "*shape"]
-    """``b − r a``, finite everywhere."""
+    """``b − r a = q t_b``, the mean of ``b + Z₂`` given ``a + Z₁ = 0``."""
     density: Float[Array, "*shape"]
-    """``exp(−(a² − 2 r a b + b²)/2q²)/2π``: ``2π q`` times the bivariate density, over ``2π``."""
+    """``exp(−(a² + t_b²)/2)/2π``, that is q times the joint density of ``a + Z₁`` and ``b + Z₂`` at the corner."""
 
 
 def normal_pdf(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     r"""Standard normal density, :math:`\phi(x) = e^{-x^2/2}/\sqrt{2\pi}`."""
-    return jnp.exp(-0.5 * x * x) / SQRT2PI
+    return jnp.exp(-0.5 * x * x) / math.sqrt(TWO_PI)
 
 
 @jax.custom_jvp
 def normal_cdf(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    r"""Standard normal distribution, :math:`\Phi(x) = \mathrm{erfc}(-x/\sqrt2)/2`: accurate far into the left tail."""
+    r"""Standard normal distribution, :math:`\Phi(x) = \mathrm{erfc}(-x/\sqrt2)/2`, accurate far into the left tail."""
     return 0.5 * jax.lax.erfc(-x / SQRT2)
 
 
@@ -63,12 +65,13 @@ def _(primals, tangents):
 def bivariate_normal_cdf(
     a: Float[Array, "*shape"], b: Float[Array, "*shape"], r: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
-    r"""The bivariate normal distribution :cite:`owen56`.
+    r"""The bivariate normal distribution function, by Owen's method :cite:`owen56`.
 
     .. math:: \Phi_2(a, b; r) = P(Z_1 \le a, Z_2 \le b)
 
-    ``r`` in [−1, 1] (clipped). Absolute error below 1e-13 in float64 and 5e-7 in float32, at every ``r``. The derivative
-    in ``r`` is the density; at ``r = ±1`` it is given as 0, which is its limit unless the two bounds coincide.
+    ``a`` and ``b`` are any numbers, infinities included; ``r`` is clipped to [−1, 1]. The absolute error is below 1e-13
+    in float64 and 5e-7 in float32 at every ``r``. The derivative in ``r`` is the joint density; at ``r = ±1`` it is
+    given as 0, its limit unless the bounds coincide (``a = r b``).
     """
     r = jnp.clip(r, -1.0, 1.0)
     q_sq = (1.0 - r) * (1.0 + r)
@@ -81,64 +84,66 @@ def bivariate_normal_cdf(
 def gate_covariance(
     a: Float[Array, "*shape"], b: Float[Array, "*shape"], r: Float[Array, "*shape"], q: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
-    r"""Covariance of two gates :cite:`owen56`.
+    r"""Covariance of the two gates :cite:`owen56`, with ``ab < 0`` read by sign, 0 being positive.
 
-    .. math:: \mathrm{Cov}(1[Z_1 > -a], 1[Z_2 > -b]) = \Phi_2(a, b; r) - \Phi(a)\Phi(b)
-       = \frac14 - \Big(\Phi(a) - \frac12\Big)\Big(\Phi(b) - \frac12\Big) - T(a, t_b) - T(b, t_a) - \frac12 [ab < 0]
+    .. math:: \mathrm{Cov}(1[a + Z_1 > 0],\, 1[b + Z_2 > 0]) = \Phi_2(a, b; r) - \Phi(a)\Phi(b)
+       = \tfrac14 - (\Phi(a) - \tfrac12)(\Phi(b) - \tfrac12) - \tfrac12 1[ab < 0] - T(a, t_b) - T(b, t_a)
 
-    ``a, b`` within ±40; ``(r, q)`` cosine and sine of one angle, which the derivative in the angle,
-    ``−exp(−(a² + t_b²)/2)/2π`` times ``dθ = r dq − q dr``, keeps finite at ``q = 0``.
+    ``a`` and ``b`` lie within ±40; ``(r, q)`` are cosine and sine of one angle θ. The derivative in θ is minus
+    :attr:`Corner.density`, finite where that in ``r`` is not, so tangents are read as ``dθ = r dq − q dr``.
     """
-    # At the center both pieces lose their direction; a point beside it has the same value.
-    a_ = jnp.where(jnp.maximum(jnp.abs(a), jnp.abs(b)) < 1e-30, 1e-30, a)
-    b_ = jnp.where(jnp.maximum(jnp.abs(a), jnp.abs(b)) < 1e-30, 1e-30, b)
-    t_a, t_b, _, _ = vertex(a_, b_, r, q)
-    opposite = jnp.where((a_ < 0) != (b_ < 0), 0.5, 0.0)
-    product = (normal_cdf(a_) - 0.5) * (normal_cdf(b_) - 0.5)
-    return 0.25 - product - opposite - _owens_t(a_, t_b) - _owens_t(b_, t_a)
+    # At the center the two pieces lose their shapes; a point beside it has the same value.
+    center = jnp.maximum(jnp.abs(a), jnp.abs(b)) < 1e-30
+    a, b = jnp.where(center, 1e-30, a), jnp.where(center, 1e-30, b)
+    t_a, t_b, _, _ = corner(a, b, r, q)
+    opposite = jnp.where((a < 0) != (b < 0), 0.5, 0.0).astype(a.dtype)
+    product = (normal_cdf(a) - 0.5) * (normal_cdf(b) - 0.5)
+    return 0.25 - product - opposite - _owens_t(a, t_b) - _owens_t(b, t_a)
 
 
 @gate_covariance.defjvp
 def _(primals, tangents):
     a, b, r, q = primals
     da, db, dr, dq = tangents
-    t_a, t_b, _, density = vertex(a, b, r, q)
-    dx_a = normal_pdf(a) * (normal_cdf(t_b) - normal_cdf(b)) * da
-    dx_b = normal_pdf(b) * (normal_cdf(t_a) - normal_cdf(a)) * db
-    return gate_covariance(a, b, r, q), dx_a + dx_b - density * (r * dq - q * dr)
+    t_a, t_b, _, density = corner(a, b, r, q)
+    edge_a = normal_pdf(a) * (normal_cdf(t_b) - normal_cdf(b))
+    edge_b = normal_pdf(b) * (normal_cdf(t_a) - normal_cdf(a))
+    return gate_covariance(a, b, r, q), edge_a * da + edge_b * db - density * (r * dq - q * dr)
 
 
-def vertex(
+def corner(
     a: Float[Array, "*shape"], b: Float[Array, "*shape"], r: Float[Array, "*shape"], q: Float[Array, "*shape"]
-) -> Vertex:
-    """Corner of the wedge, without the cancellation of ``a − r b`` where ``|r|`` is near 1. ``a, b`` within ±40."""
+) -> Corner:
+    """Corner of the wedge, for ``a`` and ``b`` within ±40.
+
+    ``a − r b`` is summed as ``(a ∓ b) ± b (1 − |r|)``, which does not cancel where ``|r|`` is near 1.
+    """
     sign = jnp.where(r < 0, -1.0, 1.0).astype(r.dtype)
     gap = a - sign * b
-    safe_q = jnp.where(q > 0, q, 1.0)
+    apart = jnp.where(q > 0, gap / jnp.where(q > 0, q, 1.0), FAR * jnp.sign(gap))
     tilt = q / (1.0 + jnp.abs(r))
-    apart = jnp.where(q > 0, gap / safe_q, 1e9 * jnp.sign(gap))
     t_a = apart + sign * b * tilt
     t_b = sign * (a * tilt - apart)
     tau_b = sign * (a * tilt * q - gap)
-    return Vertex(t_a, t_b, tau_b, jnp.exp(-0.5 * (a * a + t_b * t_b)) / (2.0 * math.pi))
+    return Corner(t_a, t_b, tau_b, jnp.exp(-0.5 * (a * a + t_b * t_b)) / TWO_PI)
 
 
 def _owens_t(h: Float[Array, "*shape"], t: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    r"""Owen's :math:`T(h, t/h)`, odd in both, with ``h = 0`` read as 0⁺; the reflection keeps the tangent at most 1.
+    r"""Owen's ``T(h, t/h)``, odd in ``h`` and ``t``, with ``h = 0`` the limit from above.
 
-    .. math:: T = \frac{\rho}{2\pi} \int_0^1 \frac{e^{-h^2 (1 + \rho^2 z^2)/2}}{1 + \rho^2 z^2} dz, \quad \rho = t/h
+    .. math:: T = \frac{\rho}{2\pi} \int_0^1 \frac{e^{-h^2 (1 + \rho^2 z^2)/2}}{1 + \rho^2 z^2} \, dz, \quad
+       \rho = t/h, \qquad T(h, t/h) + T(t, h/t) = \pm\tfrac14 - (\Phi(h) - \tfrac12)(\Phi(t) - \tfrac12)
     """
-    swap = jnp.abs(t) > jnp.abs(h)
-    far, near = jnp.where(swap, t, h), jnp.where(swap, h, t)
-    rho = near / far
-    # The integrand is even in z with its nearest pole at ±i: N nodes on [−1, 1] leave an error of (1 + √2)^(−2N).
+    steep = jnp.abs(t) > jnp.abs(h)
+    long, short = jnp.where(steep, t, h), jnp.where(steep, h, t)
+    rho = short / long
+    # The integrand is even in z and its nearest poles are ±i, so N nodes on [−1, 1] err by (1 + √2)^(−2N).
     nodes, weights = np.polynomial.legendre.leggauss(20 if h.dtype == jnp.float64 else 10)
     total = jnp.zeros_like(h)
-    for z, weight in zip(nodes, weights, strict=True):
+    for z, weight in zip(nodes.tolist(), weights.tolist(), strict=True):
         if z > 0:
-            stretch = 1.0 + rho * rho * float(z * z)
-            total = total + float(weight) / (2.0 * math.pi) * jnp.exp(-0.5 * far * far * stretch) / stretch
-    piece = rho * total
-    quarter = jnp.where((h < 0) == (t < 0), 0.25, -0.25)
-    reflected = quarter - (normal_cdf(h) - 0.5) * (normal_cdf(t) - 0.5) - piece
-    return jnp.where(swap, reflected, piece)
+            stretch = 1.0 + rho * rho * (z * z)
+            total += weight / TWO_PI * jnp.exp(-0.5 * long * long * stretch) / stretch
+    flat = rho * total
+    quarter = jnp.where((h < 0) == (t < 0), 0.25, -0.25).astype(h.dtype)
+    return jnp.where(steep, quarter - (normal_cdf(h) - 0.5) * (normal_cdf(t) - 0.5) - flat, flat)

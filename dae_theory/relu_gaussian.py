@@ -1,18 +1,19 @@
 r"""Moments of rectified Gaussians: what a ReLU layer makes of Gaussian noise, in closed form.
 
 A preactivation ``u ~ N(m, s²)`` is given by its mean ``m`` and standard deviation ``s >= 0``; a pair by both and the
-covariance ``c``. With ``a = m/s``, ``Z`` standard normal and ``ω(a) = E[a + Z]_+ = a Φ(a) + φ(a)``,
+covariance ``c``. In units of ``s``, with ``a = m/s``, ``Z`` standard normal and ``ω(a) = E[a + Z]₊ = a Φ(a) + φ(a)``,
 
 .. math:: E[u]_+ = s\,\omega(a), \qquad \mathrm{Var}[u]_+ = s^2 (\Phi(a) - \omega(a)\,\omega(-a)).
 
-Covariances, not raw second moments, are the primitive: they saturate (to ``c``, or 0) where raw moments grow and
-cancel. Derivatives are closed forms too: each derivative of a covariance in a mean or in the covariance differentiates
-the rectifiers instead (Bonnet, :cite:`price58`), relu to gate to density, so no quadrature is ever differentiated.
+Covariances are the primitive here, not raw second moments: they stay exact where the gates are certain, while raw
+moments grow and cancel. Derivatives are closed forms too, down the ladder of :cite:`price58`: a derivative in the
+covariance or in a mean differentiates the rectifiers, relu to gate to density, so no quadrature is ever differentiated.
 
-Everything is elementwise: arguments have one shape, batch freely. Values and first derivatives are finite everywhere.
-A unit with ``m = s = 0`` (a zero column) is a kink: homogeneous of degree one in the column, so without a second
-derivative; first derivatives there are the mean of the two one-sided ones (the gate counts one half), and second
-derivatives are finite numbers without meaning.
+Everything is elementwise: arguments have one shape, which may be batched freely. Values and first derivatives are
+finite everywhere, at ``s = 0`` and at correlations ±1 too. Where ``m = s = 0`` (a zero column) the moments have a kink:
+they are homogeneous of degree one in the column. First derivatives there are the mean of the one-sided ones (the gate
+counts one half); second derivatives do not exist, and what automatic differentiation returns for them is finite but
+meaningless.
 """
 
 from __future__ import annotations
@@ -23,21 +24,37 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dae_theory.bivariate_normal import SATURATION, gate_covariance, normal_cdf, normal_pdf, vertex
+from dae_theory.bivariate_normal import SATURATION, corner, gate_covariance, normal_cdf, normal_pdf
 
 __all__ = ["relu_covariance", "relu_cross_moment", "relu_mean", "relu_second_moment", "relu_variance", "standardize"]
 
 
+class Pair(NamedTuple):
+    """Two preactivations in units of their standard deviations, ``a + Z₁`` and ``b + Z₂``."""
+
+    a: Float[Array, "*shape"]
+    b: Float[Array, "*shape"]
+    r: Float[Array, "*shape"]
+    """Correlation, cosine of the angle between the units."""
+    q: Float[Array, "*shape"]
+    """``√(1 − r²)``, sine of that angle."""
+    gates: Float[Array, "*shape"]
+    """``gate_covariance(a, b, r, q)``, carried along so that its quadrature is done once."""
+
+
 def standardize(mean: Float[Array, "*shape"], std: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """``a = mean/std`` within ±40, beyond which a gate is certain; 0 where both are 0."""
+    """``a = mean/std``, cut at ±40 where the gate is certain; 0 where both are 0."""
     certain = jnp.abs(mean) > SATURATION * std
-    regular = (std > 0) & ~certain
-    return jnp.where(certain, SATURATION * jnp.sign(mean), mean / jnp.where(regular, std, 1.0))
+    ratio = mean / jnp.where(certain | (std == 0), 1.0, std)
+    return jnp.where(certain, SATURATION * jnp.sign(mean), ratio)
 
 
 @jax.custom_jvp
 def relu_mean(mean: Float[Array, "*shape"], std: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    r""".. math:: E[u]_+ = m \Phi(a) + s \phi(a)."""
+    r"""Mean of a rectified Gaussian.
+
+    .. math:: E[u]_+ = m\,\Phi(a) + s\,\phi(a)
+    """
     a = standardize(mean, std)
     return mean * normal_cdf(a) + std * normal_pdf(a)
 
@@ -50,31 +67,20 @@ def _(primals, tangents):
 
 
 def relu_variance(mean: Float[Array, "*shape"], std: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    r""".. math:: \mathrm{Var}[u]_+ = s^2 (\Phi(a) - \omega(a)\,\omega(-a))."""
+    r"""Variance of a rectified Gaussian (derived here from the second moment).
+
+    .. math:: \mathrm{Var}[u]_+ = s^2 (\Phi(a) - \omega(a)\,\omega(-a))
+    """
     a = standardize(mean, std)
     return std * std * (normal_cdf(a) - _omega(a) * _omega(-a))
 
 
 def relu_second_moment(mean: Float[Array, "*shape"], std: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    r""".. math:: E[u]_+^2 = (m^2 + s^2) \Phi(a) + m s \phi(a)."""
-    return relu_variance(mean, std) + relu_mean(mean, std) ** 2
+    r"""Second moment of a rectified Gaussian, as variance plus squared mean.
 
-
-def relu_cross_moment(
-    mean_j: Float[Array, "*shape"],
-    mean_k: Float[Array, "*shape"],
-    std_j: Float[Array, "*shape"],
-    std_k: Float[Array, "*shape"],
-    cov: Float[Array, "*shape"],
-) -> Float[Array, "*shape"]:
-    r"""The bivariate moment, with ``r = c/(s_j s_k)``, ``q = √(1 − r²)``.
-
-    .. math:: E[u_j]_+[u_k]_+ = (m_j m_k + c)\,\Phi_2(a_j, a_k; r) + m_j s_k \phi(a_k) \Phi(t_j)
-        + m_k s_j \phi(a_j) \Phi(t_k) + s_j s_k q\, e^{-(a_j^2 + t_k^2)/2}/2\pi
-
-    evaluated as covariance plus product of means.
+    .. math:: E[u]_+^2 = (m^2 + s^2)\,\Phi(a) + m s\,\phi(a)
     """
-    return relu_covariance(mean_j, mean_k, std_j, std_k, cov) + relu_mean(mean_j, std_j) * relu_mean(mean_k, std_k)
+    return relu_variance(mean, std) + jnp.square(relu_mean(mean, std))
 
 
 def relu_covariance(
@@ -84,40 +90,53 @@ def relu_covariance(
     std_k: Float[Array, "*shape"],
     cov: Float[Array, "*shape"],
 ) -> Float[Array, "*shape"]:
-    r"""Covariance of two rectified preactivations, :math:`\mathrm{Cov}([u_j]_+, [u_k]_+)`.
+    r"""Covariance of two rectified Gaussians (derived here), with ``r = c/(s_j s_k)``.
 
-    Correlations within rounding of ±1 (parallel columns) count as ±1.
+    .. math:: \mathrm{Cov}([u_j]_+, [u_k]_+) = s_j s_k \left\{ a_j \eta + r\,\Phi_2(a_j, a_k; r)
+       + \phi(a_j) \left( E[a_k + Z_k \mid a_j + Z_j = 0]_+ - \omega(a_k) \right) \right\}
+
+    where ``η`` is the covariance of the gate of ``u_j`` with ``[a_k + Z_k]₊``. ``cov`` must satisfy
+    ``|c| <= s_j s_k``; correlations within rounding of ±1 (parallel columns) count as ±1.
     """
-    r, q = _correlation(std_j, std_k, cov)
     a, b = standardize(mean_j, std_j), standardize(mean_k, std_k)
-    pair = Pair(a, b, r, q, gate_covariance(a, b, r, q))
-    return _scaled_covariance(pair, std_j, std_k, cov)
+    r, q = _angle(std_j, std_k, cov)
+    return _scaled_covariance(Pair(a, b, r, q, gate_covariance(a, b, r, q)), std_j, std_k, cov)
 
 
-class Pair(NamedTuple):
-    """Two standardized preactivations ``a + Z₁``, ``b + Z₂``."""
+def relu_cross_moment(
+    mean_j: Float[Array, "*shape"],
+    mean_k: Float[Array, "*shape"],
+    std_j: Float[Array, "*shape"],
+    std_k: Float[Array, "*shape"],
+    cov: Float[Array, "*shape"],
+) -> Float[Array, "*shape"]:
+    r"""The bivariate moment (derived here), as covariance plus product of means.
 
-    a: Float[Array, "*shape"]
-    b: Float[Array, "*shape"]
-    r: Float[Array, "*shape"]
-    q: Float[Array, "*shape"]
-    gates: Float[Array, "*shape"]
-    """Cov(1[a + Z₁ > 0], 1[b + Z₂ > 0]), a function of the others: computed once, differentiated by its own rule."""
+    .. math:: E[u_j]_+[u_k]_+ = (m_j m_k + c)\,\Phi_2(a_j, a_k; r) + m_j s_k \phi(a_k) \Phi(t_j)
+       + m_k s_j \phi(a_j) \Phi(t_k) + s_j s_k\, q\, e^{-(a_j^2 + t_k^2)/2}/2\pi
+
+    with ``r = c/(s_j s_k)``, ``q = √(1 − r²)``, ``t_j = (a_j − r a_k)/q``, ``t_k = (a_k − r a_j)/q``.
+    """
+    return relu_covariance(mean_j, mean_k, std_j, std_k, cov) + relu_mean(mean_j, std_j) * relu_mean(mean_k, std_k)
 
 
-def _correlation(std_j, std_k, cov):
-    """Cosine and sine of the angle between two units; a right angle where one is zero."""
+def _angle(
+    std_j: Float[Array, "*shape"], std_k: Float[Array, "*shape"], cov: Float[Array, "*shape"]
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+    """Cosine and sine of the angle between two units; a right angle where one of them is zero."""
     product = std_j * std_k
-    r = cov / jnp.where(product > 0, product, 1.0)
-    r = jnp.where(product > 0, r, 0.0)
-    parallel = 1.0 - jnp.abs(r) <= 8 * jnp.finfo(r.dtype).eps
+    r = jnp.where(product > 0, cov / jnp.where(product > 0, product, 1.0), 0.0)
+    # An angle of rounding size is noise, and its cosine has no useful derivative.
+    parallel = jnp.abs(r) >= 1.0 - 8.0 * float(jnp.finfo(r.dtype).eps)
     r = jnp.where(parallel, jnp.sign(r), r)
     q = jnp.sqrt(jnp.where(parallel, 1.0, (1.0 - r) * (1.0 + r)))
     return r, jnp.where(parallel, 0.0, q)
 
 
 @jax.custom_jvp
-def _scaled_covariance(pair, std_j, std_k, cov):
+def _scaled_covariance(
+    pair: Pair, std_j: Float[Array, "*shape"], std_k: Float[Array, "*shape"], cov: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
     del cov
     return std_j * std_k * _relu_relu(pair)
 
@@ -127,16 +146,16 @@ def _(primals, tangents):
     pair, std_j, std_k, cov = primals
     d, ds_j, ds_k, dc = tangents
     both = _both_on(pair)
-    scale = (_relu_relu(pair) - pair.r * both) * (std_k * ds_j + std_j * ds_k)
     shift = std_j * std_k * (_gate_relu(pair) * d.a + _gate_relu(_swap(pair)) * d.b)
-    # Through c, not r: the correlation of a zero column has no derivative, its covariance has.
-    return _scaled_covariance(pair, std_j, std_k, cov), both * dc + scale + shift
+    scale = (_relu_relu(pair) - pair.r * both) * (std_k * ds_j + std_j * ds_k)
+    # By dc, not dr: at a zero column the correlation has no derivative, the covariance has.
+    return _scaled_covariance(pair, std_j, std_k, cov), both * dc + shift + scale
 
 
 @jax.custom_jvp
-def _relu_relu(pair):
-    """Cov([a + Z₁]₊, [b + Z₂]₊)."""
-    return pair.a * _gate_relu(pair) + pair.r * _both_on(pair) + normal_pdf(pair.a) * _edge(pair)
+def _relu_relu(pair: Pair) -> Float[Array, "*shape"]:
+    """``Cov([a + Z₁]₊, [b + Z₂]₊)``."""
+    return pair.a * _gate_relu(pair) + pair.r * _both_on(pair) + normal_pdf(pair.a) * _edge_shift(pair)
 
 
 @_relu_relu.defjvp
@@ -146,36 +165,36 @@ def _(primals, tangents):
 
 
 @jax.custom_jvp
-def _gate_relu(pair):
-    """Cov(1[a + Z₁ > 0], [b + Z₂]₊)."""
+def _gate_relu(pair: Pair) -> Float[Array, "*shape"]:
+    """``η = Cov(1[a + Z₁ > 0], [b + Z₂]₊)``."""
     a, b, r, q, gates = pair
-    t_a, t_b, _, _ = vertex(a, b, r, q)
+    t_a, t_b, _, _ = corner(a, b, r, q)
     return b * gates + normal_pdf(b) * (normal_cdf(t_a) - normal_cdf(a)) + r * normal_pdf(a) * normal_cdf(t_b)
 
 
 @_gate_relu.defjvp
 def _(primals, tangents):
     (pair,), (d,) = primals, tangents
-    a, b, r, q, gates = pair
-    _, t_b, _, _ = vertex(a, b, r, q)
-    return _gate_relu(pair), normal_pdf(a) * (_edge(pair) * d.a + normal_cdf(t_b) * d.r) + gates * d.b
+    _, t_b, _, _ = corner(pair.a, pair.b, pair.r, pair.q)
+    at_edge = normal_pdf(pair.a) * (_edge_shift(pair) * d.a + normal_cdf(t_b) * d.r)
+    return _gate_relu(pair), at_edge + pair.gates * d.b
 
 
-def _both_on(pair):
-    """P(a + Z₁ > 0, b + Z₂ > 0)."""
+def _both_on(pair: Pair) -> Float[Array, "*shape"]:
+    """``Φ₂(a, b; r)``, the probability that both gates are on."""
     return pair.gates + normal_cdf(pair.a) * normal_cdf(pair.b)
 
 
-def _edge(pair):
-    """E[[b + Z₂]₊ | a + Z₁ = 0] − E[b + Z₂]₊."""
-    a, b, r, q, _ = pair
-    _, t_b, tau_b, _ = vertex(a, b, r, q)
-    return q * normal_pdf(t_b) + tau_b * normal_cdf(t_b) - _omega(b)
+def _edge_shift(pair: Pair) -> Float[Array, "*shape"]:
+    """``E[[b + Z₂]₊ | a + Z₁ = 0] − E[b + Z₂]₊``."""
+    _, t_b, tau_b, _ = corner(pair.a, pair.b, pair.r, pair.q)
+    return pair.q * normal_pdf(t_b) + tau_b * normal_cdf(t_b) - _omega(pair.b)
 
 
-def _swap(pair):
-    return Pair(pair.b, pair.a, pair.r, pair.q, pair.gates)
+def _swap(pair: Pair) -> Pair:
+    return pair._replace(a=pair.b, b=pair.a)
 
 
-def _omega(a):
+def _omega(a: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """``E[a + Z]₊``."""
     return a * normal_cdf(a) + normal_pdf(a)

@@ -1,24 +1,27 @@
 r"""Denoising risk of the ReLU autoencoder, averaged over the noise exactly or by Monte Carlo.
 
-The risk of a sample ``x`` is ``E‖f(x + σε) − x‖²`` with ``ε ~ N(0, I)``, and the objective of training is
-:cite:`zhang26`, eq. (6),
+The risk of a sample ``x`` is ``E‖f(x + σε) − x‖²`` with ``ε ~ N(0, I)``; training minimizes :cite:`zhang26`, eq. (6),
 
 .. math:: L = \frac1n \sum_i E \|f(x_i + \sigma\varepsilon) - x_i\|^2 + \lambda (\|W_1\|_F^2 + \|W_2\|_F^2).
 
 Given ``x``, the preactivations ``W₁ᵀ(x + σε)`` are Gaussian, so the average is a finite sum over pairs of units
-(derived here). The exact and the Monte Carlo functions share one signature; neither stands in for the other silently.
+(derived here). Exact and Monte Carlo functions share one signature; neither stands in for the other silently.
 
-Samples are rows. Functions differentiate in the weights, the data, ``sigma`` and ``penalty``; Hessian-vector products
-are ``jax.jvp`` of ``jax.grad``. A zero column of W₁ is a kink (see :mod:`dae_theory.relu_gaussian`): the gradient there
-is the mean of the one-sided ones, and there is no Hessian. ``chunk_size`` bounds the memory of values and gradients: so
-many samples (exact) or noisy samples (Monte Carlo) are in work at once; results do not depend on it beyond rounding.
+Samples are rows, and ``chunk_size`` bounds the memory of values and gradients: so many samples (exact) or noisy samples
+(Monte Carlo) are in work at once; results depend on it by rounding only. Data and weights have one floating dtype, the
+result's. Everything differentiates in the weights, the data, ``sigma`` and ``penalty``; a Hessian-vector product is
+``jax.jvp`` of ``jax.grad``.
+
+A zero unit is a kink: in its two columns the objective starts homogeneous of degree two but not quadratic, so there is
+no Hessian. Where W₁ has a zero column, exact gradients are the mean of the one-sided derivatives (its gate counts one
+half, as in :mod:`dae_theory.relu_gaussian`); Monte Carlo gradients count that gate as off, as ``jax.nn.relu`` does.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -44,9 +47,12 @@ __all__ = [
     "monte_carlo_risk",
 ]
 
-# Work in flight by default: pairs of units that fit a CPU's cache, and numbers of one batch of noise.
-PAIRS_IN_FLIGHT = 2**14
-NOISE_IN_FLIGHT = 2**20
+# Numbers in one array of the default chunk: pairs of units that stay in a CPU's cache, and entries of a noise batch.
+PAIRS_IN_WORK = 2**14
+NOISE_IN_WORK = 2**20
+
+Loss: TypeAlias = Callable[[PRNGKey], Float[Array, ""]]
+"""The loss of one sample under the noise that a key draws."""
 
 
 class CodeMoments(NamedTuple):
@@ -64,45 +70,46 @@ class CodeMoments(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A Monte Carlo mean and what to expect of it."""
+    """A Monte Carlo mean and its accuracy."""
 
     mean: Float[Array, ""]
     standard_error: Float[Array, ""]
-    """Standard deviation of ``mean`` over the noise, the data held fixed."""
+    """Estimated standard deviation of ``mean`` over the noise, the data held fixed."""
 
 
 class Noise(NamedTuple):
-    """Gaussian noise of the preactivations, the same for every sample; pairs ``j <= k`` in the order of ``_pairs``."""
+    """Gaussian noise of the preactivations, the same for all samples."""
 
     std: Float[Array, " p"]
     cov: Float[Array, " pairs"]
+    """Covariances of units j <= k, in the order of ``_pairs``."""
 
 
 @full_precision
 def code_moments(dae: ReluDae, x: Float[Array, " d"], sigma: Scalar) -> CodeMoments:
     r"""Mean and covariance of the code over the noise, in closed form (derived here); one example.
 
-    .. math:: h = [u]_+, \quad u \sim N(W_1^\top x, \; \sigma^2 W_1^\top W_1)
+    .. math:: h = [u]_+, \quad u \sim N(W_1^\top x,\; \sigma^2 W_1^\top W_1)
 
-    ``ValueError`` for a negative ``sigma`` or a dimension that does not fit.
+    ``sigma >= 0``. ``ValueError`` for a negative ``sigma``, non-finite ``x`` or a dimension that does not fit.
     """
-    sigma = _checked(dae, x[None, :], sigma)
+    sigma = _checked(dae, x[None], sigma)
     mean, covariance = _pair_moments(_noise(dae.w1, sigma), dae.w1, x)
     j, k = _pairs(mean.size)
-    position = np.zeros((mean.size, mean.size), int)
-    position[j, k] = position[k, j] = np.arange(j.size)
-    return CodeMoments(mean, covariance[position])
+    place = np.zeros((mean.size, mean.size), int)
+    place[j, k] = place[k, j] = np.arange(j.size)
+    return CodeMoments(mean, covariance[place])
 
 
 @full_precision
 def exact_risk_at(dae: ReluDae, x: Float[Array, " d"], sigma: Scalar) -> Float[Array, ""]:
     r"""Exact risk of one example: squared bias plus variance (derived here).
 
-    .. math:: E\|f(x + \sigma\varepsilon) - x\|^2 = \|W_2 E[h] - x\|^2 + \mathrm{tr}(W_2^\top W_2 \, \mathrm{Cov}(h))
+    .. math:: E\|f(x + \sigma\varepsilon) - x\|^2 = \|W_2 E[h] - x\|^2 + \mathrm{tr}(W_2^\top W_2\, \mathrm{Cov}(h))
 
-    ``ValueError`` for a negative ``sigma`` or a dimension that does not fit.
+    ``sigma >= 0``. ``ValueError`` for a negative ``sigma``, non-finite ``x`` or a dimension that does not fit.
     """
-    sigma = _checked(dae, x[None, :], sigma)
+    sigma = _checked(dae, x[None], sigma)
     return _risk_at(dae, _noise(dae.w1, sigma), _pair_weights(dae.w2), x)
 
 
@@ -110,25 +117,24 @@ def exact_risk_at(dae: ReluDae, x: Float[Array, " d"], sigma: Scalar) -> Float[A
 def exact_risk(
     dae: ReluDae, data: Float[Array, "n d"], sigma: Scalar, *, chunk_size: int | None = None
 ) -> Float[Array, ""]:
-    """Mean of :func:`exact_risk_at` over the rows of ``data``; no sampling.
+    """Mean of :func:`exact_risk_at` over the rows of ``data``.
 
-    The default ``chunk_size`` suits a CPU's cache; an accelerator runs faster with a larger one. ``ValueError`` for a
-    negative ``sigma``, non-finite data, a dimension that does not fit or ``chunk_size < 1``.
+    The default ``chunk_size`` keeps a CPU's cache busy; accelerators run faster with a larger one. ``ValueError`` for a
+    negative ``sigma``, non-finite data, a rank or dimension that does not fit, or ``chunk_size < 1``.
     """
     sigma = _checked(dae, data, sigma)
     pairs = _pairs(dae.w1.shape[1])[0].size
-    return _exact_risk(dae, data, sigma, _chunk(chunk_size, PAIRS_IN_FLIGHT // pairs))
+    return _exact_risk(dae, data, sigma, _chunk(chunk_size, PAIRS_IN_WORK // pairs))
 
 
 def exact_objective(
     dae: ReluDae, data: Float[Array, "n d"], sigma: Scalar, penalty: Scalar, *, chunk_size: int | None = None
 ) -> Float[Array, ""]:
-    r"""The training objective :cite:`zhang26`, eq. (6), with the noise averaged exactly; ``penalty`` is λ >= 0.
+    """The training objective :cite:`zhang26`, eq. (6), its noise averaged exactly; ``penalty`` is λ >= 0.
 
-    Errors as :func:`exact_risk`, and for a negative ``penalty``.
+    Errors as :func:`exact_risk`, and ``ValueError`` for a negative ``penalty``.
     """
-    check_nonnegative("penalty", penalty)
-    return exact_risk(dae, data, sigma, chunk_size=chunk_size) + penalty * _sq_norm(dae)
+    return exact_risk(dae, data, sigma, chunk_size=chunk_size) + _weight_term(dae, penalty)
 
 
 def monte_carlo_risk(
@@ -140,10 +146,10 @@ def monte_carlo_risk(
     num_draws: int,
     chunk_size: int | None = None,
 ) -> Float[Array, ""]:
-    """The risk from ``num_draws`` noises a sample, unbiased, as is its gradient.
+    """The risk from ``num_draws`` noises a sample: unbiased, as is its gradient.
 
-    Draw t of sample i comes from ``fold_in(fold_in(key, i), t)``, so more draws or samples extend fewer. Errors as
-    :func:`exact_risk`, and for ``num_draws < 1``.
+    Draw t of sample i comes from ``fold_in(fold_in(key, i), t)``: more samples or draws extend fewer. Errors as
+    :func:`exact_risk`, and ``ValueError`` for ``num_draws < 1``.
     """
     return _estimate(key, dae, data, sigma, num_draws, chunk_size, gram=False).mean
 
@@ -158,10 +164,12 @@ def monte_carlo_objective(
     num_draws: int,
     chunk_size: int | None = None,
 ) -> Float[Array, ""]:
-    """The training objective :cite:`zhang26`, eq. (6), with :func:`monte_carlo_risk` for its noise average."""
-    check_nonnegative("penalty", penalty)
+    """The training objective :cite:`zhang26`, eq. (6), its noise averaged as in :func:`monte_carlo_risk`.
+
+    Errors as there, and ``ValueError`` for a negative ``penalty``.
+    """
     risk = monte_carlo_risk(key, dae, data, sigma, num_draws=num_draws, chunk_size=chunk_size)
-    return risk + penalty * _sq_norm(dae)
+    return risk + _weight_term(dae, penalty)
 
 
 def gram_monte_carlo_risk(
@@ -173,16 +181,16 @@ def gram_monte_carlo_risk(
     num_draws: int,
     chunk_size: int | None = None,
 ) -> Float[Array, ""]:
-    r"""The law of :func:`monte_carlo_risk` from noise of the preactivations alone (derived here): many draws, cheaply.
+    r"""The law of :func:`monte_carlo_risk`, drawn among the preactivations (derived here); for many draws a sample.
 
-    With ``Q`` an orthonormal basis of a space that contains the columns of W₁, and ``h₀``, ``e₀`` the code and the error
-    without noise,
+    With ``Q`` an orthonormal basis that spans the columns of W₁, and ``h₀``, ``e₀`` code and error without noise,
 
-    .. math:: h = [W_1^\top x + \sigma (W_1^\top Q)\xi]_+, \quad \xi \sim N(0, I), \quad
-       \|W_2 h - x\|^2 = \|e_0\|^2 + 2 (h - h_0)^\top W_2^\top e_0 + (h - h_0)^\top W_2^\top W_2 (h - h_0).
+    .. math:: h = [W_1^\top x + \sigma\, W_1^\top Q\, \xi]_+, \quad \xi \sim N(0, I), \qquad
+       \|W_2 h - x\|^2 = \|e_0\|^2 + 2 (h - h_0)^\top W_2^\top e_0 + (h - h_0)^\top W_2^\top W_2 (h - h_0)
 
-    A draw costs ``min(d, p)²`` instead of ``d p``. Zero and parallel columns need no care, as nothing is factorized but
-    W₁ itself. ``Q`` counts as constant under differentiation: the gradient is unbiased too, with less variance.
+    so a draw costs ``p² + p min(d, p)`` in place of ``2dp``. Zero and parallel columns need no care: ``Q`` exists for
+    them too. It is held constant under differentiation, which leaves the gradient unbiased, with less variance than the
+    direct form's. Errors as :func:`monte_carlo_risk`.
     """
     return _estimate(key, dae, data, sigma, num_draws, chunk_size, gram=True).mean
 
@@ -197,9 +205,9 @@ def monte_carlo_estimate(
     gram: bool = False,
     chunk_size: int | None = None,
 ) -> Estimate:
-    """:func:`monte_carlo_risk` (:func:`gram_monte_carlo_risk` with ``gram``) and its standard error, same draws.
+    """:func:`monte_carlo_risk`, or with ``gram`` :func:`gram_monte_carlo_risk`, beside its standard error.
 
-    Errors as there, and for ``num_draws < 2``, which leaves no degree of freedom for the error.
+    Errors as there, and ``ValueError`` for ``num_draws < 2``: one draw says nothing about its spread.
     """
     check_integer("num_draws", num_draws, minimum=2)
     return _estimate(key, dae, data, sigma, num_draws, chunk_size, gram=gram)
@@ -208,19 +216,16 @@ def monte_carlo_estimate(
 def _checked(dae: ReluDae, data: Array, sigma: Scalar) -> Float[Array, ""]:
     check_data(data)
     check_nonnegative("sigma", sigma)
-    if jnp.ndim(dae.w1) != 2 or jnp.shape(dae.w1) != jnp.shape(dae.w2):
-        raise ValueError(
-            f"w1 and w2 must have one shape (d, p), got {jnp.shape(dae.w1)} and {jnp.shape(dae.w2)}."
-        )
-    if dae.w1.shape[0] != data.shape[1]:
-        raise ValueError(f"data has d = {data.shape[1]} columns but the weights have d = {dae.w1.shape[0]} rows.")
-    if not dae.w1.dtype == dae.w2.dtype == data.dtype:
-        raise ValueError(
-            f"data and weights must have one dtype, got {data.dtype}, {dae.w1.dtype} and {dae.w2.dtype}; cast them."
-        )
+    shape, dtype = jnp.shape(dae.w1), jnp.result_type(dae.w1)
+    if len(shape) != 2 or jnp.shape(dae.w2) != shape:
+        raise ValueError(f"w1 and w2 must share one shape (d, p), got {shape} and {jnp.shape(dae.w2)}.")
+    if shape[0] != data.shape[1]:
+        raise ValueError(f"data has {data.shape[1]} columns but the weights have {shape[0]} rows; both must be d.")
+    if not dtype == jnp.result_type(dae.w2) == data.dtype:
+        raise ValueError(f"data is {data.dtype} but the weights are {dtype}, {jnp.result_type(dae.w2)}; cast one.")
     check_finite("w1", dae.w1)
     check_finite("w2", dae.w2)
-    return jnp.asarray(sigma, data.dtype)
+    return jnp.asarray(sigma, dtype)
 
 
 def _chunk(chunk_size: int | None, default: int) -> int:
@@ -238,12 +243,6 @@ def _noise(w1: Float[Array, "d p"], sigma: Float[Array, ""]) -> Noise:
     return Noise(sigma * norm, sigma * sigma * gram[_pairs(sq_norm.size)])
 
 
-def _pair_weights(w2: Float[Array, "d p"]) -> Float[Array, " pairs"]:
-    """Entries of W₂ᵀW₂, those off the diagonal twice: a trace over all pairs as a sum over ``j <= k``."""
-    j, k = _pairs(w2.shape[1])
-    return (w2.T @ w2)[j, k] * np.where(j == k, 1.0, 2.0).astype(w2.dtype)
-
-
 def _pair_moments(
     noise: Noise, w1: Float[Array, "d p"], x: Float[Array, " d"]
 ) -> tuple[Float[Array, " p"], Float[Array, " pairs"]]:
@@ -252,38 +251,49 @@ def _pair_moments(
     return relu_mean(mean, noise.std), covariance
 
 
-def _risk_at(
-    dae: ReluDae, noise: Noise, weights: Float[Array, " pairs"], x: Float[Array, " d"]
-) -> Float[Array, ""]:
+def _pair_weights(w2: Float[Array, "d p"]) -> Float[Array, " pairs"]:
+    """Entries of ``W₂ᵀW₂``, twice those off the diagonal: its inner product with a covariance is a sum over pairs."""
+    j, k = _pairs(w2.shape[1])
+    return (w2.T @ w2)[j, k] * np.where(j == k, 1.0, 2.0).astype(w2.dtype)
+
+
+def _risk_at(dae: ReluDae, noise: Noise, weights: Float[Array, " pairs"], x: Float[Array, " d"]) -> Float[Array, ""]:
     mean, covariance = _pair_moments(noise, dae.w1, x)
-    return jnp.sum(jnp.square(dae.w2 @ mean - x)) + jnp.sum(weights * covariance)
+    return jnp.sum(jnp.square(dae.w2 @ mean - x)) + weights @ covariance
 
 
+# Compiled here, so that a plain call does not run its hundred elementary steps one by one.
 @functools.partial(jax.jit, static_argnames="chunk_size")
-def _exact_risk(
-    dae: ReluDae, data: Float[Array, "n d"], sigma: Float[Array, ""], chunk_size: int
-) -> Float[Array, ""]:
+def _exact_risk(dae: ReluDae, data: Float[Array, "n d"], sigma: Float[Array, ""], chunk_size: int) -> Float[Array, ""]:
     noise, weights = _noise(dae.w1, sigma), _pair_weights(dae.w2)
-    return _sum_over(lambda i: _risk_at(dae, noise, weights, data[i]), len(data), chunk_size) / len(data)
+    return _sum_over(lambda x: _risk_at(dae, noise, weights, x), data, chunk_size) / len(data)
 
 
-def _sum_over(function: Callable[[Int[Array, ""]], Array], count: int, chunk_size: int) -> Array:
-    """``Σ function(i)`` over ``i < count``, evenly cut chunks of at most ``chunk_size`` at a time."""
+def _sum_over(function: Callable[[Any], Array], rows: Any, chunk_size: int) -> Array:
+    """``Σ function(row)``, in equal chunks of at most ``chunk_size`` rows; repeated rows of weight 0 fill the last."""
+    count = len(jax.tree.leaves(rows)[0])
     steps = -(-count // chunk_size)
     size = -(-count // steps)
     if steps == 1:
-        return jnp.sum(jax.vmap(function)(jnp.arange(count)), axis=0)
+        return jnp.sum(jax.vmap(function)(rows), axis=0)
+    index = np.minimum(np.arange(steps * size), count - 1).reshape(steps, size)
+    chunks = rows if steps * size == count else jax.tree.map(lambda a: a[index.ravel()], rows)
+    chunks = jax.tree.map(lambda a: a.reshape(steps, size, *a.shape[1:]), chunks)
+    is_real = jnp.arange(steps * size).reshape(steps, size) < count
 
-    # Recomputed in the backward pass: otherwise the gradient would keep what every chunk computed.
+    # Recomputed in the backward pass, or the gradient would keep what every chunk computed.
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def add(total: Array, start: Int[Array, ""]) -> tuple[Array, None]:
-        i = start + jnp.arange(size)
-        values = jax.vmap(function)(jnp.minimum(i, count - 1))
-        real = jnp.expand_dims(i < count, tuple(range(1, values.ndim)))
-        return total + jnp.sum(jnp.where(real, values, 0.0), axis=0), None
+    def add(total: Array, chunk: Any) -> tuple[Array, None]:
+        values, real = jax.vmap(function)(chunk[0]), chunk[1]
+        return total + jnp.tensordot(real.astype(values.dtype), values, axes=1), None
 
-    like = jax.eval_shape(function, jnp.arange(1)[0])
-    return jax.lax.scan(add, jnp.zeros(like.shape, like.dtype), size * jnp.arange(steps))[0]
+    value = jax.eval_shape(function, jax.tree.map(lambda a: a[0], rows))
+    return jax.lax.scan(add, jnp.zeros(value.shape, value.dtype), (chunks, is_real))[0]
+
+
+def _weight_term(dae: ReluDae, penalty: Scalar) -> Float[Array, ""]:
+    check_nonnegative("penalty", penalty)
+    return jnp.asarray(penalty, dae.w1.dtype) * (jnp.sum(jnp.square(dae.w1)) + jnp.sum(jnp.square(dae.w2)))
 
 
 @full_precision
@@ -299,7 +309,7 @@ def _estimate(
 ) -> Estimate:
     sigma = _checked(dae, data, sigma)
     num_draws = check_integer("num_draws", num_draws, minimum=1)
-    chunk_size = _chunk(chunk_size, NOISE_IN_FLIGHT // (dae.w1.shape[1] if gram else dae.w1.shape[0]))
+    chunk_size = _chunk(chunk_size, NOISE_IN_WORK // max(dae.w1.shape))
     return _sampled(key, dae, data, sigma, num_draws, chunk_size, gram)
 
 
@@ -315,23 +325,25 @@ def _sampled(
 ) -> Estimate:
     losses = _gram_losses(dae, sigma) if gram else _direct_losses(dae, sigma)
 
-    def moments(i: Int[Array, ""]) -> Float[Array, "2"]:
-        loss = losses(data[i])
+    def mean_and_variance(row: tuple[Int[Array, ""], Float[Array, " d"]]) -> Float[Array, " two"]:
+        i, x = row
+        loss = losses(x)
 
-        def powers(t: Int[Array, ""]) -> Float[Array, "2"]:
+        def powers(t: Int[Array, ""]) -> Float[Array, " two"]:
             value = loss(jax.random.fold_in(jax.random.fold_in(key, i), t))
             return jnp.stack([value, value * value])
 
-        mean, mean_sq = _sum_over(powers, num_draws, min(chunk_size, num_draws)) / num_draws
+        mean, mean_sq = _sum_over(powers, jnp.arange(num_draws), chunk_size) / num_draws
         return jnp.stack([mean, (mean_sq - mean * mean) / max(1, num_draws - 1)])
 
-    mean, variance = _sum_over(moments, len(data), max(1, chunk_size // num_draws)) / len(data)
-    # Rounding can leave a variance of 0 (no noise) slightly negative.
+    rows = (jnp.arange(len(data)), data)
+    mean, variance = _sum_over(mean_and_variance, rows, max(1, chunk_size // num_draws)) / len(data)
+    # Without noise the variance is 0 up to rounding of either sign.
     return Estimate(mean, jnp.sqrt(jnp.maximum(variance, 0.0) / len(data)))
 
 
-def _direct_losses(dae: ReluDae, sigma: Float[Array, ""]) -> Callable:
-    def losses(x: Float[Array, " d"]) -> Callable:
+def _direct_losses(dae: ReluDae, sigma: Float[Array, ""]) -> Callable[[Float[Array, " d"]], Loss]:
+    def losses(x: Float[Array, " d"]) -> Loss:
         def loss(key: PRNGKey) -> Float[Array, ""]:
             epsilon = jax.random.normal(key, x.shape, x.dtype)
             return jnp.sum(jnp.square(denoise(dae, x + sigma * epsilon) - x))
@@ -341,26 +353,21 @@ def _direct_losses(dae: ReluDae, sigma: Float[Array, ""]) -> Callable:
     return losses
 
 
-def _gram_losses(dae: ReluDae, sigma: Float[Array, ""]) -> Callable:
-    basis = jax.lax.stop_gradient(jnp.linalg.qr(dae.w1)[0])
-    factor = dae.w1.T @ basis
-    gram2 = dae.w2.T @ dae.w2
+def _gram_losses(dae: ReluDae, sigma: Float[Array, ""]) -> Callable[[Float[Array, " d"]], Loss]:
+    q = jax.lax.stop_gradient(jnp.linalg.qr(dae.w1)[0])
+    w1_q, w2_w2 = dae.w1.T @ q, dae.w2.T @ dae.w2
 
-    def losses(x: Float[Array, " d"]) -> Callable:
+    def losses(x: Float[Array, " d"]) -> Loss:
         m = x @ dae.w1
         h0 = jax.nn.relu(m)
         e0 = dae.w2 @ h0 - x
-        base, slope = jnp.sum(e0 * e0), e0 @ dae.w2
+        constant, slope = e0 @ e0, e0 @ dae.w2
 
         def loss(key: PRNGKey) -> Float[Array, ""]:
-            xi = jax.random.normal(key, (factor.shape[1],), x.dtype)
-            change = jax.nn.relu(m + sigma * (factor @ xi)) - h0
-            return base + 2.0 * (change @ slope) + change @ (gram2 @ change)
+            xi = jax.random.normal(key, (q.shape[1],), x.dtype)
+            change = jax.nn.relu(m + sigma * (w1_q @ xi)) - h0
+            return constant + 2.0 * (change @ slope) + change @ (w2_w2 @ change)
 
         return loss
 
     return losses
-
-
-def _sq_norm(dae: ReluDae) -> Float[Array, ""]:
-    return jnp.sum(jnp.square(dae.w1)) + jnp.sum(jnp.square(dae.w2))

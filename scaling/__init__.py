@@ -1,1 +1,11 @@
-"""Room."""
+"""The same questions asked of deep models: pretrained weights, activations by name, edits, detection, steering."""
+
+from scaling.api import Model as Model
+from scaling.api import encode_text as encode_text
+from scaling.api import initialize as initialize
+from scaling.api import vae_decode as vae_decode
+from scaling.api import vae_encode as vae_encode
+from scaling.bridge import load_model as load_model
+from scaling.bridge import load_pipeline as load_pipeline
+from scaling.export import save_pretrained as save_pretrained
+from scaling.taps import Edit as Edit

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -20,10 +21,20 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from dae_theory.types import PRNGKey
-from scaling.models.config import ParamSpec
+from scaling.models.config import ParamSpec, jax_shape
 from scaling.taps import Edits, Tap
 
-__all__ = ["ARCHITECTURES", "Apply", "Model", "encode_text", "from_config", "initialize", "vae_decode", "vae_encode"]
+__all__ = [
+    "ARCHITECTURES",
+    "Apply",
+    "Model",
+    "encode_text",
+    "from_config",
+    "initialize",
+    "understand",
+    "vae_decode",
+    "vae_encode",
+]
 
 ARCHITECTURES = {
     "UNet2DModel": "unet2d",
@@ -42,9 +53,9 @@ ARCHITECTURES = {
 class Apply:
     """A function of an architecture with its configuration; two are equal if both are, so that they compile once.
 
-    ``function`` names it in the module, ``"apply"`` being the forward pass. Arguments of ``apply``, in order or by name:
-    image and timestep networks ``(x, t, context, class_labels, added)``, those that the architecture takes; autoencoders
-    ``(images,)``; text encoders ``(ids,)``.
+    ``function`` names it in the module, ``"apply"`` being the forward pass, whose arguments are, by name or in order,
+    for denoising networks ``(x, t, context, class_labels, added)``, those of them that the network has; for
+    autoencoders and image encoders ``(images,)``; for text encoders ``(ids,)``.
     """
 
     architecture: str
@@ -52,7 +63,12 @@ class Apply:
     function: str = "apply"
 
     def __call__(
-        self, params: Mapping[str, Array], *inputs: Any, capture: Sequence[str] = (), edits: Edits | None = None, **more: Any
+        self,
+        params: Mapping[str, Array],
+        *inputs: Any,
+        capture: Sequence[str] = (),
+        edits: Edits | None = None,
+        **more: Any,
     ) -> tuple[Any, dict[str, Array]]:
         """The output, and the activations captured at the names ``capture``, after ``edits`` have acted.
 
@@ -70,14 +86,23 @@ class Apply:
 
     def inputs(self, dtype: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Shapes of the arguments for one example of the configured size."""
-        return _module(self.architecture).inputs(self.config, dtype)
+        return self.module.inputs(self.config, dtype)
+
+    def parameters(self) -> dict[str, ParamSpec]:
+        """Every parameter by name, with its shape and layout in PyTorch."""
+        return self.module.parameters(self.config)
 
     def of(self, function: str) -> Apply:
         """Another function of the same architecture and configuration, for example an autoencoder's ``"encode"``."""
         return dataclasses.replace(self, function=function)
 
+    @property
+    def module(self) -> ModuleType:
+        """The module of :mod:`scaling.models` that has the architecture."""
+        return importlib.import_module(f"scaling.models.{self.architecture}")
+
     def _trace(self, tap: Tap, params: Mapping[str, Array], *inputs: Any, **more: Any) -> Any:
-        return getattr(_module(self.architecture), self.function)(self.config, params, tap, *inputs, **more)
+        return getattr(self.module, self.function)(self.config, params, tap, *inputs, **more)
 
 
 @struct.dataclass
@@ -96,9 +121,8 @@ class Model:
 
 def from_config(config: Mapping[str, Any], params: Mapping[str, Array]) -> Model:
     """The model of a config.json's fields with these parameters, which are taken as they are."""
-    name = architecture(config)
-    parsed = _module(name).parse(config)
-    return Model(parsed, dict(params), Apply(name, parsed), json.dumps(dict(config)))
+    apply = understand(config)
+    return Model(apply.config, dict(params), apply, json.dumps(dict(config)))
 
 
 def initialize(key: PRNGKey, config: Mapping[str, Any], dtype: Any = jnp.float32) -> Model:
@@ -106,20 +130,21 @@ def initialize(key: PRNGKey, config: Mapping[str, Any], dtype: Any = jnp.float32
 
     Weights are :math:`\mathcal N(0, 1/\mathrm{fan\ in})`, embeddings :math:`\mathcal N(0, 0.02^2)`, biases 0, norms 1.
     """
-    specs = _module(name := architecture(config)).parameters(_module(name).parse(config))
-    draws = {item: _drawn(jax.random.fold_in(key, i), item, spec, dtype) for i, (item, spec) in enumerate(specs.items())}
-    return from_config(config, draws)
+    specs = understand(config).parameters()
+    keys = jax.random.split(key, len(specs))
+    return from_config(config, {name: _drawn(k, name, specs[name], dtype) for k, name in zip(keys, specs, strict=True)})
 
 
-def architecture(config: Mapping[str, Any]) -> str:
-    """The module that understands this config.json, by the class it names; ``ValueError`` if there is none."""
+def understand(config: Mapping[str, Any]) -> Apply:
+    """What a config.json's fields describe; ``ValueError`` names a class or a field that is not understood."""
     listed = config.get("architectures")
     named = config.get("_class_name") or (listed[0] if isinstance(listed, list) and len(listed) == 1 else None)
     if not isinstance(named, str) or named not in ARCHITECTURES:
         raise ValueError(
             f"config: the class is {named!r} (_class_name or architectures); understood are {', '.join(ARCHITECTURES)}."
         )
-    return ARCHITECTURES[named]
+    apply = Apply(ARCHITECTURES[named], None)
+    return dataclasses.replace(apply, config=apply.module.parse(config))
 
 
 def vae_encode(
@@ -137,7 +162,7 @@ def vae_decode(vae: Model, latents: Float[Array, "b z h2 w2"]) -> Float[Array, "
 def encode_text(
     text: Model, ids: Int[Array, "b t"], *, penultimate: bool = False
 ) -> tuple[Float[Array, "b t c"], Float[Array, "b p"]]:
-    """States of all tokens and the pooled vector; ``penultimate`` takes the states before the last layer, as SDXL does."""
+    """States of all tokens and the pooled vector; ``penultimate`` takes the states before the last layer (SDXL)."""
     out = text.apply(text.params, ids)[0]
     return (out.penultimate if penultimate else out.hidden), out.pooled
 
@@ -157,13 +182,8 @@ def _run(
     return out, tap.taps
 
 
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"scaling.models.{name}")
-
-
 def _drawn(key: PRNGKey, name: str, spec: ParamSpec, dtype: Any) -> Array:
     if spec.kind == "vector":
         return jnp.full(spec.shape, 1.0 if name.endswith("weight") else 0.0, dtype)
-    scale = 0.02 if spec.kind == "embedding" else float(jnp.prod(jnp.array(spec.shape[1:])) ** -0.5)
-    axes = {"conv": (2, 3, 1, 0), "linear": (1, 0)}.get(spec.kind, range(len(spec.shape)))
-    return scale * jax.random.normal(key, tuple(spec.shape[i] for i in axes), dtype)
+    scale = 0.02 if spec.kind == "embedding" else math.prod(spec.shape[1:]) ** -0.5
+    return scale * jax.random.normal(key, jax_shape(spec), dtype)

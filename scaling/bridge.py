@@ -7,7 +7,7 @@ Strict: a configuration that is not understood, a missing, extra or misshapen te
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -15,11 +15,12 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from scaling import schedules
-from scaling.api import Model, architecture, from_config
+from scaling.api import Apply, Model, from_config, understand
 from scaling.models.config import ParamSpec, to_jax
-from scaling.weights import FLOATS, Entry, read_header, read_index, read_json, tensors
+from scaling.weights import FLOATS, Tensor, read_header, read_index, read_json
 
 __all__ = ["Pipeline", "load_model", "load_pipeline"]
 
@@ -28,6 +29,9 @@ Fetch: TypeAlias = Callable[[str], Path | None]
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json", "tokenizer.json")
+# Copies of one tensor that are in progress at a time; numpy releases the interpreter while it copies.
+WORKERS = 2
 
 
 class Pipeline(NamedTuple):
@@ -39,70 +43,228 @@ class Pipeline(NamedTuple):
     vae: Model | None
     text_encoders: tuple[Model, ...]
     tokenizers: tuple[Any, ...]
-    """``transformers.CLIPTokenizer``, one per text encoder."""
+    """A ``transformers.CLIPTokenizer`` per text encoder."""
 
 
 def load_model(
-    path_or_hub_id: str | Path,
-    subfolder: str | None = None,
-    dtype: Any = None,
-    revision: str | None = None,
+    path_or_hub_id: str | Path, subfolder: str | None = None, dtype: Any = None, revision: str | None = None
 ) -> Model:
     """Load one network.
 
-    ``path_or_hub_id`` is a folder with config.json and weights (one safetensors file, or shards and their index), such a
-    weights file itself, or the name of a repository on the Hugging Face hub, whose ``revision`` is then fetched into
-    huggingface_hub's cache, or found there without a connection (``HF_HUB_OFFLINE=1``). ``dtype`` converts the
-    parameters to float32, bfloat16 or float16; None keeps that of the file. Of weights in two precisions the half one is
-    taken if ``dtype`` is float16. Raises ``ValueError`` for whatever is not exactly understood.
+    ``path_or_hub_id`` is a folder with config.json and weights (one safetensors file, or shards and their index), or
+    such a weights file, or a repository on the Hugging Face hub, whose ``revision`` is fetched into huggingface_hub's
+    cache, or found there without a connection (``HF_HUB_OFFLINE=1``). ``dtype`` converts the parameters to float32,
+    bfloat16 or float16; None keeps the file's. Of weights in two precisions the half one is taken if ``dtype`` is
+    float16. Raises ``ValueError`` for whatever is not exactly understood.
     """
-    if dtype is not None and jnp.dtype(dtype).name not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    dtype = _checked_dtype(dtype)
     single = Path(path_or_hub_id)
     if single.is_file():
-        _refuse_pickle(single)
-        return _load(_local(single.parent), "", dtype, [single.name])
-    return _load(_source(path_or_hub_id, revision), subfolder or "", dtype)
+        if single.suffix != ".safetensors":
+            raise ValueError(_pickle_refusal(single.name, str(single.parent), None))
+        return _load(_local(single.parent), str(single.parent), "", dtype, weights=[single.name])
+    return _load(_source(path_or_hub_id, revision), str(path_or_hub_id), subfolder or "", dtype)
 
 
 def load_pipeline(path_or_hub_id: str | Path, dtype: Any = None, revision: str | None = None) -> Pipeline:
-    """Load all parts that model_index.json lists: UNet or transformer, autoencoder, text encoders, tokenizers, scheduler.
+    """Load the UNet or transformer, autoencoder, text encoders, tokenizers and scheduler that model_index.json lists.
 
     Safety checkers and feature extractors are left out. See :func:`load_model` for the arguments.
     """
-    fetch = _source(path_or_hub_id, revision)
+    dtype = _checked_dtype(dtype)
+    fetch, origin = _source(path_or_hub_id, revision), str(path_or_hub_id)
     index_path = fetch("model_index.json")
     if index_path is None:
-        raise ValueError(f"{path_or_hub_id}: no model_index.json; for one network use load_model(path, subfolder).")
-    index = {name for name, value in read_json(index_path).items() if isinstance(value, list) and any(value)}
-    networks = sorted(index & {"unet", "transformer"})
-    if len(networks) != 1 or "scheduler" not in index:
-        raise ValueError(f"{path_or_hub_id}: needs a scheduler and one of unet and transformer, has {sorted(index)}.")
+        raise ValueError(f"{origin}: no model_index.json; load one network with load_model(path, subfolder).")
+    parts = {name for name, value in read_json(index_path).items() if isinstance(value, list) and any(value)}
+    networks = sorted(parts & {"unet", "transformer"})
+    if len(networks) != 1:
+        raise ValueError(f"{origin}: a pipeline needs either a unet or a transformer; it has {sorted(parts)}.")
 
-    def folder(name: str) -> str:
-        # Pipelines with one network may have its files, and the scheduler's, at the root.
-        config = "scheduler_config.json" if name == "scheduler" else "config.json"
-        return name if fetch(f"{name}/{config}") else ""
+    def folder(part: str, config: str = "config.json") -> str:
+        # Early pipelines of one network have its files, and the scheduler's, at the root.
+        return part if fetch(f"{part}/{config}") else ""
 
-    scheduler = fetch(_join(folder("scheduler"), "scheduler_config.json"))
+    scheduler = fetch(_join(folder("scheduler", "scheduler_config.json"), "scheduler_config.json"))
     if scheduler is None:
-        raise ValueError(f"{path_or_hub_id}: no scheduler_config.json.")
-    encoders = sorted(index & {"text_encoder", "text_encoder_2"})
+        raise ValueError(f"{origin}: no scheduler_config.json, so the meaning of its timesteps is unknown.")
+    encoders = sorted(parts & {"text_encoder", "text_encoder_2"})
     return Pipeline(
-        network=_load(fetch, folder(networks[0]), dtype),
+        network=_load(fetch, origin, folder(networks[0]), dtype),
         schedule=schedules.from_config(read_json(scheduler)),
-        vae=_load(fetch, "vae", dtype) if "vae" in index else None,
-        text_encoders=tuple(_load(fetch, name, dtype) for name in encoders),
-        tokenizers=tuple(_tokenizer(fetch, name.replace("text_encoder", "tokenizer")) for name in encoders),
+        vae=_load(fetch, origin, "vae", dtype) if "vae" in parts else None,
+        text_encoders=tuple(_load(fetch, origin, name, dtype) for name in encoders),
+        tokenizers=tuple(_tokenizer(fetch, origin, name.replace("text_encoder", "tokenizer")) for name in encoders),
     )
 
 
-def _load(fetch: Fetch, folder: str, dtype: Any, files: list[str] | None = None) -> Model:
+def _load(fetch: Fetch, origin: str, folder: str, dtype: np.dtype | None, weights: list[str] | None = None) -> Model:
+    place = _join(origin, folder)
     config_path = fetch(_join(folder, "config.json"))
     if config_path is None:
-        raise ValueError(f"no config.json in {folder or 'the folder'}; give subfolder= if the model lies in one.")
+        raise ValueError(f"{place}: no config.json here, or not in the cache; give subfolder= if the model is in one.")
     config = read_json(config_path)
-    module = architecture(config)
-    model = from_config(config, {})
-    specs = model.apply.parameters()
-    ...
+    apply = understand(config)
+    stored = _by_parameter(apply, _stored(fetch, place, folder, config, dtype, weights))
+    specs = apply.parameters()
+    _check(place, specs, stored)
+    target = _target_dtype(place, stored, dtype)
+
+    def converted(name: str) -> Array:
+        # A copy even where no axis moves: the file may change later.
+        return jnp.asarray(np.array(to_jax(specs[name].kind, stored[name].read()), target, order="C"))
+
+    # In the order of the files, which reads them from front to back.
+    order = sorted(stored, key=lambda name: (str(stored[name].path), stored[name].start))
+    with ThreadPoolExecutor(WORKERS) as pool:
+        params = dict(zip(order, pool.map(converted, order), strict=True))
+    return from_config(config, {name: params[name] for name in specs})
+
+
+def _stored(
+    fetch: Fetch, place: str, folder: str, config: Mapping[str, Any], dtype: np.dtype | None, weights: list[str] | None
+) -> dict[str, Tensor]:
+    if weights is None:
+        stem = "diffusion_pytorch_model" if "_class_name" in config else "model"
+        whole = [f"{stem}.safetensors", f"{stem}.safetensors.index.json"]
+        half = [f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json"]
+        weights = half + whole if dtype == np.float16 else whole + half
+    found = next((path for name in weights if (path := fetch(_join(folder, name)))), None)
+    if found is None:
+        raise ValueError(_pickle_refusal(f"{place} without {' or '.join(weights)}", place, config))
+    if found.suffix == ".safetensors":
+        return read_header(found)
+    stored: dict[str, Tensor] = {}
+    for file, names in read_index(found).items():
+        path = fetch(_join(folder, file))
+        if path is None:
+            raise ValueError(f"{found}: its shard {file} is missing.")
+        header = read_header(path)
+        if set(header) != set(names):
+            raise ValueError(f"{path}: it and the index differ in {_some(set(header) ^ set(names))}.")
+        stored |= header
+    return stored
+
+
+def _by_parameter(apply: Apply, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    rename = getattr(apply.module, "rename", lambda key: key)
+    renamed: dict[str, Tensor] = {}
+    for key, tensor in stored.items():
+        name = rename(key)
+        if name in renamed:
+            raise ValueError(f"{tensor.path}: {key!r} and another tensor are both the parameter {name!r}.")
+        if name is not None:
+            renamed[name] = tensor
+    return renamed
+
+
+def _check(place: str, specs: Mapping[str, ParamSpec], stored: Mapping[str, Tensor]) -> None:
+    problems = []
+    if missing := set(specs) - set(stored):
+        problems.append(f"missing are {_some(missing)}")
+    if extra := set(stored) - set(specs):
+        problems.append(f"not understood are {_some(extra)}")
+    both = set(specs) & set(stored)
+    if shapes := {
+        f"{name} {stored[name].shape}, not {specs[name].shape}"
+        for name in both
+        if stored[name].shape != specs[name].shape
+    }:
+        problems.append(f"misshapen are {_some(shapes)}")
+    if kinds := {f"{name} {stored[name].dtype}" for name in both if stored[name].dtype not in FLOATS}:
+        problems.append(f"not floating point are {_some(kinds)}")
+    if problems:
+        raise ValueError(f"{place}: the weights do not fit the configuration: {'; '.join(problems)}.")
+
+
+def _target_dtype(place: str, stored: Mapping[str, Tensor], dtype: np.dtype | None) -> np.dtype:
+    kinds = {tensor.dtype for tensor in stored.values()}
+    if dtype is None and len(kinds) > 1:
+        raise ValueError(f"{place}: the weights are of {', '.join(sorted(kinds))}; choose one with dtype=.")
+    target = dtype or _checked_dtype(FLOATS[kinds.pop()])
+    assert target is not None
+    return target
+
+
+def _checked_dtype(dtype: Any) -> np.dtype | None:
+    if dtype is None:
+        return None
+    try:
+        checked = np.dtype(jnp.dtype(dtype))
+    except TypeError:
+        checked = None
+    if checked is None or checked.name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    if checked.name == "float64" and jnp.result_type(float) != np.float64:
+        raise ValueError("float64 parameters need JAX_ENABLE_X64=1; or choose dtype='float32'.")
+    return checked
+
+
+def _source(path_or_hub_id: str | Path, revision: str | None) -> Fetch:
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        if revision is not None:
+            raise ValueError(f"{path} is a folder: revision={revision!r} is for repositories on the hub.")
+        return _local(path)
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(path_or_hub_id)):
+        raise ValueError(f"{path_or_hub_id}: neither a folder nor the name of a repository on the hub (owner/name).")
+    return _hub(str(path_or_hub_id), revision)
+
+
+def _local(folder: Path) -> Fetch:
+    root = folder.resolve()
+    # In huggingface_hub's cache the files of a snapshot are links to its blobs.
+    roots = [root, *(parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")]
+
+    def fetch(name: str) -> Path | None:
+        path = folder / name
+        if not path.is_file():
+            return None
+        if not any(path.resolve().is_relative_to(allowed) for allowed in roots):
+            raise ValueError(f"{path}: links to {path.resolve()}, outside the model's folder; copy the file there.")
+        return path
+
+    return fetch
+
+
+def _hub(repository: str, revision: str | None) -> Fetch:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def fetch(name: str) -> Path | None:
+        try:
+            return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
+        except errors.EntryNotFoundError:
+            return None
+        except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+            raise ValueError(f"{repository}: neither a folder nor reachable on the hub: {error}") from error
+
+    return fetch
+
+
+def _tokenizer(fetch: Fetch, origin: str, folder: str) -> Any:
+    from transformers import CLIPTokenizer
+
+    found = [path for name in TOKENIZER_FILES if (path := fetch(f"{folder}/{name}"))]
+    if not found:
+        raise ValueError(f"{_join(origin, folder)}: no vocab.json and merges.txt of a CLIP tokenizer.")
+    return CLIPTokenizer.from_pretrained(found[0].parent, local_files_only=True)
+
+
+def _pickle_refusal(what: str, place: str, config: Mapping[str, Any] | None) -> str:
+    named = (config or {}).get("_class_name")
+    library, named = ("diffusers", named) if named else ("transformers", "CLIPTextModel")
+    return (
+        f"{what}: only safetensors weights are read, because .bin, .pt and .ckpt files are pickles, which can run any "
+        f'code when opened. If you trust them, convert once, with PyTorch: python -c "import {library}; {library}.'
+        f'{named}.from_pretrained({place!r}, use_safetensors=False).save_pretrained({place!r})"'
+    )
+
+
+def _join(folder: str, name: str) -> str:
+    return "/".join(part for part in (folder, name) if part)
+
+
+def _some(names: set[str]) -> str:
+    shown = ", ".join(sorted(names)[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

@@ -16,6 +16,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from dae_theory.checks import check_positive
 from dae_theory.types import Denoiser, Scalar
+from scaling.api import Model
 from scaling.schedules import Prediction, Schedule, sigma_to_timestep, timestep_to_sigma
 
 __all__ = [
@@ -106,24 +107,26 @@ def from_denoiser(denoiser: Denoiser, schedule: Schedule) -> Network:
 
 
 def as_denoiser(
-    model: Any,
+    model: Model,
     schedule: Schedule,
     context: Array | None = None,
     *,
     class_labels: ArrayLike | None = None,
     added: Any = None,
 ) -> Denoiser:
-    """The denoiser ``D(y, σ)`` of a loaded model; one example, batched by ``jax.vmap``.
+    """The denoiser ``D(y, σ)`` of a loaded model, see :func:`to_denoiser`; one example, batched by ``jax.vmap``.
 
-    The conditions are those of one example, without a batch axis: ``context`` (T, C), ``class_labels`` a number.
-    ``y`` has the model's image shape (C, H, W). See :func:`to_denoiser`. Of a model that also returns a variance, the
-    prediction is taken.
+    ``y`` is an image (C, H, W), or a flat vector (d,) of one in the model's own size, as ``dae_theory`` has it. The
+    conditions are those of one example, without a batch axis: ``context`` (T, C), ``class_labels`` a number. Of a model
+    that also returns a variance, the prediction is taken.
     """
+    (example, *_), _ = model.apply.inputs(jnp.float32)
     context, class_labels, added = jax.tree.map(lambda value: jnp.asarray(value)[None], (context, class_labels, added))
 
-    def network(x: Float[Array, "c h w"], t: Array) -> Float[Array, "c h w"]:
-        out, _ = model.apply(model.params, x[None], t, context=context, class_labels=class_labels, added=added)
-        return out[0, : x.shape[0]]
+    def network(x: Array, t: Array) -> Array:
+        image = x.reshape(example.shape if x.ndim == 1 else (1, *x.shape))
+        out, _ = model.apply(model.params, image, t, context=context, class_labels=class_labels, added=added)
+        return out[:, : image.shape[1]].reshape(x.shape)
 
     return to_denoiser(network, schedule)
 

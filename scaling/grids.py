@@ -27,11 +27,18 @@ def sigma_grid(schedule: Schedule, num_steps: int) -> tuple[np.ndarray, np.ndarr
     Levels are linear in t between the schedule's timesteps; or spaced evenly in :math:`\sigma^{1/7}`
     (``use_karras_sigmas``) :cite:`karras22`, eq. (5), or in :math:`\log \sigma` (``use_exponential_sigmas``), and then
     the timesteps follow from them, linear in :math:`\log \sigma`. DPM-Solver++ rounds its timesteps. The last level
-    is 0, or σ_0 with ``final_sigmas_type`` ``sigma_min``.
+    is 0, or σ_0 with ``final_sigmas_type`` ``sigma_min``. ``ValueError`` for more steps than there are timesteps to
+    stand on, and for what the reference leaves undefined.
     """
     table = schedule.sigmas
     grid, log_table = np.arange(table.size), np.log(table)
     multistep = schedule.method == "dpmsolver++"
+    cosine = schedule.beta_schedule == "squaredcos_cap_v2"
+    if multistep and (schedule.use_exponential_sigmas or (schedule.use_karras_sigmas and cosine)):
+        raise ValueError(
+            "dpmsolver++ with use_exponential_sigmas, or with use_karras_sigmas on squaredcos_cap_v2, cuts timesteps "
+            "like 998.9999 to integers in the reference, so that rounding errors decide them; choose other levels."
+        )
     # λ = −log σ: what is clipped are the noisiest timesteps.
     last = int(np.sum(-log_table >= schedule.lambda_min_clipped))
     if last < table.size and schedule.timestep_spacing == "trailing":
@@ -48,9 +55,7 @@ def sigma_grid(schedule: Schedule, num_steps: int) -> tuple[np.ndarray, np.ndarr
         else:
             sigmas = high ** (1 - ramp) * low**ramp
         t = np.interp(np.log(sigmas), log_table, grid)
-        if multistep:
-            rounds = schedule.use_karras_sigmas and schedule.beta_schedule != "squaredcos_cap_v2"
-            t = t.round() if rounds else np.trunc(t)
+        t = t.round() if multistep else t
     if schedule.timestep_type == "continuous" and schedule.prediction_type == "v_prediction":
         t = np.log(sigmas) / 4
     if np.any(np.diff(sigmas) >= 0):

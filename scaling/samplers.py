@@ -17,6 +17,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from dae_theory.checks import check_integer
 from dae_theory.types import PRNGKey
+from scaling.api import Model
 from scaling.schedules import Method, Schedule, with_method
 from scaling.solvers import Bound, Calls, Solver, Table, make_solver
 from scaling.taps import Edit, Edits
@@ -129,7 +130,7 @@ def noise_at(key: PRNGKey, item: ArrayLike, call: ArrayLike, shape: Sequence[int
 
 def sample(
     key: PRNGKey,
-    model: Any,
+    model: Model,
     schedule: Schedule,
     num: int,
     num_steps: int,
@@ -178,7 +179,7 @@ def sample(
 @functools.partial(jax.jit, static_argnames=("shape", "capture", "trajectory"))
 def _sample(
     key: PRNGKey,
-    model: Any,
+    model: Model,
     solver: Solver,
     condition: Condition,
     guidance: Array | None,
@@ -231,7 +232,7 @@ def _weighted(weights: Table, terms: tuple[Array, ...]) -> Array:
     return functools.reduce(jnp.add, [weights[j] * term for j, term in enumerate(terms)])
 
 
-def _image_shape(model: Any, size: tuple[int, int] | None) -> tuple[int, int, int]:
+def _image_shape(model: Model, size: tuple[int, int] | None) -> tuple[int, int, int]:
     (x, *_), _ = model.apply.inputs(jnp.float32)
     _, channels, height, width = x.shape
     return (channels, *size) if size is not None else (channels, height, width)

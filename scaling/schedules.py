@@ -8,6 +8,9 @@ A model of T timesteps sees variance-preserving noise,
 Divided by :math:`\sqrt{\bar\alpha_t}` it is variance exploding, :math:`y = x_0 + \sigma \epsilon`, the convention of
 ``dae_theory``, with :math:`\sigma_t = \sqrt{(1 - \bar\alpha_t)/\bar\alpha_t}`. Tables are float64 NumPy arrays of shape
 (T,), made once on the host; what is computed from them under ``jit`` is in the dtype of the data.
+
+The β are evenly spaced :cite:`ho20`, or their roots are (Stable Diffusion), or :math:`\bar\alpha` is a squared cosine
+:cite:`nichol21`; a zero-SNR rescaling shifts :math:`\sqrt{\bar\alpha}` so that it ends at 0 :cite:`lin24`, Algorithm 1.
 """
 
 from __future__ import annotations

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from flax import struct
-from jaxtyping import Array, ArrayLike
+from jaxtyping import ArrayLike
 
 from dae_theory.checks import check_integer, check_nonnegative
 from scaling.denoisers import clean_weights, noise_weights
@@ -28,7 +28,8 @@ from scaling.schedules import Method, Schedule
 
 __all__ = ["Bound", "Calls", "Solver", "make_solver"]
 
-Table: TypeAlias = Array | np.ndarray
+Table: TypeAlias = Any
+"""An array of either library: made as NumPy's, traced as JAX's."""
 
 
 class Calls(NamedTuple):

@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-__all__ = ["FLOATS", "Entry", "read_header", "read_index", "read_json", "tensors", "write_tensors"]
+__all__ = ["FLOATS", "Tensor", "read_header", "read_index", "read_json", "write_tensors"]
 
 MAX_HEADER = 1 << 24
 MAX_JSON = 1 << 24
@@ -35,17 +35,25 @@ _DTYPES: dict[str, Any] = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-"""Names of the dtypes that a parameter may have."""
+FLOATS = {name: _DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}
+"""The dtypes that a parameter may have, by their names in a header."""
 
 
-class Entry(NamedTuple):
-    """Where a file holds a tensor: bytes [start, stop) of the file."""
+class Tensor(NamedTuple):
+    """A tensor in a file, not yet read: it is at bytes [start, stop)."""
 
+    path: Path
     dtype: str
     shape: tuple[int, ...]
     start: int
     stop: int
+
+    def read(self) -> np.ndarray:
+        """Map it: a read-only view of the file; copy what you keep."""
+        if self.start == self.stop:
+            return np.zeros(self.shape, _DTYPES[self.dtype])
+        mapped = np.memmap(self.path, np.uint8, mode="r", offset=self.start, shape=(self.stop - self.start,))
+        return mapped.view(np.ndarray).view(_DTYPES[self.dtype]).reshape(self.shape)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -57,7 +65,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return _json_object(path.read_bytes(), str(path))
 
 
-def read_header(path: Path) -> dict[str, Entry]:
+def read_header(path: Path) -> dict[str, Tensor]:
     """The tensors in a safetensors file by name; ``ValueError`` if the file is not exactly what its header says."""
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -71,15 +79,15 @@ def read_header(path: Path) -> dict[str, Entry]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict):
         raise ValueError(f"{path}: __metadata__ must be an object, got {type(metadata).__name__}.")
-    entries = {name: _entry(f"{path}: tensor {name!r}", value, 8 + length) for name, value in header.items()}
+    tensors = {name: _tensor(path, name, value, 8 + length) for name, value in header.items()}
     end = 8 + length
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
-        if entry.start != end:
-            raise ValueError(f"{path}: tensor {name!r} begins at byte {entry.start}, not where the last ended, {end}.")
-        end = entry.stop
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if tensor.start != end:
+            raise ValueError(f"{path}: tensor {name!r} begins at byte {tensor.start}, not where the last ended, {end}.")
+        end = tensor.stop
     if end != size:
         raise ValueError(f"{path}: the tensors end at byte {end}, the file at {size}; it is truncated or damaged.")
-    return entries
+    return tensors
 
 
 def read_index(path: Path) -> dict[str, list[str]]:
@@ -90,20 +98,15 @@ def read_index(path: Path) -> dict[str, list[str]]:
     files: dict[str, list[str]] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or not re.fullmatch(r"[\w][\w.-]*\.safetensors", file):
-            raise ValueError(f"{path}: tensor {name!r} is in {file!r}; shards are .safetensors files beside their index.")
+            raise ValueError(
+                f"{path}: tensor {name!r} is in {file!r}; shards are .safetensors files beside their index."
+            )
         files.setdefault(file, []).append(name)
     return files
 
 
-def tensors(path: Path, entries: Mapping[str, Entry]) -> Iterator[tuple[str, np.ndarray]]:
-    """Each tensor as a read-only view of the mapped file: copy what you keep."""
-    mapped = np.memmap(path, np.uint8, mode="r")
-    for name, entry in entries.items():
-        yield name, mapped[entry.start : entry.stop].view(_DTYPES[entry.dtype]).reshape(entry.shape)
-
-
-def write_tensors(path: Path, shapes: Mapping[str, tuple[Any, tuple[int, ...]]], arrays: Iterator[np.ndarray]) -> None:
-    """Write a safetensors file, one tensor at a time: ``shapes`` gives dtype and shape by name, ``arrays`` come in order.
+def write_tensors(path: Path, shapes: Mapping[str, tuple[Any, tuple[int, ...]]], arrays: Iterable[np.ndarray]) -> None:
+    """Write a safetensors file, one tensor at a time: ``shapes`` has dtype and shape by name, ``arrays`` that order.
 
     The file appears under its name only when it is complete.
     """
@@ -140,7 +143,8 @@ def _json_object(text: bytes, origin: str) -> dict[str, Any]:
     return value
 
 
-def _entry(origin: str, value: Any, data: int) -> Entry:
+def _tensor(path: Path, name: str, value: Any, data: int) -> Tensor:
+    origin = f"{path}: tensor {name!r}"
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{origin}: must have dtype, shape and data_offsets and nothing else.")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -151,7 +155,7 @@ def _entry(origin: str, value: Any, data: int) -> Entry:
     start, stop = offsets
     if stop - start != math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize:
         raise ValueError(f"{origin}: {stop - start} bytes do not hold {dtype} of shape {shape}.")
-    return Entry(dtype, tuple(shape), data + start, data + stop)
+    return Tensor(path, dtype, tuple(shape), data + start, data + stop)
 
 
 def _naturals(value: Any) -> bool:

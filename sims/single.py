@@ -32,7 +32,7 @@ from sims.worlds import cell_data, make_world
 
 __all__ = ["load_dae", "run", "save_dae"]
 
-Row = dict[str, float | list[Any]]
+Row = dict[str, Any]
 
 
 def run(

@@ -29,6 +29,7 @@ import xarray as xr
 
 from sims import chunks as on_disk
 from sims.chunks import AGAIN, BOOKKEEPING, RESULTS, Run, StoreError, Unit, blank, disk, pending, write_chunk
+from sims.files import write_text
 from sims.provenance import environment
 
 __all__ = [
@@ -76,6 +77,26 @@ class Count(NamedTuple):
 
 
 @contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Be the one process that writes in ``path``, made if need be; ``StoreError`` if another one does."""
+    """Hold the folder ``path``, made if need be, as its only writer; a kill lets go of it.
+
+    ``StoreError`` if another process holds it, or it cannot be written.
+    """
+    lock = filelock.FileLock(path / LOCK, timeout=0)
+    with disk("write in", path):
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise StoreError(f"another process is writing in {path}; wait for it, or choose another folder.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
 def open_run(
     out: str | os.PathLike[str],
     spec: Mapping[str, Any],
@@ -110,16 +131,15 @@ def open_run(
         todo = len(pending(run))
         if todo:
             record["sessions"].append(session)
-        with disk("write in", path):
-            _write_json(path / SPEC, record)
+        write_text(path / SPEC, json.dumps(record, indent=1))
         try:
             yield run
         finally:
             if todo:
                 session.update(ended=_now(), chunks=todo - len(pending(run)))
                 # On a full disk this must not hide the error that told of it.
-                with contextlib.suppress(OSError):
-                    _write_json(path / SPEC, record)
+                with contextlib.suppress(ValueError):
+                    write_text(path / SPEC, json.dumps(record, indent=1))
 
 
 def progress(run: Run) -> Progress:
@@ -207,21 +227,6 @@ def _check_template(template: xr.Dataset, chunks: Mapping[str, int]) -> None:
             raise StoreError(f"variable {name!r} needs another name: an identifier, not {' or '.join(BOOKKEEPING)}.")
 
 
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    lock = filelock.FileLock(path / LOCK, timeout=0)
-    with disk("write in", path):
-        path.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            raise StoreError(f"another process is writing in {path}; wait for it, or choose another folder.") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _record(path: Path, spec: dict[str, Any], template: xr.Dataset, chunks: dict[str, int]) -> dict[str, Any]:
     """The record of the run in ``path`` after its layout was made, or mended where files of it are missing."""
     results, file = path / RESULTS, path / SPEC
@@ -293,12 +298,3 @@ def _check_same(run: Run, template: xr.Dataset) -> None:
             f"{run.path} was begun with other variables or labels under the same spec: {there} there, {here} here. "
             "Choose another folder."
         )
-
-
-def _write_json(file: Path, value: Any) -> None:
-    passing = file.with_suffix(".json.partial")
-    with passing.open("w", encoding="utf-8") as opened:
-        json.dump(value, opened, indent=1)
-        opened.flush()
-        os.fsync(opened.fileno())
-    os.replace(passing, file)

@@ -118,7 +118,8 @@ def start(
     check_positive("learning_rate", learning_rate)
     check_positive("init_scale", init_scale)
     dae = dae_model.init(key, dim, recipe.width, scale=init_scale, dtype=dtype)
-    params = dae.w1 if recipe.tied else dae
+    # Two buffers, or donating the state would donate one twice.
+    params = dae.w1 if recipe.tied else ReluDae(dae.w1, jnp.copy(dae.w2))
     # Optax moments start as zeros of the parameters' type; python scalars inside it mix types on purpose.
     with jax.numpy_dtype_promotion("standard"):
         opt_state = optimizer(recipe, learning_rate).init(params)
@@ -179,9 +180,7 @@ def _draw(key: PRNGKey, data: Float[Array, "n d"], batch_size: int) -> tuple[Flo
     """Rows of one step and their noise."""
     rows_key, noise_key = jax.random.split(key)
     num_rows, dim = data.shape
-    if 0 < batch_size < num_rows:
-        batch = data[jax.random.randint(rows_key, (batch_size,), 0, num_rows)]
-    else:
-        batch = data
+    small = 0 < batch_size < num_rows
+    batch = data[jax.random.randint(rows_key, (batch_size,), 0, num_rows)] if small else data
     keys = jax.vmap(lambda i: jax.random.fold_in(noise_key, i))(jnp.arange(batch.shape[0]))
     return batch, jax.vmap(lambda k: jax.random.normal(k, (dim,), data.dtype))(keys)

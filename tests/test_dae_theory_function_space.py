@@ -11,11 +11,15 @@ import mpmath
 import numpy as np
 import pytest
 
-from dae_theory.function_space import function_distance_sq, function_inner_product
+from dae_theory import function_space
 from dae_theory.model import ReluDae, denoise
 
 SEEDS = st.integers(0, 2**32 - 1)
 EPS = float(np.finfo(np.float64).eps)
+
+# Called eagerly, a scan compiles anew in every call.
+function_distance_sq = jax.jit(function_space.function_distance_sq)
+function_inner_product = jax.jit(function_space.function_inner_product)
 
 
 def random_dae(seed, dim=4, width=5, scale=1.0):

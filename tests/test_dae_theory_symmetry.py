@@ -18,6 +18,13 @@ from dae_theory.model import ReluDae, denoise, live_columns
 
 SEEDS = st.integers(0, 2**32 - 1)
 
+# Called eagerly, a scan compiles anew in every call.
+groups_of = jax.jit(symmetry.parallel_groups)
+merge = jax.jit(symmetry.merge_parallel_columns)
+canonicalize = jax.jit(symmetry.canonicalize)
+match = jax.jit(symmetry.match_columns)
+weight_distance_sq = jax.jit(symmetry.weight_distance_sq)
+
 
 def random_dae(seed, dim=5, width=7, scale=1.0):
     rng = np.random.default_rng(seed)
@@ -52,8 +59,9 @@ def transformed(dae, seed, scale=3.0):
     return permuted(twice, jnp.asarray(rng.permutation(2 * p)))
 
 
-def outputs(dae, num=40, seed=0):
-    ys = jnp.asarray(np.random.default_rng(seed).normal(size=(num, dae.w1.shape[0])))
+@jax.jit
+def outputs(dae):
+    ys = jnp.asarray(np.random.default_rng(0).normal(size=(40, dae.w1.shape[0])))
     return jax.vmap(lambda y: denoise(dae, y))(ys)
 
 
@@ -72,7 +80,7 @@ def simplex_rows(num=4, scale=1.5):
 
 def test_merging_undoes_splitting():
     whole = balanced(random_dae(1))
-    merged = symmetry.merge_parallel_columns(split(whole, jnp.linspace(0.1, 0.9, 7)))
+    merged = merge(split(whole, jnp.linspace(0.1, 0.9, 7)))
     assert int(live_columns(merged).sum()) == 7
     np.testing.assert_allclose(merged.w1[:, :7], whole.w1, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(merged.w2[:, :7], whole.w2, rtol=1e-12, atol=1e-12)
@@ -83,7 +91,7 @@ def test_merging_keeps_the_function_and_never_raises_the_penalty():
     dae = random_dae(2)
     # Parallel encoders with different decoders still make one unit.
     dae = dae._replace(w1=dae.w1.at[:, 4].set(2.5 * dae.w1[:, 1]).at[:, 5].set(0.0))
-    merged = jax.jit(symmetry.merge_parallel_columns)(dae)
+    merged = merge(dae)
     np.testing.assert_allclose(outputs(merged), outputs(dae), rtol=1e-12, atol=1e-12)
     assert penalty(merged) < penalty(dae)
     assert int(live_columns(merged).sum()) == 5
@@ -94,23 +102,21 @@ def test_merging_does_not_depend_on_scales():
     """Also where the group is only nearly parallel: members count by what they contribute."""
     dae = random_dae(3)
     near = dae._replace(w1=dae.w1.at[:, 4].set(0.3 * dae.w1[:, 1] + 0.01 * dae.w1[:, 2]))
-    assert int(symmetry.parallel_groups(near)[4]) == 1
+    assert int(groups_of(near)[4]) == 1
     factors = jnp.asarray(10.0 ** np.linspace(-2, 2, 7))
-    for ours, theirs in zip(
-        symmetry.merge_parallel_columns(rescaled(near, factors)), symmetry.merge_parallel_columns(near), strict=True
-    ):
+    for ours, theirs in zip(merge(rescaled(near, factors)), merge(near), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
 def test_antiparallel_columns_stay_apart():
     w = jnp.array([[1.0, -1.0], [0.0, 0.0]])
-    np.testing.assert_array_equal(symmetry.parallel_groups(ReluDae(w, w)), [0, 1])
+    np.testing.assert_array_equal(groups_of(ReluDae(w, w)), [0, 1])
 
 
 def test_tolerance_means_what_it_says_down_to_rounding():
     angle = 1e-7
     w = jnp.array([[1.0, 2.0 * math.cos(angle), 0.0, 3.0, 0.0], [0.0, 2.0 * math.sin(angle), 0.0, 0.0, 0.0]])
-    groups = {tol: symmetry.parallel_groups(ReluDae(w, w), tolerance=tol) for tol in (1e-30, 4.9e-15, 5.1e-15)}
+    groups = {tol: groups_of(ReluDae(w, w), tolerance=tol) for tol in (1e-30, 4.9e-15, 5.1e-15)}
     # 1 − cos = angle²/2 = 5e-15; silent units form one group.
     np.testing.assert_array_equal(groups[1e-30], [0, 1, 2, 0, 2])
     np.testing.assert_array_equal(groups[4.9e-15], [0, 1, 2, 0, 2])
@@ -134,8 +140,8 @@ def test_dead_networks_stay_finite_in_value_and_gradient():
 def test_one_form_for_all_networks_of_a_class(seed, other, scale):
     dae = random_dae(seed, scale=scale)
     wide = symmetry.pad_columns(dae, 14)
-    form = symmetry.canonicalize(wide, tolerance=1e-9)
-    again = symmetry.canonicalize(transformed(dae, other), tolerance=1e-9)
+    form = canonicalize(wide, tolerance=1e-9)
+    again = canonicalize(transformed(dae, other), tolerance=1e-9)
     chex.assert_trees_all_close(again, form, rtol=1e-11, atol=1e-11 * scale)
     np.testing.assert_allclose(outputs(form), outputs(dae), rtol=1e-10, atol=1e-11 * scale**2)
     norms = np.linalg.norm(form.w1, axis=0)
@@ -150,21 +156,21 @@ def test_one_form_for_all_networks_of_a_class(seed, other, scale):
 def test_ties_of_the_norm_are_broken_alike(seed):
     """A memorizing network of equal norms: here rounding would decide a sort by norm alone."""
     dae = memorizing_minimizer(simplex_rows(), 0.3, 1e-3, 4)
-    form = symmetry.canonicalize(symmetry.pad_columns(dae, 8))
-    chex.assert_trees_all_close(symmetry.canonicalize(transformed(dae, seed)), form, rtol=1e-12, atol=1e-13)
+    form = canonicalize(symmetry.pad_columns(dae, 8))
+    chex.assert_trees_all_close(canonicalize(transformed(dae, seed)), form, rtol=1e-12, atol=1e-13)
 
 
 @hypothesis.given(SEEDS)
 def test_canonicalizing_twice_changes_nothing(seed):
-    form = symmetry.canonicalize(random_dae(seed))
-    chex.assert_trees_all_close(symmetry.canonicalize(form), form, rtol=1e-13, atol=1e-14)
+    form = canonicalize(random_dae(seed))
+    chex.assert_trees_all_close(canonicalize(form), form, rtol=1e-13, atol=1e-14)
 
 
 def test_columns_below_the_tolerance_are_dropped():
     dae = balanced(random_dae(5))
     faint = ReluDae(*(w.at[:, 3].multiply(1e-3) for w in dae))
-    assert int(jnp.sum(symmetry.column_norms(symmetry.canonicalize(faint).w1) > 0)) == 6
-    assert int(jnp.sum(symmetry.column_norms(symmetry.canonicalize(faint, tolerance=1e-9).w1) > 0)) == 7
+    assert int(jnp.sum(symmetry.column_norms(canonicalize(faint).w1) > 0)) == 6
+    assert int(jnp.sum(symmetry.column_norms(canonicalize(faint, tolerance=1e-9).w1) > 0)) == 7
 
 
 # Weight space
@@ -173,7 +179,7 @@ def test_columns_below_the_tolerance_are_dropped():
 def test_matching_is_the_best_of_all_permutations():
     for seed in range(4):
         a, b = random_dae(seed, 3, 5), random_dae(seed + 100, 3, 5)
-        order = symmetry.match_columns(a, b)
+        order = match(a, b)
         assert sorted(order.tolist()) == list(range(5))
 
         def cost(order, a=a, b=b):
@@ -186,16 +192,16 @@ def test_matching_is_the_best_of_all_permutations():
 def test_matching_is_invertible_and_survives_nan():
     a = random_dae(6)
     order = jnp.asarray(np.random.default_rng(0).permutation(7))
-    np.testing.assert_array_equal(order[symmetry.match_columns(a, permuted(a, order))], np.arange(7))
-    assert symmetry.match_columns(a, ReluDae(a.w1 * jnp.nan, a.w2)).shape == (7,)
+    np.testing.assert_array_equal(order[match(a, permuted(a, order))], np.arange(7))
+    assert match(a, ReluDae(a.w1 * jnp.nan, a.w2)).shape == (7,)
     with pytest.raises(ValueError, match="one shape"):
-        symmetry.match_columns(a, random_dae(6, 5, 8))
+        match(a, random_dae(6, 5, 8))
 
 
 @hypothesis.given(SEEDS, SEEDS)
 def test_weight_distance_is_zero_on_a_class(seed, other):
     dae = random_dae(seed)
-    distance_sq = symmetry.weight_distance_sq(dae, transformed(dae, other), tolerance=1e-9)
+    distance_sq = weight_distance_sq(dae, transformed(dae, other), tolerance=1e-9)
     assert float(distance_sq) < (1e-14 * 100) ** 2 * penalty(dae)
 
 
@@ -204,7 +210,7 @@ def test_weight_distance_of_a_small_step_is_its_length():
     w = random_dae(7).w1
     step = 1e-4 * random_dae(8).w1
     moved = permuted(ReluDae(w + step, w + step), jnp.asarray([3, 1, 0, 2, 6, 5, 4]))
-    distance_sq = symmetry.weight_distance_sq(ReluDae(w, w), split(moved, jnp.linspace(0.2, 0.8, 7)), tolerance=1e-9)
+    distance_sq = weight_distance_sq(ReluDae(w, w), split(moved, jnp.linspace(0.2, 0.8, 7)), tolerance=1e-9)
     np.testing.assert_allclose(distance_sq, 2 * float(jnp.sum(step**2)), rtol=1e-9)
 
 
@@ -212,7 +218,7 @@ def test_weight_distance_of_a_small_step_is_its_length():
 def test_weight_distance_is_a_metric(seed):
     nets = [random_dae(seed), random_dae(seed + 1, width=5), random_dae(seed + 2)]
     ab, ba, bc, ac = (
-        math.sqrt(float(symmetry.weight_distance_sq(nets[i], nets[j]))) for i, j in ((0, 1), (1, 0), (1, 2), (0, 2))
+        math.sqrt(float(weight_distance_sq(nets[i], nets[j]))) for i, j in ((0, 1), (1, 0), (1, 2), (0, 2))
     )
     np.testing.assert_allclose(ab, ba, rtol=1e-12)
     assert ac <= (ab + bc) * (1 + 1e-12)
@@ -222,8 +228,8 @@ def test_weight_distance_is_a_metric(seed):
 def test_weight_distance_to_nothing_is_the_balanced_penalty():
     dae = random_dae(9)
     nothing = ReluDae(jnp.zeros((5, 1)), jnp.zeros((5, 1)))
-    expected = penalty(symmetry.canonicalize(dae))
-    np.testing.assert_allclose(symmetry.weight_distance_sq(dae, nothing), expected, rtol=1e-13)
+    expected = penalty(canonicalize(dae))
+    np.testing.assert_allclose(weight_distance_sq(dae, nothing), expected, rtol=1e-13)
     np.testing.assert_allclose(expected, 2 * np.sum(symmetry.column_norms(balanced(dae).w1) ** 2), rtol=1e-12)
 
 
@@ -378,7 +384,7 @@ def test_no_tangents_of_a_dead_network_and_bad_input():
     dead = ReluDae(jnp.zeros((3, 4)), jnp.zeros((3, 4)))
     assert symmetry.symmetry_tangents(dead).shape == (0, 2, 3, 4)
     dae = random_dae(14)
-    with pytest.raises(ValueError, match="rotation.*needs data"):
+    with pytest.raises(ValueError, match="needs data"):
         symmetry.symmetry_tangents(dae, families=("rotation",))
     with pytest.raises(ValueError, match=r"unknown families \['scaling'\]"):
         symmetry.symmetry_tangents(dae, families=("scaling",))
@@ -412,5 +418,5 @@ def test_one_trace_serves_all_networks_and_batches():
     values = distances(stack, jax.tree.map(lambda w: w[::-1], stack))
     distances(stack, stack)
     assert len(traces) == 1
-    alone = symmetry.weight_distance_sq(random_dae(0), random_dae(2))
+    alone = weight_distance_sq(random_dae(0), random_dae(2))
     np.testing.assert_allclose(values, [alone, 0.0, alone], rtol=1e-12, atol=1e-25)

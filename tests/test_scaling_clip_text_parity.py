@@ -117,5 +117,3 @@ def test_both_kinds_of_checkpoint_have_our_names(variant, tmp_path):
     assert torch.equal(again, before)
     module.save_pretrained(tmp_path / "again")
     assert {clip_text.rename(key) for key in load_file(tmp_path / "again" / "model.safetensors")} == set(published)
-
-

@@ -18,7 +18,12 @@ def parse(*argv):
 
 @pytest.mark.parametrize(
     ("text", "values"),
-    [("0.1", (0.1,)), ("1,2.5,4", (1.0, 2.5, 4.0)), ("lin:0:1:5", (0, 0.25, 0.5, 0.75, 1)), ("geom:1:100:3", (1, 10, 100))],
+    [
+        ("0.1", (0.1,)),
+        ("1,2.5,4", (1.0, 2.5, 4.0)),
+        ("lin:0:1:5", (0, 0.25, 0.5, 0.75, 1)),
+        ("geom:1:100:3", (1, 10, 100)),
+    ],
 )
 def test_float_axes(text, values):
     np.testing.assert_allclose(flags.parse_floats(text), values, rtol=1e-6)
@@ -51,7 +56,8 @@ def test_bad_memory_sizes_are_refused(text):
 def test_every_field_of_the_spec_has_a_flag():
     spec = flags.spec_from_flags(
         parse(
-            *"--dataset digits --center --separable 4 --split-seed 3 --held-out 0.1 --num-samples 2,4 --width 3".split(),
+            *"--dataset digits --center --separable 4 --split-seed 3 --held-out 0.1 --width 3".split(),
+            *["--num-samples", "2,4"],
             *"--penalty 0.1 --learning-rate 0.2 --init-scale 0.3 --sigma 0.4,0.5 --seeds 2 --optimizer adamw".split(),
             *"--schedule cosine --batch-size 7 --steps 9 --record-steps 1,9 --tied --weight-decay 0.6".split(),
             *"--eval-samples 8 --eval-draws 1 --dtype float64 --seed 5".split(),

@@ -28,7 +28,16 @@ def test_axes_accept_single_values_and_lists():
     assert spec.num_samples == (4,)
     assert spec.sigma == (0.1, 0.2)
     assert spec.record_steps == (10,)
-    assert list(spec.shape) == ["num_samples", "width", "seed", "penalty", "learning_rate", "init_scale", "sigma", "step"]
+    assert list(spec.shape) == [
+        "num_samples",
+        "width",
+        "seed",
+        "penalty",
+        "learning_rate",
+        "init_scale",
+        "sigma",
+        "step",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import numpy as np
 import optax
 import pytest
 
-from dae_theory import ReluDae
 from sims import train
 from sims.train import Recipe
 
@@ -19,7 +18,9 @@ def rows(key, n=6, d=4):
 
 def run(key, data, recipe, steps, **changes):
     rates = RATES | changes
-    state = train.start(key, data.shape[1], recipe, learning_rate=rates["learning_rate"], init_scale=0.3, dtype=data.dtype)
+    state = train.start(
+        key, data.shape[1], recipe, learning_rate=rates["learning_rate"], init_scale=0.3, dtype=data.dtype
+    )
     return train.advance(state, jax.random.fold_in(key, 1), data, steps, recipe, **rates)
 
 

@@ -13,6 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from scaling.models.config import to_jax
 from scaling.taps import Edit, Tap
 
+# Several test processes share the cores.
+torch.set_num_threads(1)
+
 TOLERANCE = {"float32": 2e-5, "float64": 1e-9}
 """Allowed difference as a fraction of the largest value. In float64 a wrong epsilon or constant stands out."""
 
@@ -132,8 +135,11 @@ def check_edit(pair, name, tolerance):
         handle = pair.module.get_submodule(name).register_forward_hook(hook)
         theirs = pair.theirs(pair.module, x)
         handle.remove()
-    tap = Tap(edits={f"{pair.prefix}{name}": Edit("add", jnp.asarray(vector), 0.5)})
-    assert difference(pair.ours(pair.params, tap, jnp.asarray(pair.x)), theirs) <= tolerance
+
+    def edited(params, x):
+        return pair.ours(params, Tap(edits={f"{pair.prefix}{name}": Edit("add", jnp.asarray(vector), 0.5)}), x)
+
+    assert difference(jax.jit(edited)(pair.params, jnp.asarray(pair.x)), theirs) <= tolerance
     assert difference(before, theirs) > 1e-3
 
 
@@ -172,12 +178,12 @@ def check_derivatives(pair, tolerance):
 
     point = (pair.params, jnp.asarray(offset.numpy()))
     directed = to_params(direction[0], pair.specs, pair.rename), jnp.asarray(direction[1].numpy())
-    assert difference(jax.jvp(ours, point, directed)[1], tangent) <= tolerance
+    assert difference(jax.jit(lambda *args: jax.jvp(ours, *args)[1])(point, directed), tangent) <= tolerance
 
     def loss(params, offset):
         return jnp.sum(ours(params, offset) * weight.numpy())
 
-    slopes, slope_x = jax.grad(loss, argnums=(0, 1))(*point)
+    slopes, slope_x = jax.jit(jax.grad(loss, argnums=(0, 1)))(*point)
     for name, slope in to_params(gradient[0], pair.specs, pair.rename).items():
         scale = max(np.max(np.abs(slope)), 1e-3)
         assert np.max(np.abs(slopes[name] - slope)) <= tolerance * scale, name

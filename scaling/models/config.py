@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
-__all__ = ["NO_EFFECT", "Fields", "Layout", "ParamSpec", "per_block", "to_jax", "to_torch"]
+__all__ = ["NO_EFFECT", "Fields", "Layout", "ParamSpec", "jax_shape", "per_block", "to_jax", "to_torch"]
 
 T = TypeVar("T")
 
@@ -31,6 +31,11 @@ class ParamSpec(NamedTuple):
 
 _TO_JAX: dict[Layout, tuple[int, ...]] = {"conv": (2, 3, 1, 0), "linear": (1, 0)}
 _TO_TORCH: dict[Layout, tuple[int, ...]] = {"conv": (3, 2, 0, 1), "linear": (1, 0)}
+
+
+def jax_shape(spec: ParamSpec) -> tuple[int, ...]:
+    """The parameter's shape in memory."""
+    return tuple(spec.shape[i] for i in _TO_JAX[spec.kind]) if spec.kind in _TO_JAX else spec.shape
 
 
 def to_jax(kind: Layout, array: np.ndarray) -> np.ndarray:

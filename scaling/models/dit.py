@@ -20,10 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from dae_theory.checks import is_concrete
 from scaling.models.blocks_transformer import cross_attention
+from scaling.models.conditions import batch_of_times, check_image
 from scaling.models.config import MAX_LAYERS, Fields
 from scaling.models.layers import (
     ACTIVATIONS,
@@ -152,35 +153,34 @@ def apply(
     params: Params,
     tap: Tap,
     x: Float[Array, "b c h w"],
-    t: Num[Array, " #b"] | Num[Array, ""] | float | int,
-    class_labels: Int[Array, " b"],
+    t: ArrayLike,
+    context: None = None,
+    class_labels: ArrayLike | None = None,
+    added: None = None,
 ) -> Float[Array, "b o h w"]:
-    """The output of all ``out_channels`` at times ``t`` (one, or one per example).
+    """The output of all ``out_channels`` at timesteps ``t``, a scalar or (B,), for classes ``class_labels`` (B,).
 
     Classes are 0 to ``num_embeds_ada_norm``, the last being the null class of guidance; ``ValueError`` for others, NaN
     under a trace. Images are square, a multiple of the patch, of any size: positions are stretched to the trained grid.
     """
-    patch, name = config.patch_size, "pos_embed.proj"
-    batch, *shape = x.shape
-    if shape[0] != config.in_channels or shape[1] != shape[2] or shape[1] % patch:
-        raise ValueError(f"x must be square (B, {config.in_channels}, H, H), H a multiple of {patch}; got {x.shape}.")
-    if is_concrete(class_labels) and not np.all(
-        (np.asarray(class_labels) >= 0) & (np.asarray(class_labels) <= config.classes)
-    ):
-        raise ValueError(f"class_labels must lie in [0, {config.classes}], {config.classes} being the null class.")
-    side = shape[1] // patch
+    if context is not None or added is not None:
+        raise ValueError("DiTTransformer2DModel takes neither context nor added conditions; leave them out.")
+    patch, name, batch = config.patch_size, "pos_embed.proj", x.shape[0]
+    check_image("DiTTransformer2DModel", x, config.in_channels, multiple=patch)
+    if x.shape[2] != x.shape[3]:
+        raise ValueError(f"DiTTransformer2DModel takes square images; got shape {x.shape}.")
+    labels = _checked_labels(config, class_labels, batch)
+    side = x.shape[2] // patch
     x = to_nhwc(x).astype(params[f"{name}.weight"].dtype)
     x = conv(params, tap, name, x, stride=patch, padding=(0, 0)).reshape(batch, side**2, config.channels)
     wide = widened(x)
     positions = jnp.asarray(position_embedding(config.channels, side, config.sample_size // patch), wide.dtype)
     x = tap("pos_embed", (wide + positions[None, :, :]).astype(x.dtype))
 
-    frequencies = sinusoidal_embedding(
-        jnp.broadcast_to(jnp.asarray(t), (batch,)), TIME_CHANNELS, flip_sin_to_cos=True, freq_shift=1
-    ).astype(x.dtype)
+    times = sinusoidal_embedding(batch_of_times(t, batch), TIME_CHANNELS, flip_sin_to_cos=True, freq_shift=1.0)
     first = None
     for i in range(config.layers):
-        emb = _embed(config, params, tap, f"transformer_blocks.{i}.norm1.emb", frequencies, class_labels)
+        emb = _embed(config, params, tap, f"transformer_blocks.{i}.norm1.emb", times, labels)
         first = emb if first is None else first
         x = _block(config, params, tap, f"transformer_blocks.{i}", x, emb)
 
@@ -214,15 +214,27 @@ def position_embedding(channels: int, side: int, trained_side: int) -> np.ndarra
     return np.concatenate([column, row], axis=1).astype(np.float32)
 
 
+def _checked_labels(config: Config, class_labels: ArrayLike | None, batch: int) -> Int[Array, " b"]:
+    if class_labels is None:
+        raise ValueError(f"DiTTransformer2DModel needs class_labels; {config.classes} is the null class.")
+    labels = jnp.asarray(class_labels)
+    if labels.shape != (batch,) or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"class_labels must be ({batch},) integers, got {labels.dtype} of shape {labels.shape}.")
+    if is_concrete(labels) and not np.all((np.asarray(labels) >= 0) & (np.asarray(labels) <= config.classes)):
+        raise ValueError(f"class_labels must lie in [0, {config.classes}], {config.classes} being the null class.")
+    return labels
+
+
 def _embed(
-    config: Config, params: Params, tap: Tap, name: str, frequencies: Float[Array, "b f"], labels: Int[Array, " b"]
+    config: Config, params: Params, tap: Tap, name: str, times: Float[Array, "b f"], labels: Int[Array, " b"]
 ) -> Float[Array, "b e"]:
-    time = timestep_embedding(params, tap, f"{name}.timestep_embedder", frequencies)
     table = params[f"{name}.class_embedder.embedding_table.weight"]
+    times = tap(f"{name}.time_proj", times).astype(table.dtype)
+    times = timestep_embedding(params, tap, f"{name}.timestep_embedder", times)
     # Else a negative label would count from the end.
     labels = jnp.where(labels < 0, config.classes + 1, labels)
     vectors = tap(f"{name}.class_embedder.embedding_table", table.at[labels].get(mode="fill", fill_value=jnp.nan))
-    return tap(name, time + tap(f"{name}.class_embedder", vectors))
+    return tap(name, times + tap(f"{name}.class_embedder", vectors))
 
 
 def _block(

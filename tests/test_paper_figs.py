@@ -1,0 +1,72 @@
+"""Figures: every one computed, drawn and saved in its quick form; a run drawn; numbers beside pictures."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import sims
+from paper_figs import __main__ as cli
+from paper_figs import artifacts, fig_phase_diagram
+from sims.spec import Spec
+
+
+def run(*argv):
+    return cli._run(cli._parse(["paper_figs", *map(str, argv)]))
+
+
+@pytest.mark.parametrize("name", cli.FIGURES)
+def test_each_figure_is_saved_with_its_numbers_and_spec(name, tmp_path, capsys):
+    assert run(name, "--quick", "--out", tmp_path) == 0
+    assert [pathlib.Path(line).name for line in capsys.readouterr().out.split()] == [
+        f"{name}.{s}" for s in ("npz", "json", "png")
+    ]
+    picture = np.asarray(Image.open(tmp_path / f"{name}.png").convert("L"))
+    assert min(picture.shape) > 300
+    # Not one flat color: something was drawn.
+    assert picture.std() > 10
+    arrays = artifacts.load_arrays(tmp_path / f"{name}.npz")
+    assert all(np.all(np.isfinite(a)) for key, a in arrays.items() if a.dtype.kind == "f" and "transition" not in key)
+    record = json.loads((tmp_path / f"{name}.json").read_text())
+    assert record["environment"]["versions"]["jax"]
+    assert record["spec"]
+
+
+def test_the_phase_diagram_of_a_run_shows_the_runs_numbers(tmp_path):
+    spec = Spec(num_samples=(2, 8, 64), width=8, sigma=(0.5, 2.0), seeds=2, steps=60, eval_samples=8, eval_draws=2)
+    results = sims.sweep(spec, ("gap", "train_error", "held_out_error"), out=tmp_path / "run")
+    assert run("phase_diagram", "--run", tmp_path / "run", "--out", tmp_path / "figs") == 0
+    arrays = artifacts.load_arrays(tmp_path / "figs" / "phase_diagram.npz")
+    np.testing.assert_allclose(arrays["gap"], results.gap.mean("seed").squeeze().values, rtol=1e-6)
+    np.testing.assert_array_equal(arrays["num_samples"], [2, 8, 64])
+    assert json.loads((tmp_path / "figs" / "phase_diagram.json").read_text())["spec"]["steps"] == 60
+
+
+def test_a_run_without_the_measures_is_refused(tmp_path, capsys):
+    spec = Spec(num_samples=(2, 4), width=2, sigma=0.5, seeds=1, steps=1, eval_samples=2, eval_draws=1)
+    sims.sweep(spec, ("train_error",), out=tmp_path / "run")
+    assert run("phase_diagram", "--run", tmp_path / "run", "--out", tmp_path) == 2
+    assert "needs the measures gap" in capsys.readouterr().err
+
+
+def test_bad_requests_are_refused(tmp_path, capsys):
+    assert run("fig9", "--out", tmp_path) == 2
+    assert "known are columns, codes, phase_diagram" in capsys.readouterr().err
+    assert run("columns", "--run", tmp_path, "--out", tmp_path) == 2
+    assert run("phase_diagram", "--run", tmp_path / "none", "--out", tmp_path) == 2
+
+
+def test_list_names_every_figure(capsys):
+    assert run("list") == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in cli.FIGURES)
+
+
+def test_cell_edges_enclose_their_centers():
+    centers = np.array([1.0, 2.0, 8.0])
+    edges = fig_phase_diagram._edges(centers)
+    assert np.all(edges[:-1] < centers)
+    assert np.all(centers < edges[1:])
+    np.testing.assert_allclose(edges[1:-1] ** 2, centers[:-1] * centers[1:])

@@ -1,0 +1,171 @@
+"""The command line: every command with tiny parameters, messages, exit codes, and what an interrupt keeps."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from sims import __main__ as cli
+from sims import store
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = "--num-samples 3,12 --width 4 --sigma 0.3,0.6 --seeds 2 --steps 5 --eval-samples 4 --eval-draws 1".split()
+
+
+def run(*argv):
+    """The exit code of a command in this process."""
+    args = cli._parse(["sims", *map(str, argv)])
+    return args.run(args)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "demo"
+    assert run("demo", *TINY, "--quiet", "--out", out) == 0
+    return out
+
+
+def test_demo_writes_results_and_a_summary(demo, capsys):
+    assert run("demo", *TINY, "--out", demo) == 0
+    printed = capsys.readouterr()
+    assert "## Where memorization ends" in printed.out
+    assert (demo / "summary.md").read_text() in printed.out
+    assert "8/8" in printed.err
+    facts = store.read_spec(demo)["sessions"][0]["data"]
+    assert facts["name"] == "digits"
+    assert len(facts["beta_by_num_samples"]) == 2
+    results = store.load(demo)
+    assert np.isfinite(results.gap).all()
+    assert next(iter(results.condition.values)) == "negative_cosines"
+
+
+def test_show_and_transitions_read_a_run(demo, capsys, tmp_path):
+    assert run("show", demo) == 0
+    assert "8 networks on digits (d = 64)" in capsys.readouterr().out
+    assert run("transitions", demo, "--measure", "train_error", "--level", "1", "--json", tmp_path / "rows.json") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split("\t") == ["sigma", "estimate", "low", "high", "crossed"]
+    assert [row["sigma"] for row in json.loads((tmp_path / "rows.json").read_text())] == [0.3, 0.6]
+
+
+def test_sweep_and_train(tmp_path, capsys):
+    assert run("sweep", *TINY, "--measures", "gap", "--memory", "1GiB", "--out", tmp_path / "sweep") == 0
+    assert "Written" in capsys.readouterr().out
+    one = "--num-samples 4 --width 3 --sigma 0.5 --steps 4 --record-steps 0,4 --eval-samples 4 --eval-draws 1".split()
+    assert run("train", *one, "--measures", "train_error,gap", "--out", tmp_path / "one") == 0
+    assert "train_error" in capsys.readouterr().out
+    assert (tmp_path / "one" / "weights.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["sweep", "--sigma", "0", "--out", "OUT"], "sigma must be positive"),
+        (["sweep", "--penalty=-1", "--out", "OUT"], "penalty must be zero or more"),
+        (["sweep", "--num-samples", "0", "--out", "OUT"], "num_samples must be at least 1"),
+        (["sweep", "--width", "0", "--out", "OUT"], "width must be at least 1"),
+        (["sweep", "--num-samples", "99999", "--out", "OUT"], "digits has 1438"),
+        (["sweep", "--measures", "loss", "--out", "OUT"], "unknown measure 'loss'"),
+        (["sweep", "--dataset", "missing.npz", "--out", "OUT"], "missing.npz"),
+        (["sweep", "--separable", "8", "--num-samples", "8", "--out", "OUT"], "center"),
+        (["sweep", "--spec", "missing.toml", "--out", "OUT"], "missing.toml"),
+        (
+            ["sweep", "--memory", "10B", "--num-samples", "2", "--sigma", "1", "--steps", "1", "--out", "OUT"],
+            "raise --memory",
+        ),
+        (["train", "--out", "OUT"], "a single run needs one num_samples"),
+        (["show", "OUT"], "holds no run"),
+        (["transitions", "OUT"], "holds no run"),
+    ],
+)
+def test_bad_input_exits_with_2_and_a_message(argv, message, tmp_path, capsys):
+    assert run(*(str(tmp_path / "out") if a == "OUT" else a for a in argv)) == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("error: ")
+    assert message in error
+
+
+def test_bad_flags_exit_with_2(capsys):
+    for argv in (["sweep", "--sigmas", "1"], ["sweep", "--sigma", "x", "--out", "o"], ["sweep"], []):
+        with pytest.raises(SystemExit) as stopped:
+            run(*argv)
+        assert stopped.value.code == 2
+        assert "usage" in capsys.readouterr().err
+
+
+def test_a_corrupted_store_exits_with_2_and_says_what_to_do(demo, tmp_path, capsys):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(demo, copy)
+    (copy / "spec.json").write_text("{")
+    assert run("show", copy) == 2
+    assert "spec.json" in capsys.readouterr().err
+
+
+def test_an_unwritable_folder_exits_with_2(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run("sweep", *TINY, "--out", tmp_path / "file" / "out") == 2
+    assert "file" in capsys.readouterr().err
+
+
+def test_another_spec_on_the_same_folder_names_the_difference(demo, capsys):
+    assert run("demo", *TINY, "--steps", "6", "--out", demo) == 2
+    error = capsys.readouterr().err
+    assert "steps" in error
+    assert "5" in error
+
+
+def test_help_explains_every_flag(capsys):
+    for command in ("demo", "sweep", "train", "transitions", "show"):
+        with pytest.raises(SystemExit) as stopped:
+            run(command, "--help")
+        assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for flag in (
+        "--num-samples",
+        "--sigma",
+        "--width",
+        "--penalty",
+        "--duplicates",
+        "--memory",
+        "--separable",
+        "--quiet",
+    ):
+        assert flag in text
+
+
+def test_ctrl_c_exits_with_130_and_the_same_command_resumes(tmp_path):
+    out = tmp_path / "run"
+    argv = (
+        "--num-samples 3,12,24,48 --width 4 --sigma 0.3 --seeds 40 --steps 2000 --eval-samples 4 --eval-draws 1".split()
+    )
+    command = [sys.executable, "-m", "sims", "sweep", *argv, "--measures", "gap", "--quiet", "--out", str(out)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"JAX_ENABLE_X64": "0"}
+    )
+    done = out / "results.zarr" / "done" / "c"
+    deadline = time.monotonic() + 120
+    while not any(done.rglob("*")) if done.exists() else True:
+        assert time.monotonic() < deadline, "no unit finished"
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "The same command again resumes" in error
+    kept = int(store.load(out).done.sum())
+    assert 0 < kept < 160
+
+
+def test_the_module_runs_as_a_program():
+    shown = subprocess.run(
+        [sys.executable, "-m", "sims", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "transitions" in shown.stdout
