@@ -22,27 +22,38 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-__all__ = ["SATURATION", "Corner", "bivariate_normal_cdf", "corner", "gate_covariance", "normal_cdf", "normal_pdf"]
+__all__ = ["SATURATION", "Wedge", "bivariate_normal_cdf", "gate_covariance", "normal_cdf", "normal_pdf", "wedge"]
 
 SQRT2 = math.sqrt(2.0)
 TWO_PI = 2.0 * math.pi
 # The density underflows to 0 at this many standard deviations: beyond, gates are certain.
 SATURATION = 40.0
-# For directions without a finite coordinate: beyond every finite one, and its square is finite in float32.
+# For coordinates without a finite value: larger than every finite one, and its square is finite in float32.
 FAR = 1e12
+# Off the center, where both pieces of the wedge lose their shape.
+BESIDE = 1e-30
 
 
-class Corner(NamedTuple):
-    """The corner of the wedge ``{Z₁ > −a, Z₂ > −b}``."""
+class Wedge(NamedTuple):
+    """Two preactivations in units of their standard deviations, ``a + Z₁ > 0`` and ``b + Z₂ > 0``, and the corner."""
 
+    a: Float[Array, "*shape"]
+    b: Float[Array, "*shape"]
+    r: Float[Array, "*shape"]
+    """Correlation, cosine of the angle between the units."""
+    q: Float[Array, "*shape"]
+    """``√(1 − r²)``, sine of that angle."""
     t_a: Float[Array, "*shape"]
-    """``(a − r b)/q``; a huge number of the right sign, or 0, where ``q = 0``."""
+    """``(a − r b)/q``; where ``q = 0`` a huge number of the right sign, or 0."""
     t_b: Float[Array, "*shape"]
     """``(b − r a)/q``, likewise."""
-    tau_b: Float[Array, "*shape"]
-    """``b − r a = q t_b``, the mean of ``b + Z₂`` given ``a + Z₁ = 0``."""
+    cdf_a: Float[Array, "*shape"]
+    """``Φ(a)``, and so on."""
+    cdf_b: Float[Array, "*shape"]
+    cdf_ta: Float[Array, "*shape"]
+    cdf_tb: Float[Array, "*shape"]
     density: Float[Array, "*shape"]
-    """``exp(−(a² + t_b²)/2)/2π``, that is q times the joint density of ``a + Z₁`` and ``b + Z₂`` at the corner."""
+    """``φ(a) φ(t_b) = φ(b) φ(t_a)``: q times the joint density of ``a + Z₁`` and ``b + Z₂`` at 0."""
 
 
 def normal_pdf(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -76,59 +87,54 @@ def bivariate_normal_cdf(
     r = jnp.clip(r, -1.0, 1.0)
     q_sq = (1.0 - r) * (1.0 + r)
     q = jnp.where(q_sq > 0, jnp.sqrt(jnp.where(q_sq > 0, q_sq, 1.0)), 0.0)
-    a, b = jnp.clip(a, -SATURATION, SATURATION), jnp.clip(b, -SATURATION, SATURATION)
-    return gate_covariance(a, b, r, q) + normal_cdf(a) * normal_cdf(b)
+    w = wedge(jnp.clip(a, -SATURATION, SATURATION), jnp.clip(b, -SATURATION, SATURATION), r, q)
+    return gate_covariance(w) + w.cdf_a * w.cdf_b
 
 
-@jax.custom_jvp
-def gate_covariance(
+def wedge(
     a: Float[Array, "*shape"], b: Float[Array, "*shape"], r: Float[Array, "*shape"], q: Float[Array, "*shape"]
-) -> Float[Array, "*shape"]:
-    r"""Covariance of the two gates :cite:`owen56`, with ``ab < 0`` read by sign, 0 being positive.
-
-    .. math:: \mathrm{Cov}(1[a + Z_1 > 0],\, 1[b + Z_2 > 0]) = \Phi_2(a, b; r) - \Phi(a)\Phi(b)
-       = \tfrac14 - (\Phi(a) - \tfrac12)(\Phi(b) - \tfrac12) - \tfrac12 1[ab < 0] - T(a, t_b) - T(b, t_a)
-
-    ``a`` and ``b`` lie within ±40; ``(r, q)`` are cosine and sine of one angle θ. The derivative in θ is minus
-    :attr:`Corner.density`, finite where that in ``r`` is not, so tangents are read as ``dθ = r dq − q dr``.
-    """
-    # At the center the two pieces lose their shapes; a point beside it has the same value.
-    center = jnp.maximum(jnp.abs(a), jnp.abs(b)) < 1e-30
-    a, b = jnp.where(center, 1e-30, a), jnp.where(center, 1e-30, b)
-    t_a, t_b, _, _ = corner(a, b, r, q)
-    opposite = jnp.where((a < 0) != (b < 0), 0.5, 0.0).astype(a.dtype)
-    product = (normal_cdf(a) - 0.5) * (normal_cdf(b) - 0.5)
-    return 0.25 - product - opposite - _owens_t(a, t_b) - _owens_t(b, t_a)
-
-
-@gate_covariance.defjvp
-def _(primals, tangents):
-    a, b, r, q = primals
-    da, db, dr, dq = tangents
-    t_a, t_b, _, density = corner(a, b, r, q)
-    edge_a = normal_pdf(a) * (normal_cdf(t_b) - normal_cdf(b))
-    edge_b = normal_pdf(b) * (normal_cdf(t_a) - normal_cdf(a))
-    return gate_covariance(a, b, r, q), edge_a * da + edge_b * db - density * (r * dq - q * dr)
-
-
-def corner(
-    a: Float[Array, "*shape"], b: Float[Array, "*shape"], r: Float[Array, "*shape"], q: Float[Array, "*shape"]
-) -> Corner:
-    """Corner of the wedge, for ``a`` and ``b`` within ±40.
+) -> Wedge:
+    """The wedge of ``a`` and ``b``, both within ±40, under the correlation ``r`` with ``q = √(1 − r²)``.
 
     ``a − r b`` is summed as ``(a ∓ b) ± b (1 − |r|)``, which does not cancel where ``|r|`` is near 1.
     """
+    beside = jnp.where(jnp.maximum(jnp.abs(a), jnp.abs(b)) < BESIDE, BESIDE, 0.0).astype(a.dtype)
+    a, b = a + beside, b + beside
     sign = jnp.where(r < 0, -1.0, 1.0).astype(r.dtype)
     gap = a - sign * b
     apart = jnp.where(q > 0, gap / jnp.where(q > 0, q, 1.0), FAR * jnp.sign(gap))
     tilt = q / (1.0 + jnp.abs(r))
-    t_a = apart + sign * b * tilt
-    t_b = sign * (a * tilt - apart)
-    tau_b = sign * (a * tilt * q - gap)
-    return Corner(t_a, t_b, tau_b, jnp.exp(-0.5 * (a * a + t_b * t_b)) / TWO_PI)
+    t_a, t_b = apart + sign * b * tilt, sign * (a * tilt - apart)
+    density = jnp.exp(-0.5 * (a * a + t_b * t_b)) / TWO_PI
+    return Wedge(a, b, r, q, t_a, t_b, normal_cdf(a), normal_cdf(b), normal_cdf(t_a), normal_cdf(t_b), density)
 
 
-def _owens_t(h: Float[Array, "*shape"], t: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+@jax.custom_jvp
+def gate_covariance(w: Wedge) -> Float[Array, "*shape"]:
+    r"""Covariance of the two gates :cite:`owen56`; ``ab < 0`` is read by sign, 0 being positive.
+
+    .. math:: \mathrm{Cov}(1[a + Z_1 > 0],\, 1[b + Z_2 > 0]) = \Phi_2(a, b; r) - \Phi(a)\Phi(b)
+       = \tfrac14 - (\Phi(a) - \tfrac12)(\Phi(b) - \tfrac12) - \tfrac12 1[ab < 0] - T(a, t_b) - T(b, t_a)
+
+    ``(r, q)`` are cosine and sine of one angle θ. The derivative in θ is minus ``density``, finite where that in ``r``
+    is not, so tangents are read as ``dθ = r dq − q dr``.
+    """
+    opposite = jnp.where((w.a < 0) != (w.b < 0), 0.5, 0.0).astype(w.a.dtype)
+    product = (w.cdf_a - 0.5) * (w.cdf_b - 0.5)
+    pieces = _owens_t(w.a, w.t_b, w.cdf_a, w.cdf_tb) + _owens_t(w.b, w.t_a, w.cdf_b, w.cdf_ta)
+    return 0.25 - product - opposite - pieces
+
+
+@gate_covariance.defjvp
+def _(primals, tangents):
+    (w,), (d,) = primals, tangents
+    edges = normal_pdf(w.a) * (w.cdf_tb - w.cdf_b) * d.a + normal_pdf(w.b) * (w.cdf_ta - w.cdf_a) * d.b
+    return gate_covariance(w), edges - w.density * (w.r * d.q - w.q * d.r)
+
+
+def _owens_t(
+    h: Float[Array, "*shape"], t: Float[Array, "*shape"], cdf_h: Float[Array, "*shape"], cdf_t: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
     r"""Owen's ``T(h, t/h)``, odd in ``h`` and ``t``, with ``h = 0`` the limit from above.
 
     .. math:: T = \frac{\rho}{2\pi} \int_0^1 \frac{e^{-h^2 (1 + \rho^2 z^2)/2}}{1 + \rho^2 z^2} \, dz, \quad
@@ -146,4 +152,4 @@ def _owens_t(h: Float[Array, "*shape"], t: Float[Array, "*shape"]) -> Float[Arra
             total += weight / TWO_PI * jnp.exp(-0.5 * long * long * stretch) / stretch
     flat = rho * total
     quarter = jnp.where((h < 0) == (t < 0), 0.25, -0.25).astype(h.dtype)
-    return jnp.where(steep, quarter - (normal_cdf(h) - 0.5) * (normal_cdf(t) - 0.5) - flat, flat)
+    return jnp.where(steep, quarter - (cdf_h - 0.5) * (cdf_t - 0.5) - flat, flat)

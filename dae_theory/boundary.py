@@ -25,6 +25,7 @@ from dae_theory.energies import allocate_ranks, spectral_energy
 from dae_theory.precision import full_precision
 from dae_theory.spectra import (
     Labels,
+    Multiplicity,
     block_copies,
     check_multiplicity,
     direction_spectra,
@@ -74,7 +75,7 @@ def predicted_boundary(
     penalty: Scalar,
     width: ArrayLike,
     *,
-    multiplicity: ArrayLike | None = None,
+    multiplicity: Multiplicity = None,
 ) -> Boundary:
     r"""The n at which the memorizing objective first rises above the generalizing or the hybrid one.
 

@@ -150,7 +150,7 @@ def allocate_ranks(spectra: Spectra, sigma: Scalar, penalty: Scalar, width: Arra
         check_integer("width", width, minimum=1)
     gains = direction_gain(spectra.moments, spectra.weights[:, None], sigma, penalty)
     place = jnp.argsort(jnp.argsort(-gains, axis=None, stable=True)).reshape(gains.shape)
-    return jnp.sum((place < width) & (gains > 0), axis=1)
+    return jnp.sum((place < jnp.asarray(width).astype(place.dtype)) & (gains > 0), axis=1)
 
 
 def best_energy(spectra: Spectra, sigma: Scalar, penalty: Scalar, width: ArrayLike) -> Energy:

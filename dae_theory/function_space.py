@@ -17,11 +17,11 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dae_theory.model import ReluDae
 from dae_theory.precision import full_precision
-from dae_theory.symmetry import column_norms, match_columns, merge_parallel_columns, pad_columns, unit_columns
+from dae_theory.symmetry import column_norms, unit_columns
 
 __all__ = ["function_distance_sq", "function_inner_product"]
 
@@ -32,8 +32,8 @@ def function_inner_product(dae_a: ReluDae, dae_b: ReluDae) -> Float[Array, ""]:
 
     .. math:: \langle f_a, f_b \rangle = \sum_{jk} c_j^a \cdot c_k^b \; \kappa(\angle(e_j^a, e_k^b))
 
-    Derivatives of first and second order are finite everywhere; at a zero encoder column, where this function has a
-    kink, the first is the mean of both sides. ``ValueError`` if the dimensions differ.
+    Derivatives of first and second order are finite everywhere; along a zero encoder column, where this function has a
+    kink, they are given as zero. ``ValueError`` if the dimensions differ.
     """
     _check_dimensions(dae_a, dae_b)
     (e_a, c_a), (e_b, c_b) = _polar(dae_a), _polar(dae_b)
@@ -46,38 +46,29 @@ def function_distance_sq(dae_a: ReluDae, dae_b: ReluDae) -> Float[Array, ""]:
     r"""Mean of ``‖f_a(y) − f_b(y)‖²`` over ``y ~ N(0, I)``: zero only if the functions are equal, whatever the weights.
 
     The three inner products of the expanded square cancel: they would tell networks apart no better than √(rounding
-    unit). Instead (derived here) exactly parallel units are merged, units of a and b are paired by
-    :func:`dae_theory.symmetry.match_columns`, and the difference is written in differences that are small one by one,
+    unit). Instead (derived here) the difference, all units of a and those of b with −c, is summed by parts along the
+    minimum spanning tree of the directions, from the leaves to a root r,
 
-    .. math:: f_a - f_b = \sum_j (c_j - c_j') \frac{[e_j]_+ + [e_j']_+}{2} + \frac{c_j + c_j'}{2} ([e_j]_+ - [e_j']_+),
+    .. math:: f_a - f_b = s_r [e_r^\top y]_+ + \sum_j s_j \left([e_j^\top y]_+ - [e_{\pi(j)}^\top y]_+\right),
+              \qquad s_j = \sum_{i \text{ below or at } j} c_i
 
-    a unit without a partner being paired with nothing in its own direction. First and second differences of κ follow
-    from
+    with π(j) the parent of j. Units that cancel or belong together are neighbors in the tree, so every term is small by
+    one factor or the other. First and second differences of κ follow from
 
     .. math:: \kappa(t) - \kappa(t') = \frac{(\pi - m)(\cos t - \cos t') + \cos m \, (2 \sin\frac h2 - h \cos\frac h2)}
               {2\pi}, \qquad m = \frac{t + t'}2, \quad h = t - t',
 
-    with ``cos t − cos t' = eᵀ(e₁ − e₂)`` from the differences of the directions. Any pairing is exact in exact
-    arithmetic; with one that fits, the error is the rounding unit times the *distance* of the networks times their
-    norm, not times their squared norm. Networks that are equal without matching unit by unit keep the latter.
+    with ``cos t − cos t' = eᵀ(e₁ − e₂)`` from the differences of the directions. The error is about the rounding unit
+    times the *distance* of the networks times their norm, however they split, scale and order their units. Networks
+    that are equal only by a coincidence (:func:`dae_theory.symmetry.canonicalize`) keep the rounding of the squared
+    norm.
 
     The derivative is that of the expanded square: right to rounding, and zero at equal networks. ``ValueError`` if the
     dimensions differ.
     """
     _check_dimensions(dae_a, dae_b)
-    (e_a, c_a), (e_b, c_b) = _paired(dae_a, dae_b)
-    delta, dc, c = e_a - e_b, c_a - c_b, 0.5 * (c_a + c_b)
-    t_aa, t_ab, t_bb = _angles(e_a, e_a), _angles(e_a, e_b), _angles(e_b, e_b)
-    # Entry [j, k] of the first difference from a's or from b's unit j: κ to a's unit k less κ to b's unit k.
-    m_a, m_b = 0.5 * (t_aa + t_ab), 0.5 * (t_ab.T + t_bb)
-    bend_a, bend_b = _bend(m_a, t_aa - t_ab), _bend(m_b, t_ab.T - t_bb)
-    rise, jump = 0.5 * (e_a + e_b).T @ delta, delta.T @ delta
-    down, turn = math.pi - 0.5 * (m_a + m_b), m_a - m_b
-    mean = 0.25 * (_kernel_of_angle(t_aa) + _kernel_of_angle(t_ab) + _kernel_of_angle(t_ab.T) + _kernel_of_angle(t_bb))
-    first = (down * rise - 0.25 * turn * jump + 0.5 * (bend_a + bend_b)) / (2.0 * math.pi)
-    second = (down * jump - turn * rise + bend_a - bend_b) / (2.0 * math.pi)
-    total = jnp.sum((dc.T @ dc) * mean + 2.0 * (dc.T @ c) * first + (c.T @ c) * second)
-    return jnp.maximum(total, 0.0)
+    (e_a, c_a), (e_b, c_b) = _polar(dae_a), _polar(dae_b)
+    return _norm_sq(jnp.concatenate([e_a, e_b], axis=1), jnp.concatenate([c_a, -c_b], axis=1))
 
 
 @function_distance_sq.defjvp
@@ -122,27 +113,56 @@ def _kernel_of_angle(t: Float[Array, "p q"]) -> Float[Array, "p q"]:
     return (jnp.sin(t) + (math.pi - t) * jnp.cos(t)) / (2.0 * math.pi)
 
 
-def _paired(
-    dae_a: ReluDae, dae_b: ReluDae
-) -> tuple[tuple[Float[Array, "d p"], Float[Array, "d p"]], tuple[Float[Array, "d p"], Float[Array, "d p"]]]:
-    width = max(dae_a.w1.shape[1], dae_b.w1.shape[1])
-    # Directions within eight roundings of one another.
-    tolerance = 32.0 * float(jnp.finfo(dae_a.w1.dtype).eps) ** 2
-    a, b = (merge_parallel_columns(pad_columns(dae, width), tolerance=tolerance) for dae in (dae_a, dae_b))
-    order = match_columns(a, b)
-    (e_a, c_a), (e_b, c_b) = _polar(a), _polar(ReluDae(b.w1[:, order], b.w2[:, order]))
-    alone_a, alone_b = (jnp.all(e == 0, axis=0)[None, :] for e in (e_a, e_b))
-    return (jnp.where(alone_a, e_b, e_a), c_a), (jnp.where(alone_b, e_a, e_b), c_b)
+# Jitted here, for eager callers: each call would compile its loops anew.
+@jax.jit
+def _norm_sq(e: Float[Array, "d m"], c: Float[Array, "d m"]) -> Float[Array, ""]:
+    silent = jnp.all(e == 0, axis=0)
+    root = jnp.argmin(silent)
+    # The differences below are those of unit vectors: a unit that says nothing may have any direction.
+    e = jnp.where(silent[None, :], e[:, root][:, None], e)
+    t = _angles(e)
+    parent, s = _sum_by_parts(t, root, c)
+    delta = e - e[:, parent]
+    # First differences at [j, k]: κ from unit j to unit k less κ from j to the parent of k.
+    middle = 0.5 * (t + t[:, parent])
+    half = 0.5 * (t - t[:, parent])
+    bend = 2.0 * jnp.cos(middle) * (jnp.sin(half) - half * jnp.cos(half))
+    rise = e.T @ delta
+    first = (math.pi - middle[root]) * rise[root] + bend[root]
+    # Second differences: the first from j less those from the parent of j, term by term.
+    down, turn = math.pi - 0.5 * (middle + middle[parent]), middle - middle[parent]
+    second = down * (delta.T @ delta) - 0.5 * turn * (rise + rise[parent]) + bend - bend[parent]
+    total = math.pi * (s[:, root] @ s[:, root]) + 2.0 * jnp.sum((s[:, root] @ s) * first) + jnp.sum((s.T @ s) * second)
+    return jnp.maximum(total / (2.0 * math.pi), 0.0)
 
 
-def _angles(e: Float[Array, "d p"], f: Float[Array, "d p"]) -> Float[Array, "p p"]:
-    # Between e_j and f_k at [j, k]. The arccosine of a product would lose half of the digits near 0 and π.
-    def to_all(column: Float[Array, " d"]) -> Float[Array, " p"]:
-        apart, along = column_norms(f - column[:, None]), column_norms(f + column[:, None])
-        return 2.0 * jnp.arctan2(apart, along)
+def _angles(e: Float[Array, "d m"]) -> Float[Array, "m m"]:
+    # The arccosine of a product would lose half of the digits near 0 and π.
+    def to_all(column: Float[Array, " d"]) -> Float[Array, " m"]:
+        return 2.0 * jnp.arctan2(column_norms(e - column[:, None]), column_norms(e + column[:, None]))
 
     return jax.lax.map(to_all, e.T)
 
 
-def _bend(m: Float[Array, "p p"], h: Float[Array, "p p"]) -> Float[Array, "p p"]:
-    return jnp.cos(m) * (2.0 * jnp.sin(0.5 * h) - h * jnp.cos(0.5 * h))
+def _sum_by_parts(
+    t: Float[Array, "m m"], root: Int[Array, ""], c: Float[Array, "d m"]
+) -> tuple[Int[Array, " m"], Float[Array, "d m"]]:
+    """Parents in the minimum spanning tree of the angles (Prim's algorithm) and sums of c over subtrees."""
+
+    def grow(tree: tuple[Array, Array, Array], _: None) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
+        inside, gap, nearest = tree
+        new = jnp.argmin(jnp.where(inside, jnp.inf, gap))
+        closer = t[new] < gap
+        grown = inside.at[new].set(True), jnp.where(closer, t[new], gap), jnp.where(closer, new, nearest)
+        return grown, (new, nearest[new])
+
+    units = jnp.arange(t.shape[0])
+    start = units == root, t[root], jnp.full_like(units, root)
+    _, edges = jax.lax.scan(grow, start, length=t.shape[0] - 1)
+
+    def fold(s: Float[Array, "d m"], edge: tuple[Array, Array]) -> tuple[Float[Array, "d m"], None]:
+        new, parent = edge
+        return s.at[:, parent].add(s[:, new]), None
+
+    s, _ = jax.lax.scan(fold, c, edges, reverse=True)
+    return units.at[edges[0]].set(edges[1]), s

@@ -18,28 +18,13 @@ meaningless.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dae_theory.bivariate_normal import SATURATION, corner, gate_covariance, normal_cdf, normal_pdf
+from dae_theory.bivariate_normal import SATURATION, Wedge, gate_covariance, normal_cdf, normal_pdf, wedge
 
 __all__ = ["relu_covariance", "relu_cross_moment", "relu_mean", "relu_second_moment", "relu_variance", "standardize"]
-
-
-class Pair(NamedTuple):
-    """Two preactivations in units of their standard deviations, ``a + Z₁`` and ``b + Z₂``."""
-
-    a: Float[Array, "*shape"]
-    b: Float[Array, "*shape"]
-    r: Float[Array, "*shape"]
-    """Correlation, cosine of the angle between the units."""
-    q: Float[Array, "*shape"]
-    """``√(1 − r²)``, sine of that angle."""
-    gates: Float[Array, "*shape"]
-    """``gate_covariance(a, b, r, q)``, carried along so that its quadrature is done once."""
 
 
 def standardize(mean: Float[Array, "*shape"], std: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -100,7 +85,8 @@ def relu_covariance(
     """
     a, b = standardize(mean_j, std_j), standardize(mean_k, std_k)
     r, q = _angle(std_j, std_k, cov)
-    return _scaled_covariance(Pair(a, b, r, q, gate_covariance(a, b, r, q)), std_j, std_k, cov)
+    w = wedge(a, b, r, q)
+    return _scaled_covariance(w, gate_covariance(w), std_j, std_k, cov)
 
 
 def relu_cross_moment(
@@ -133,68 +119,70 @@ def _angle(
     return r, jnp.where(parallel, 0.0, q)
 
 
+# Below, `gates` is gate_covariance(w), carried along so that its quadrature is done once; the rules ignore its tangent.
 @jax.custom_jvp
 def _scaled_covariance(
-    pair: Pair, std_j: Float[Array, "*shape"], std_k: Float[Array, "*shape"], cov: Float[Array, "*shape"]
+    w: Wedge,
+    gates: Float[Array, "*shape"],
+    std_j: Float[Array, "*shape"],
+    std_k: Float[Array, "*shape"],
+    cov: Float[Array, "*shape"],
 ) -> Float[Array, "*shape"]:
     del cov
-    return std_j * std_k * _relu_relu(pair)
+    return std_j * std_k * _relu_relu(w, gates)
 
 
 @_scaled_covariance.defjvp
 def _(primals, tangents):
-    pair, std_j, std_k, cov = primals
-    d, ds_j, ds_k, dc = tangents
-    both = _both_on(pair)
-    shift = std_j * std_k * (_gate_relu(pair) * d.a + _gate_relu(_swap(pair)) * d.b)
-    scale = (_relu_relu(pair) - pair.r * both) * (std_k * ds_j + std_j * ds_k)
+    w, gates, std_j, std_k, cov = primals
+    d, _, ds_j, ds_k, dc = tangents
+    both = _both_on(w, gates)
+    shift = std_j * std_k * (_gate_relu(w, gates) * d.a + _gate_relu(_swap(w), gates) * d.b)
+    scale = (_relu_relu(w, gates) - w.r * both) * (std_k * ds_j + std_j * ds_k)
     # By dc, not dr: at a zero column the correlation has no derivative, the covariance has.
-    return _scaled_covariance(pair, std_j, std_k, cov), both * dc + shift + scale
+    return _scaled_covariance(w, gates, std_j, std_k, cov), both * dc + shift + scale
 
 
 @jax.custom_jvp
-def _relu_relu(pair: Pair) -> Float[Array, "*shape"]:
+def _relu_relu(w: Wedge, gates: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """``Cov([a + Z₁]₊, [b + Z₂]₊)``."""
-    return pair.a * _gate_relu(pair) + pair.r * _both_on(pair) + normal_pdf(pair.a) * _edge_shift(pair)
+    return w.a * _gate_relu(w, gates) + w.r * _both_on(w, gates) + _edge_shift(w)
 
 
 @_relu_relu.defjvp
 def _(primals, tangents):
-    (pair,), (d,) = primals, tangents
-    return _relu_relu(pair), _gate_relu(pair) * d.a + _gate_relu(_swap(pair)) * d.b + _both_on(pair) * d.r
+    (w, gates), (d, _) = primals, tangents
+    slope = _gate_relu(w, gates) * d.a + _gate_relu(_swap(w), gates) * d.b + _both_on(w, gates) * d.r
+    return _relu_relu(w, gates), slope
 
 
 @jax.custom_jvp
-def _gate_relu(pair: Pair) -> Float[Array, "*shape"]:
+def _gate_relu(w: Wedge, gates: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """``η = Cov(1[a + Z₁ > 0], [b + Z₂]₊)``."""
-    a, b, r, q, gates = pair
-    t_a, t_b, _, _ = corner(a, b, r, q)
-    return b * gates + normal_pdf(b) * (normal_cdf(t_a) - normal_cdf(a)) + r * normal_pdf(a) * normal_cdf(t_b)
+    return w.b * gates + normal_pdf(w.b) * (w.cdf_ta - w.cdf_a) + w.r * normal_pdf(w.a) * w.cdf_tb
 
 
 @_gate_relu.defjvp
 def _(primals, tangents):
-    (pair,), (d,) = primals, tangents
-    _, t_b, _, _ = corner(pair.a, pair.b, pair.r, pair.q)
-    at_edge = normal_pdf(pair.a) * (_edge_shift(pair) * d.a + normal_cdf(t_b) * d.r)
-    return _gate_relu(pair), at_edge + pair.gates * d.b
+    (w, gates), (d, _) = primals, tangents
+    return _gate_relu(w, gates), _edge_shift(w) * d.a + gates * d.b + normal_pdf(w.a) * w.cdf_tb * d.r
 
 
-def _both_on(pair: Pair) -> Float[Array, "*shape"]:
+def _both_on(w: Wedge, gates: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """``Φ₂(a, b; r)``, the probability that both gates are on."""
-    return pair.gates + normal_cdf(pair.a) * normal_cdf(pair.b)
+    return gates + w.cdf_a * w.cdf_b
 
 
-def _edge_shift(pair: Pair) -> Float[Array, "*shape"]:
-    """``E[[b + Z₂]₊ | a + Z₁ = 0] − E[b + Z₂]₊``."""
-    _, t_b, tau_b, _ = corner(pair.a, pair.b, pair.r, pair.q)
-    return pair.q * normal_pdf(t_b) + tau_b * normal_cdf(t_b) - _omega(pair.b)
+def _edge_shift(w: Wedge) -> Float[Array, "*shape"]:
+    """``φ(a) (E[b + Z₂ | a + Z₁ = 0]₊ − E[b + Z₂]₊)``."""
+    # Given a + Z₁ = 0, b + Z₂ has mean b − r a and standard deviation q.
+    return w.q * w.density + normal_pdf(w.a) * ((w.b - w.r * w.a) * w.cdf_tb - _omega(w.b))
 
 
-def _swap(pair: Pair) -> Pair:
-    return pair._replace(a=pair.b, b=pair.a)
+def _swap(w: Wedge) -> Wedge:
+    return Wedge(w.b, w.a, w.r, w.q, w.t_b, w.t_a, w.cdf_b, w.cdf_a, w.cdf_tb, w.cdf_ta, w.density)
 
 
 def _omega(a: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """``E[a + Z]₊``."""
+    """``ω(a) = E[a + Z]₊``."""
     return a * normal_cdf(a) + normal_pdf(a)

@@ -25,6 +25,7 @@ from dae_theory.precision import full_precision
 __all__ = [
     "Blocks",
     "Labels",
+    "Multiplicity",
     "Ranks",
     "Spectra",
     "block_copies",
@@ -49,6 +50,9 @@ Labels: TypeAlias = ArrayLike | Sequence[int]
 
 Ranks: TypeAlias = ArrayLike | Sequence[int]
 """Units of each block in order of label, or one number for all of them."""
+
+Multiplicity: TypeAlias = ArrayLike | Sequence[int] | None
+"""Copies that each row stands for, whole numbers above 0; one each if ``None``."""
 
 
 class Blocks(NamedTuple):
@@ -167,7 +171,7 @@ def principal_axes(points: Float[Array, "m d"], rank: int) -> tuple[Float[Array,
 
 
 @full_precision
-def empirical_spectra(data: Float[Array, "n d"], labels: Labels, *, multiplicity: ArrayLike | None = None) -> Spectra:
+def empirical_spectra(data: Float[Array, "n d"], labels: Labels, *, multiplicity: Multiplicity = None) -> Spectra:
     r"""Moments and weights of labeled rows; r = min(max n_k, d).
 
     .. math:: s = \mathrm{eig}(X_k^\top X_k)/n_k, \quad \rho_k = n_k/n
@@ -205,14 +209,14 @@ def population_spectra(mixture: GaussianMixture) -> Spectra:
     return Spectra(population_axes(mixture)[0], mixture.weights)
 
 
-def check_multiplicity(multiplicity: ArrayLike | None, num_samples: int) -> np.ndarray:
+def check_multiplicity(multiplicity: Multiplicity, num_samples: int) -> np.ndarray:
     """Copies of each row, ones if ``None``; ``ValueError`` unless concrete, positive whole numbers, shape (n,)."""
     if multiplicity is None:
         return np.ones(num_samples, int)
     if not is_concrete(multiplicity):
         raise ValueError("multiplicity must be concrete; close over it instead of tracing.")
-    check_positive("multiplicity", multiplicity)
     copies = np.asarray(multiplicity)
+    check_positive("multiplicity", copies)
     if copies.shape != (num_samples,):
         raise ValueError(f"multiplicity must have shape ({num_samples},), one for each row; got {copies.shape}.")
     if np.any(copies != np.round(copies)):

@@ -26,6 +26,7 @@ from dae_theory.minimizers import block_units, orthogonal_factor, shrinkage
 from dae_theory.precision import full_precision
 from dae_theory.spectra import (
     Labels,
+    Multiplicity,
     block_copies,
     check_multiplicity,
     direction_spectra,
@@ -68,7 +69,7 @@ def compare_structures(
     penalty: Scalar,
     width: int,
     *,
-    multiplicity: ArrayLike | None = None,
+    multiplicity: Multiplicity = None,
     exhaustive_limit: int = 8,
 ) -> tuple[Structure, ...]:
     """Candidate structures with ``width`` units, those whose margins hold first, by rising energy.
@@ -135,7 +136,7 @@ def best_structure(
     penalty: Scalar,
     width: int,
     *,
-    multiplicity: ArrayLike | None = None,
+    multiplicity: Multiplicity = None,
     exhaustive_limit: int = 8,
 ) -> Structure:
     """The structure of least energy among those whose margins hold, else of least energy: see ``holds``.
@@ -266,12 +267,12 @@ def _split_greedily(
             rest = jnp.where((members == k) & ~alone & (jnp.arange(copies.size) != i), copies, 0.0)
             left, _ = gram_axes((rows * rest[:, None]).T @ rows, jnp.sum(rest))
             split = energy(moments.at[k].set(left), counts.at[k].set(jnp.sum(rest)), alone.at[i].set(True))
-            return jnp.where(alone[i], jnp.inf, split)
+            # Splitting a block of one would change nothing but the rounding.
+            return jnp.where(alone[i] | (jnp.sum(rest) == 0), jnp.inf, split)
 
         energies = jax.lax.map(after, free)
         best = jnp.argmin(energies)
-        # Splitting a block of one changes nothing but the rounding.
-        pays = energies[best] < least * (1 - copies.size * jnp.finfo(least.dtype).eps)
+        pays = energies[best] < least
         i = free[best]
         return alone.at[i].set(alone[i] | pays), jnp.where(pays, energies[best], least), pays
 

@@ -39,6 +39,8 @@ __all__ = [
 ]
 
 
+# Jitted here, for eager callers: each call would compile its scan anew.
+@jax.jit
 @full_precision
 def parallel_groups(dae: ReluDae, *, tolerance: Scalar = 1e-3) -> Int[Array, " p"]:
     r"""For each unit the index of its group's first member: groups share a direction of w₁ up to ``tolerance``.
@@ -104,6 +106,7 @@ def canonicalize(dae: ReluDae, *, tolerance: Scalar = 1e-3) -> ReluDae:
     return ReluDae(w1[:, order], w2[:, order])
 
 
+@jax.jit
 @full_precision
 def match_columns(dae_a: ReluDae, dae_b: ReluDae) -> Int[Array, " p"]:
     r"""The order of b's columns that fits a's best; both networks of one shape.
@@ -157,7 +160,6 @@ def group_sums(dae: ReluDae, data: Float[Array, "n d"], *, tolerance: Scalar = 1
     return jnp.sum(jnp.where(aligned, _sizes(dae)[None, :], 0.0), axis=1)
 
 
-@full_precision
 def symmetry_tangents(
     dae: ReluDae,
     *,
@@ -191,12 +193,12 @@ def symmetry_tangents(
     actions = [action for family in families for action in _FAMILIES[family](dae, data, tolerance)]
     if not actions:
         return jnp.zeros((0, 2, d, p), dae.w1.dtype)
-    b1, b2 = (jnp.asarray(np.stack(b), dae.w1.dtype) for b in zip(*actions, strict=True))
-    moves = jnp.stack([jnp.einsum("dp,kpq->kdq", dae.w1, b1), jnp.einsum("dp,kpq->kdq", dae.w2, b2)], axis=1)
-    moves = unit_columns(moves.reshape(len(actions), -1).T)
-    basis, strength, _ = jnp.linalg.svd(moves, full_matrices=False)
-    rounding = jnp.finfo(moves.dtype).eps * max(moves.shape)
-    return basis[:, np.asarray(strength > rounding * strength[0])].T.reshape(-1, 2, d, p)
+    w1, w2 = (np.asarray(w, np.float64) for w in dae)
+    moves = np.stack([np.stack([w1 @ b1, w2 @ b2]) for b1, b2 in actions]).reshape(len(actions), -1)
+    moves /= np.linalg.norm(moves, axis=1, keepdims=True)
+    _, strength, basis = np.linalg.svd(moves, full_matrices=False)
+    kept = strength > np.finfo(moves.dtype).eps * max(moves.shape) * strength[0]
+    return jnp.asarray(basis[kept].reshape(-1, 2, d, p), dae.w1.dtype)
 
 
 def column_norms(w: Float[Array, "d p"]) -> Float[Array, " p"]:
@@ -206,7 +208,7 @@ def column_norms(w: Float[Array, "d p"]) -> Float[Array, " p"]:
 
 
 def unit_columns(w: Float[Array, "d p"]) -> Float[Array, "d p"]:
-    """Columns divided by their norms; zero columns stay zero, also in the gradient."""
+    """Columns divided by their norms; zero columns stay zero, with a finite gradient."""
     norms = column_norms(w)
     return w / jnp.where(norms > 0, norms, 1.0)[None, :]
 
@@ -262,7 +264,7 @@ def _rotations(dae: ReluDae, data: Array | None, tolerance: Scalar) -> _Actions:
     if data is None:
         raise ValueError('the family "rotation" needs data: the rows on which units must have the same gates.')
     check_data(data)
-    gates = np.asarray(data @ dae.w1 > 0)
+    gates = np.asarray(data) @ np.asarray(dae.w1) > 0
     _, patterns = np.unique(gates, axis=1, return_inverse=True)
     for members in _alike(patterns, np.asarray(live_columns(dae, tolerance=tolerance)) & gates.any(axis=0)):
         for i, j in itertools.combinations(members, 2):

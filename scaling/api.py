@@ -44,7 +44,9 @@ ARCHITECTURES = {
     "AutoencoderKL": "autoencoder_kl",
     "CLIPTextModel": "clip_text",
     "CLIPTextModelWithProjection": "clip_text",
+    "CLIPVisionModel": "clip_vision",
     "CLIPVisionModelWithProjection": "clip_vision",
+    "CLIPModel": "clip",
 }
 """Module of :mod:`scaling.models` by the class that a config.json names."""
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, ArrayLike, Float
 from dae_theory.checks import check_integer
 from dae_theory.types import PRNGKey
 from scaling.api import Model
-from scaling.schedules import Method, Schedule, with_method
+from scaling.schedules import Schedule, with_method
 from scaling.solvers import Bound, Calls, Solver, Table, make_solver
 from scaling.taps import Edit, Edits
 
@@ -135,7 +135,7 @@ def sample(
     num: int,
     num_steps: int,
     *,
-    method: Method | None = None,
+    method: str | None = None,
     eta: float = 0.0,
     condition: Condition | None = None,
     unconditional: Condition | None = None,
@@ -171,7 +171,7 @@ def sample(
     shape = (num, *_image_shape(model, size))
     strengths = {name: _strengths(name, edit, num_steps) for name, edit in (edits or {}).items()}
     if guidance is not None:
-        guidance = _per_step("guidance", guidance, num_steps)
+        guidance = _cast(_per_step("guidance", guidance, num_steps), jnp.float32)
     joined = _joined(halves, num)
     return _sample(key, model, solver, joined, guidance, strengths, init, first, shape, tuple(capture), trajectory)
 
@@ -203,7 +203,7 @@ def _sample(
 
 def _cast(table: ArrayLike, dtype: DTypeLike) -> Array:
     table = jnp.asarray(table)
-    return table.astype(dtype) if jnp.issubdtype(table.dtype, jnp.floating) else table
+    return table if jnp.issubdtype(table.dtype, jnp.integer) else table.astype(dtype)
 
 
 def _draw(key: PRNGKey, items: Array, call: ArrayLike, *, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
@@ -259,13 +259,15 @@ def _strengths(name: str, edits: Edit | Sequence[Edit], num_steps: int) -> tuple
 
 
 def _each_step(name: str, edit: Edit, num_steps: int) -> Edit:
-    strength = jnp.asarray(edit.strength)
+    # One dtype, or a Python number and an array would compile twice.
+    strength = jnp.asarray(edit.strength).astype(jnp.float32)
     if strength.ndim and strength.shape[0] != num_steps:
         raise ValueError(
             f"edit of {name!r}: in sampling a strength is a number or has the steps first, ({num_steps}, ...); "
             f"got shape {strength.shape}."
         )
-    return Edit(edit.kind, edit.value, strength if strength.ndim else jnp.broadcast_to(strength, (num_steps,)))
+    value = jnp.asarray(edit.value).astype(jnp.float32)
+    return Edit(edit.kind, value, strength if strength.ndim else jnp.broadcast_to(strength, (num_steps,)))
 
 
 def _at(edit: Edit, step: Array) -> Edit:

@@ -208,7 +208,7 @@ _IGNORED = frozenset(
 _KNOWN = frozenset().union(*_DEFAULTS.values()) | _IGNORED
 
 
-def from_config(config: Mapping[str, Any], method: Method | None = None) -> Schedule:
+def from_config(config: Mapping[str, Any], method: str | None = None) -> Schedule:
     """Read a scheduler_config.json.
 
     ``method`` (one of :data:`METHODS`) overrides the one that the file's ``_class_name`` names, as
@@ -242,7 +242,7 @@ def from_config(config: Mapping[str, Any], method: Method | None = None) -> Sche
     return schedule
 
 
-def with_method(schedule: Schedule, method: Method | None) -> Schedule:
+def with_method(schedule: Schedule, method: str | None) -> Schedule:
     """The same noise schedule walked by another method; None leaves it as it is."""
     return schedule if method in (None, schedule.method) else from_config(schedule.config, method)
 
@@ -279,7 +279,7 @@ def timestep_to_sigma(schedule: Schedule, t: Scalar) -> Float[Array, ""]:
     return jnp.exp(jnp.interp(t, jnp.arange(log_sigmas.size, dtype=t.dtype), log_sigmas))
 
 
-def _method(name: object, method: Method | None) -> Method:
+def _method(name: object, method: str | None) -> Method:
     if method is not None and method not in METHODS:
         raise ValueError(f"method {method!r} is not known; choose from {', '.join(METHODS)}.")
     if isinstance(name, str) and name in CLASSES:
@@ -305,7 +305,9 @@ def _value(fields: Fields, name: str, default: Any) -> Any:
         return fields.boolean(name, default) if value is not None else False
     if isinstance(default, int):
         return fields.integer(name, default, minimum=int(name != "steps_offset"), maximum=MAX_TIMESTEPS)
-    return None if value is None and default is None else fields.number(name, default)
+    if default is None:
+        return None if value is None else fields.number(name, value)
+    return fields.number(name, default)
 
 
 def _number(fields: Fields, name: str, value: object, *, maximum: float) -> float:

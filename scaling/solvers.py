@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from flax import struct
-from jaxtyping import ArrayLike
 
 from dae_theory.checks import check_integer, check_nonnegative
 from scaling.denoisers import clean_weights, noise_weights
@@ -63,7 +62,7 @@ class Solver:
     """A reverse process of ``num_steps`` steps; its arrays are traced, so solvers of one shape share a compilation."""
 
     calls: Calls
-    start: ArrayLike
+    start: Table  # ()
     num_steps: int = struct.field(pytree_node=False)
     bound: Bound | None = struct.field(pytree_node=False)
     stochastic: bool = struct.field(pytree_node=False)
@@ -120,7 +119,8 @@ def _ddpm(schedule: Schedule, num_steps: int, eta: float) -> Solver:
     now = schedule.alpha_bar[t]
     to = np.append(now[1:], 1.0)
     beta = 1 - now / to
-    variance = beta if schedule.variance_type == "fixed_large" else (1 - to) / (1 - now) * beta
+    # The floor is the reference's.
+    variance = beta if schedule.variance_type == "fixed_large" else np.maximum((1 - to) / (1 - now) * beta, 1e-20)
     return _solver(
         schedule,
         t,
@@ -352,7 +352,7 @@ def _solver(
         bound = Bound(schedule.sample_max_value, schedule.dynamic_thresholding_ratio)
     else:
         bound = Bound(schedule.clip_sample_range, None) if schedule.clip_sample else None
-    return Solver(calls, start, int(step[-1]) + 1, bound, bool(np.any(noise)))
+    return Solver(calls, np.float64(start), int(step[-1]) + 1, bound, bool(np.any(noise)))
 
 
 def _column(values: np.ndarray | float, t: np.ndarray) -> np.ndarray:

@@ -26,7 +26,6 @@ import numpy as np
 import xarray as xr
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
-from zarr.errors import ZarrUserWarning
 
 __all__ = [
     "AGAIN",
@@ -131,7 +130,7 @@ def layout(path: Path, template: xr.Dataset, chunks: Mapping[str, int], attrs: M
         with warnings.catch_warnings():
             # Format 3 does not specify consolidated metadata yet, but plain open_zarr warns without them. They cannot
             # go stale: the layout never changes.
-            warnings.simplefilter("ignore", ZarrUserWarning)
+            warnings.filterwarnings("ignore", message="Consolidated metadata")
             zarr.consolidate_metadata(str(folder))
         yield folder
     finally:

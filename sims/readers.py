@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Int, Num
 
 from dae_theory import mixture as mx
-from dae_theory.checks import check_integer
+from dae_theory.checks import check_integer, check_nonnegative
 from dae_theory.types import Scalar
 from sims.formats import read_cifar10, read_idx, read_image, read_npy, read_npz
 
@@ -117,9 +117,10 @@ def mixture(
     check_integer("mixture size", size, minimum=1)
     check_integer("mixture seed", seed, minimum=0)
     rank = check_integer("mixture rank", rank, minimum=0, maximum=dim) or dim
-    for option, value in (("separation", separation), ("spread", spread), ("decay", decay)):
-        if not (math.isfinite(value) and value >= 0) or (option == "decay" and value == 0):
-            raise ValueError(f"mixture {option} must be finite and positive (0 too, but for decay), got {value}.")
+    check_nonnegative("mixture separation", separation)
+    check_nonnegative("mixture spread", spread)
+    if not 0 < decay <= 1:
+        raise ValueError(f"mixture decay must be above 0 and at most 1, got {decay}.")
     shares = np.array(_numbers("mixture weights", weights) if weights else [1.0] * modes)
     if shares.shape != (modes,) or not np.all(shares > 0):
         raise ValueError(f"mixture weights must be {modes} positive numbers, one a mode, got {weights!r}.")

@@ -60,7 +60,7 @@ def by_fifty_digits(dae_a, dae_b):
                 t = mpmath.acos(cosine)
                 kernel = (mpmath.sin(t) + (mpmath.pi - t) * mpmath.cos(t)) / (2 * mpmath.pi)
                 total += mpmath.fdot(c, g) * kernel
-        return float(total)
+        return max(float(total), 0.0)
 
 
 def norm_sq(dae):
@@ -91,10 +91,11 @@ def test_antiparallel_pairs_are_linear_maps():
 
 @pytest.mark.parametrize("size", [1.0, 1e-2, 1e-4, 1e-6, 1e-8, 1e-10, 1e-12])
 def test_near_networks_are_told_apart(size):
-    """Error of the order of rounding × distance × norm: four digits are left at a squared distance of 1e-24."""
+    """Error of the order of rounding × distance × norm: four digits are left at a squared distance of 1e-22."""
     for seed in range(3):
         dae = random_dae(seed)
-        other = moved(dae, seed + 50, size)
+        # Also where units correspond only after splitting.
+        other = moved(same_function(dae, seed) if seed else dae, seed + 50, size)
         exact = by_fifty_digits(dae, other)
         assert abs(float(function_distance_sq(dae, other)) - exact) < 20 * EPS * math.sqrt(exact * norm_sq(dae))
 
@@ -109,8 +110,7 @@ def test_columns_near_parallel_and_antiparallel_within_and_between_networks(angl
         b = moved(a, 4, size)
         exact = by_fifty_digits(a, b)
         bound = 20 * EPS * math.sqrt(exact * norm_sq(a)) + (20 * EPS) ** 2 * norm_sq(a)
-        # Two near-parallel columns may be paired crosswise; the pairing's own length is then the distance that counts.
-        assert abs(float(function_distance_sq(a, b)) - exact) < bound + 40 * EPS * angle * size
+        assert abs(float(function_distance_sq(a, b)) - exact) < bound
     single = ReluDae(w1[:, :1], a.w2[:, :1])
     other = ReluDae(w1[:, 1:2], a.w2[:, :1])
     np.testing.assert_allclose(

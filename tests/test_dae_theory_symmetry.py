@@ -129,8 +129,9 @@ def test_dead_networks_stay_finite_in_value_and_gradient():
     for function in (symmetry.merge_parallel_columns, symmetry.canonicalize):
         chex.assert_trees_all_equal(function(dead), dead)
         one_dead = ReluDae(*(w.at[:, 2].set(0.0) for w in random_dae(4, 3, 4)))
-        chex.assert_tree_all_finite(jax.jacrev(function)(one_dead))
-        chex.assert_tree_all_finite(jax.jacrev(function)(dead))
+        derivative_of = jax.jit(jax.jacrev(function))
+        chex.assert_tree_all_finite(derivative_of(one_dead))
+        chex.assert_tree_all_finite(derivative_of(dead))
 
 
 # The canonical form
@@ -183,10 +184,10 @@ def test_matching_is_the_best_of_all_permutations():
         assert sorted(order.tolist()) == list(range(5))
 
         def cost(order, a=a, b=b):
-            return sum(float(jnp.sum(jnp.square(x - y[:, jnp.asarray(order)]))) for x, y in zip(a, b, strict=True))
+            return sum(np.sum((np.asarray(x) - np.asarray(y)[:, order]) ** 2) for x, y in zip(a, b, strict=True))
 
-        best = min(cost(order) for order in itertools.permutations(range(5)))
-        np.testing.assert_allclose(cost(order), best, rtol=1e-13)
+        best = min(cost(list(order)) for order in itertools.permutations(range(5)))
+        np.testing.assert_allclose(cost(np.asarray(order)), best, rtol=1e-13)
 
 
 def test_matching_is_invertible_and_survives_nan():
@@ -216,7 +217,7 @@ def test_weight_distance_of_a_small_step_is_its_length():
 
 @hypothesis.given(SEEDS)
 def test_weight_distance_is_a_metric(seed):
-    nets = [random_dae(seed), random_dae(seed + 1, width=5), random_dae(seed + 2)]
+    nets = [random_dae(seed), random_dae(seed + 1), random_dae(seed + 2)]
     ab, ba, bc, ac = (
         math.sqrt(float(weight_distance_sq(nets[i], nets[j]))) for i, j in ((0, 1), (1, 0), (1, 2), (0, 2))
     )
@@ -250,7 +251,7 @@ def test_group_sums_of_repeated_rows_count_the_copies():
     rows = simplex_rows()
     labels = np.array([0, 1, 1, 1, 2, 3])
     data = rows[labels]
-    sums = symmetry.group_sums(block_minimizer(data, labels, 0.4, 1e-2, 1), data)
+    sums = jax.jit(lambda data: symmetry.group_sums(block_minimizer(data, labels, 0.4, 1e-2, 1), data))(data)
     norm_sq = float(rows[0] @ rows[0])
     copies = np.bincount(labels)[labels]
     np.testing.assert_allclose(sums, (norm_sq - 6 / copies * 1e-2) / (norm_sq + 0.16), rtol=1e-12)
@@ -277,9 +278,10 @@ def test_group_sums_leave_out_what_is_not_aligned():
 def block_example():
     """Two clusters of opposite means, three units and two, with the first of them split; and a dead column."""
     rng = np.random.default_rng(0)
-    spread = 0.15 * rng.normal(size=(12, 4))
+    spread = 0.3 * rng.normal(size=(12, 4))
     data = jnp.asarray(spread + np.array([[2.0, 0, 0, 0]] * 6 + [[-2.0, 0, 0, 0]] * 6))
-    dae = block_minimizer(data, np.repeat([0, 1], 6), 0.2, 1e-2, (3, 2), width=6)
+    labels = np.repeat([0, 1], 6)
+    dae = jax.jit(lambda data: block_minimizer(data, labels, 0.2, 1e-3, (3, 2), width=6))(data)
     first = ReluDae(*(w[:, :1] * 0.6 for w in dae))
     rest = ReluDae(*(w.at[:, 0].multiply(0.8) for w in dae))
     return ReluDae(*(jnp.concatenate(pair, axis=1) for pair in zip(first, rest, strict=True))), data
@@ -292,10 +294,10 @@ def derivative(function, dae, tangent):
 def test_tangents_are_orthonormal_and_counted():
     dae, data = block_example()
     # Columns: 0 and 1 one unit in two, 2 and 3 of its block, 4 and 5 the other block, 6 dead.
-    counts = {("rescaling",): 6, ("splitting",): 1, ("rotation",): 6, ("splitting", "rotation"): 6}
-    counts[("rescaling", "splitting", "rotation")] = 12
+    counts = {("rescaling",): 6, ("splitting",): 1, ("rotation",): 6 + 1, ("splitting", "rotation"): 6 + 1}
+    counts[("rescaling", "splitting", "rotation")] = 6 + 6 + 1
     for families, count in counts.items():
-        basis = symmetry.symmetry_tangents(dae, families=families, data=data)
+        basis = np.asarray(symmetry.symmetry_tangents(dae, families=families, data=data))
         assert basis.shape == (count, 2, 4, 7)
         flat = basis.reshape(count, -1)
         np.testing.assert_allclose(flat @ flat.T, np.eye(count), atol=1e-13)
@@ -333,15 +335,19 @@ def test_group_actions_move_within_the_span():
         assert np.linalg.norm(part.T @ (part @ flat) - flat) > 0.1
 
 
+@jax.jit
+def output_changes(dae, basis):
+    return jax.vmap(lambda tangent: derivative(outputs, dae, tangent))(basis)
+
+
 @hypothesis.given(SEEDS)
 def test_rescalings_and_splittings_keep_function_and_penalty_to_first_order(seed):
     dae = split(balanced(random_dae(seed, 4, 3)), jnp.array([0.3, 0.5, 0.8]))
     basis = symmetry.symmetry_tangents(dae)
     assert basis.shape[0] == 6 + 3
-    for tangent in basis:
-        np.testing.assert_allclose(derivative(outputs, dae, tangent), 0.0, atol=1e-12)
-        change = derivative(lambda net: sum(jnp.sum(jnp.square(w)) for w in net), dae, tangent)
-        np.testing.assert_allclose(change, 0.0, atol=1e-12)
+    np.testing.assert_allclose(output_changes(dae, basis), 0.0, atol=1e-12)
+    # Half the derivative of ‖W‖².
+    np.testing.assert_allclose(jnp.einsum("kwdp,wdp->k", basis, jnp.stack(dae)), 0.0, atol=1e-12)
 
 
 def test_units_of_one_encoder_but_two_decoders_are_no_splitting():
@@ -353,7 +359,7 @@ def test_units_of_one_encoder_but_two_decoders_are_no_splitting():
 def test_curvature_along_tangents_of_the_main_term():
     """With the gates held at the data's, the objective has curvature 4λ along rescalings and 0 along the rest."""
     dae, data = block_example()
-    sigma, weight = 0.2, 1e-2
+    sigma, weight = 0.2, 1e-3
     gates = (data @ dae.w1 > 0).astype(data.dtype)
 
     def main_term(net):
@@ -362,6 +368,7 @@ def test_curvature_along_tangents_of_the_main_term():
         noise = sigma**2 * jnp.sum(jnp.square(maps), axis=(1, 2))
         return jnp.mean(bias + noise) + weight * sum(jnp.sum(jnp.square(w)) for w in net)
 
+    @jax.jit
     def curvature(tangent):
         return derivative(lambda net: derivative(main_term, net, tangent), dae, tangent)
 
@@ -377,7 +384,7 @@ def test_curvature_along_tangents_of_the_main_term():
 def test_rotations_need_gates_that_are_open_somewhere():
     dae, data = block_example()
     # Rows of the first cluster alone: units of the second are off on all of them, and say nothing.
-    assert symmetry.symmetry_tangents(dae, families=("rotation",), data=data[:6]).shape[0] == 5
+    assert symmetry.symmetry_tangents(dae, families=("rotation",), data=data[:6]).shape[0] == 6
 
 
 def test_no_tangents_of_a_dead_network_and_bad_input():

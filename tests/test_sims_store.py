@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -58,6 +59,9 @@ def assert_same(out, other):
         {path.relative_to(folder): path.read_bytes() for path in (folder / "results.zarr").rglob("*") if path.is_file()}
         for folder in (out, other)
     ]
+    # Zarr lists the members of a group in no fixed order.
+    groups = [json.loads(contents.pop(pathlib.Path("results.zarr/zarr.json"))) for contents in files]
+    assert groups[0] == groups[1]
     assert files[0] == files[1]
 
 
@@ -95,6 +99,12 @@ def test_plain_xarray_reads_a_run_without_a_warning(undisturbed):
     xr.testing.assert_identical(plain.load(), store.load(undisturbed))
     assert plain.sel(optimizer="adam", n=4).gap.shape == (2,)
     assert json.loads(plain.attrs["record"])["spec"] == SPEC
+
+
+def test_runs_are_made_and_written_without_a_warning(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        work(tmp_path, units=1)
 
 
 def test_the_record_tells_of_spec_and_sessions(tmp_path):
@@ -312,15 +322,18 @@ def test_damaged_layout_is_named_and_mended_by_the_same_command(copied, undistur
 
 
 @pytest.mark.parametrize("file", ["gap/c/0/1/0", "columns/c/1/0/0", "wall_s/c/1/0", "done/c/1/0"])
-@pytest.mark.parametrize("damage", ["truncated", "emptied", "flipped", "lost"])
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "flipped", "foreign", "lost"])
 def test_a_damaged_chunk_is_named_and_computed_anew(copied, undisturbed, file, damage):
     path, done = copied / "results.zarr" / file, copied / "results.zarr" / "done" / "c" / "1" / "0"
     content = path.read_bytes()
     flipped = bytearray(content)
     flipped[len(content) // 2] ^= 1
-    path.write_bytes({"truncated": content[:-3], "emptied": b"", "flipped": bytes(flipped), "lost": b""}[damage])
     if damage == "lost":
         path.unlink()
+    else:
+        foreign = (copied / "results.zarr" / "norm" / "c" / "0" / "0").read_bytes()
+        damaged = {"truncated": content[:-3], "emptied": b"", "flipped": bytes(flipped), "foreign": foreign}
+        path.write_bytes(damaged[damage])
     if done.exists():
         for use in (store.load, work):
             with pytest.raises(StoreError, match=f"{path} is damaged or lost; delete {done}") as error:

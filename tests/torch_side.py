@@ -1,7 +1,9 @@
 """What parity tests share: a PyTorch model beside ours with the same random weights, and comparisons of the two."""
 
+import sys
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).parent / "golden"))
+from cases import parameter
 
 from scaling.models.config import to_jax
 from scaling.taps import Edit, Tap
@@ -37,15 +42,10 @@ class Pair(NamedTuple):
 
 
 def randomize(module, dtype="float64"):
-    """Give every parameter fixed random values, none zero, of a size that keeps activations near one."""
+    """Give every parameter the random values of its name, as the golden files have them."""
     with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            random = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(parameter.shape)
-            if parameter.ndim > 1 and "embedding" not in name:
-                random = random / parameter[0].numel() ** 0.5
-            elif parameter.ndim == 1:
-                random = ("norm" in name and name.endswith("weight")) + 0.2 * random
-            parameter.copy_(torch.from_numpy(np.asarray(random)))
+        for name, tensor in module.named_parameters():
+            tensor.copy_(torch.from_numpy(parameter(name, tuple(tensor.shape))))
     return module.eval().to(getattr(torch, dtype))
 
 
@@ -170,11 +170,12 @@ def check_derivatives(pair, tolerance):
     state = {key: parameter.detach() for key, parameter in pair.module.named_parameters()}
     offset = torch.zeros(pair.x.shape if real else (), dtype=next(iter(state.values())).dtype)
     direction = {key: noise(zlib.crc32(key.encode()) + 1, value) for key, value in state.items()}, noise(2, offset)
-    # The fused attention of PyTorch has no forward derivative.
+    # Some kernels of PyTorch lack the forward mode: transpose twice. Fused attention has no second derivative.
     with sdpa_kernel(SDPBackend.MATH):
-        output, tangent = torch.func.jvp(theirs, (state, offset), direction)
+        output, transposed = torch.func.vjp(theirs, state, offset)
         weight = noise(3, output)
-        gradient = torch.func.grad(lambda *point: torch.sum(theirs(*point) * weight), argnums=(0, 1))(state, offset)
+        gradient = transposed(weight)
+        tangent = torch.func.vjp(transposed, weight)[1](direction)[0]
 
     point = (pair.params, jnp.asarray(offset.numpy()))
     directed = to_params(direction[0], pair.specs, pair.rename), jnp.asarray(direction[1].numpy())

@@ -62,21 +62,22 @@ def parse(config: Mapping[str, Any]) -> Config:
     architecture = fields.choice(
         "architectures", ["CLIPTextModel"], (["CLIPTextModel"], ["CLIPTextModelWithProjection"], None)
     )
-    return read(fields, projected=architecture == ["CLIPTextModelWithProjection"])
+    width = fields.integer("projection_dim", 512) if architecture == ["CLIPTextModelWithProjection"] else None
+    return read(fields, projection=width)
 
 
-def read(fields: Fields, *, projected: bool, projection: int = 512) -> Config:
-    """The configuration from its fields; the last two are the head and the default of its width."""
+def read(fields: Fields, *, projection: int | None) -> Config:
+    """The configuration from its fields, with a head of ``projection`` channels."""
     fields.only("model_type", "clip_text_model")
     for name in ("bos_token_id", "pad_token_id"):
         fields.optional_integer(name, minimum=-1, maximum=MAX_VOCABULARY)
-    width = fields.optional_integer("projection_dim") or projection
+    fields.optional_integer("projection_dim")
     result = Config(
         style=clip_style(fields, channels=512, hidden=2048, heads=8),
         vocabulary=fields.integer("vocab_size", 49408, maximum=MAX_VOCABULARY),
         positions=fields.integer("max_position_embeddings", 77),
         eos_token_id=fields.integer("eos_token_id", 49407, minimum=0, maximum=MAX_VOCABULARY),
-        projection=width if projected else None,
+        projection=projection,
     )
     fields.finish()
     return result

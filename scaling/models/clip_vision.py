@@ -71,19 +71,20 @@ def parse(config: Mapping[str, Any]) -> Config:
         ["CLIPVisionModelWithProjection"],
         (["CLIPVisionModelWithProjection"], ["CLIPVisionModel"], None),
     )
-    return read(fields, projected=architecture != ["CLIPVisionModel"])
+    width = fields.integer("projection_dim", 512) if architecture != ["CLIPVisionModel"] else None
+    return read(fields, projection=width)
 
 
-def read(fields: Fields, *, projected: bool, projection: int = 512) -> Config:
-    """The configuration from its fields; the last two are the head and the default of its width."""
+def read(fields: Fields, *, projection: int | None) -> Config:
+    """The configuration from its fields, with a head of ``projection`` channels."""
     fields.only("model_type", "clip_vision_model")
-    width = fields.optional_integer("projection_dim") or projection
+    fields.optional_integer("projection_dim")
     result = Config(
         style=clip_style(fields, channels=768, hidden=3072, heads=12),
         image_channels=fields.integer("num_channels", 3),
         image_size=fields.integer("image_size", 224),
         patch_size=fields.integer("patch_size", 32),
-        projection=width if projected else None,
+        projection=projection,
     )
     if result.image_size < result.patch_size:
         raise fields.refusal("patch_size", result.patch_size, f"it must not exceed image_size = {result.image_size}")

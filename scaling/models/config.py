@@ -78,6 +78,7 @@ NO_EFFECT: dict[str, frozenset[str]] = {
     "DiTTransformer2DModel": frozenset({"dropout", "norm_num_groups", "upcast_attention"}),
     # The caller scales latents; sample_size matters to tiling alone.
     "AutoencoderKL": frozenset({"force_upcast", "sample_size"}),
+    "CLIPModel": frozenset({*_TRANSFORMERS.split(), "logit_scale_init_value"}),
     "CLIPTextModel": frozenset(_TRANSFORMERS.split()),
     "CLIPVisionModel": frozenset(_TRANSFORMERS.split()),
 }

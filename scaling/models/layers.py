@@ -167,7 +167,7 @@ def embedding_specs(name: str, count: int, channels: int) -> Specs:
 
 
 def sinusoidal_embedding(
-    t: Float[Array, " b"], channels: int, *, flip_sin_to_cos: bool, freq_shift: float, max_period: float = 10000.0
+    t: Float[Array, " b"], channels: int, *, flip_sin_to_cos: bool, freq_shift: float | int, max_period: float = 10000.0
 ) -> Float[Array, "b c"]:
     r"""Sines, then cosines (the reverse if ``flip_sin_to_cos``) of t at c/2 geometric frequencies, in float32.
 

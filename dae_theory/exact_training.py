@@ -1,0 +1,118 @@
+r"""Minimizing the exact objective, without sampling: the network that training with infinitely many noise draws finds.
+
+The objective of :func:`dae_theory.risk.exact_objective` is smooth where no unit is zero, so second-order methods reach a
+gradient norm of 1e-10, where stochastic optimizers hover at their noise floor. For n < d the problem lives in the span of
+the data (derived here): an orthonormal change of basis leaves the risk as it is, components of W₂ outside the span only
+cost, and gradient descent never leaves the span. :func:`to_span` and :func:`from_span` go there and back.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Bool, Float, Int
+
+from dae_theory.checks import check_data, check_nonnegative, is_concrete
+from dae_theory.model import ReluDae
+from dae_theory.newton import lbfgs, newton
+from dae_theory.precision import full_precision
+from dae_theory.risk import exact_objective
+from dae_theory.types import Scalar
+
+__all__ = ["Trained", "from_span", "minimize_exact_objective", "span_basis", "to_span"]
+
+
+class Trained(NamedTuple):
+    """Outcome of an exact training."""
+
+    dae: ReluDae
+    """The last iterate, converged or not."""
+    objective: Float[Array, ""]
+    gradient_norm: Float[Array, ""]
+    """Norm of the gradient in (W₁, W₂) together."""
+    iterations: Int[Array, " 2"]
+    """Of L-BFGS and of Newton."""
+    converged: Bool[Array, ""]
+    """Whether the gradient norm reached the tolerance."""
+
+
+@functools.partial(
+    jax.jit, static_argnames=("max_rough", "max_newton", "max_products", "chunk_size")
+)
+@full_precision
+def minimize_exact_objective(
+    dae: ReluDae,
+    data: Float[Array, "n d"],
+    sigma: Scalar,
+    penalty: Scalar,
+    *,
+    tolerance: Scalar = 1e-10,
+    rough_tolerance: Scalar = 1e-4,
+    max_rough: int = 500,
+    max_newton: int = 100,
+    max_products: int = 500,
+    chunk_size: int | None = None,
+) -> Trained:
+    r"""A local minimum of the exact objective :cite:`zhang26`, eq. (6), from the start ``dae``.
+
+    L-BFGS until the gradient norm is ``rough_tolerance`` (at most ``max_rough`` iterations, 0 for none), then trust-region Newton with
+    at most ``max_products`` Hessian products a step, until it is ``tolerance`` (1e-10 needs float64). Zero columns stay
+    zero: they are stationary, though perhaps unstable (:func:`dae_theory.certificate.dead_direction`). Never raises for
+    want of convergence. ``ValueError`` for what :func:`dae_theory.risk.exact_objective` refuses.
+    """
+    check_data(data)
+    check_nonnegative("sigma", sigma)
+    check_nonnegative("penalty", penalty)
+    start, unravel = ravel_pytree(dae)
+    zero = (jnp.sum(jnp.square(dae.w1), axis=0) == 0) & (jnp.sum(jnp.square(dae.w2), axis=0) == 0)
+    # A zero unit has no Hessian: it is held where it is.
+    free = ravel_pytree(jax.tree.map(lambda w: jnp.broadcast_to(~zero, w.shape).astype(w.dtype), dae))[0]
+
+    def objective(x: Float[Array, " m"]) -> Float[Array, ""]:
+        return exact_objective(unravel(x * free), data, sigma, penalty, chunk_size=chunk_size)
+
+    iterations = [jnp.zeros((), int)]
+    if max_rough:
+        rough = lbfgs(objective, start, tolerance=rough_tolerance, max_iterations=max_rough)
+        start, iterations = rough.x, [rough.iterations]
+    found = newton(objective, start, tolerance=tolerance, max_iterations=max_newton, max_products=max_products)
+    iterations = jnp.stack([*iterations, found.iterations])
+    return Trained(unravel(found.x), found.value, found.gradient_norm, iterations, found.converged)
+
+
+def span_basis(data: Float[Array, "n d"], *, extra: int = 0, tolerance: float | None = None) -> Float[Array, "d r"]:
+    """Orthonormal basis Q of the span of the rows, r = rank(X), plus ``extra`` directions orthogonal to it.
+
+    Singular values below ``tolerance`` times the largest count as zero (default: rounding). The rank is a shape, so data
+    must be concrete. ``ValueError`` for traced data; fewer extra directions if d leaves no room.
+    """
+    check_data(data)
+    if not is_concrete(data):
+        raise ValueError("data must be concrete: its rank is a shape; call span_basis outside jit.")
+    rows = np.asarray(data)
+    _, strength, basis = np.linalg.svd(rows, full_matrices=extra > 0)
+    cut = np.finfo(rows.dtype).eps * max(rows.shape) if tolerance is None else tolerance
+    rank = max(1, int(np.sum(strength > cut * strength[0])))
+    return jnp.asarray(basis[: rank + extra].T)
+
+
+@full_precision
+def to_span(
+    dae: ReluDae, data: Float[Array, "n d"], basis: Float[Array, "d r"]
+) -> tuple[ReluDae, Float[Array, "n r"]]:
+    """Coordinates ``Qᵀ W`` and ``X Q`` in the basis: a problem of dimension r with the same objective.
+
+    Exact if the columns of W lie in the span; else their other components are dropped.
+    """
+    return ReluDae(basis.T @ dae.w1, basis.T @ dae.w2), data @ basis
+
+
+@full_precision
+def from_span(dae: ReluDae, basis: Float[Array, "d r"]) -> ReluDae:
+    """The network of dimension d: columns ``Q w``."""
+    return ReluDae(basis @ dae.w1, basis @ dae.w2)
