@@ -1,7 +1,8 @@
 r"""Bayes-optimal denoisers: what a network is compared with.
 
 All take one noisy example ``y = x + σ ε`` of shape (d,) and the noise level σ > 0, and return ``E[x | y]`` under some
-law of x; ``functools.partial`` over the last argument gives a :class:`dae_theory.types.Denoiser`. Batch with ``jax.vmap``.
+law of x; ``functools.partial`` over the last argument gives a :class:`dae_theory.types.Denoiser`. Batch with
+``jax.vmap``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 r"""Minimizing the exact objective, without sampling: the network that training with infinitely many noise draws finds.
 
-The objective of :func:`dae_theory.risk.exact_objective` is smooth where no unit is zero, so second-order methods reach a
-gradient norm of 1e-10, where stochastic optimizers hover at their noise floor. For n < d the problem lives in the span of
-the data (derived here): an orthonormal change of basis leaves the risk as it is, components of W₂ outside the span only
-cost, and gradient descent never leaves the span. :func:`to_span` and :func:`from_span` go there and back.
+The objective of :func:`dae_theory.risk.exact_objective` is smooth where no unit is zero, so second-order methods reach
+a gradient norm of 1e-10, where stochastic optimizers hover at their noise floor. For n < d the problem lives in the
+span of the data (derived here): an orthonormal change of basis leaves the risk as it is, components of W₂ outside the
+span only cost, and gradient descent never leaves the span. :func:`to_span` and :func:`from_span` go there and back.
 """
 
 from __future__ import annotations
@@ -41,9 +41,7 @@ class Trained(NamedTuple):
     """Whether the gradient norm reached the tolerance."""
 
 
-@functools.partial(
-    jax.jit, static_argnames=("max_rough", "max_newton", "max_products", "chunk_size")
-)
+@functools.partial(jax.jit, static_argnames=("max_rough", "max_newton", "max_products", "chunk_size"))
 @full_precision
 def minimize_exact_objective(
     dae: ReluDae,
@@ -60,10 +58,11 @@ def minimize_exact_objective(
 ) -> Trained:
     r"""A local minimum of the exact objective :cite:`zhang26`, eq. (6), from the start ``dae``.
 
-    L-BFGS until the gradient norm is ``rough_tolerance`` (at most ``max_rough`` iterations, 0 for none), then trust-region Newton with
-    at most ``max_products`` Hessian products a step, until it is ``tolerance`` (1e-10 needs float64). Zero columns stay
-    zero: they are stationary, though perhaps unstable (:func:`dae_theory.certificate.dead_direction`). Never raises for
-    want of convergence. ``ValueError`` for what :func:`dae_theory.risk.exact_objective` refuses.
+    L-BFGS until the gradient norm is ``rough_tolerance`` (at most ``max_rough`` iterations, 0 for none), then
+    trust-region Newton with at most ``max_products`` Hessian products a step, until it is ``tolerance`` (1e-10 needs
+    float64). Zero columns stay zero: they are stationary, though perhaps unstable
+    (:func:`dae_theory.certificate.dead_direction`). Never raises for want of convergence. ``ValueError`` for what
+    :func:`dae_theory.risk.exact_objective` refuses.
     """
     check_data(data)
     check_nonnegative("sigma", sigma)
@@ -88,8 +87,8 @@ def minimize_exact_objective(
 def span_basis(data: Float[Array, "n d"], *, extra: int = 0, tolerance: float | None = None) -> Float[Array, "d r"]:
     """Orthonormal basis Q of the span of the rows, r = rank(X), plus ``extra`` directions orthogonal to it.
 
-    Singular values below ``tolerance`` times the largest count as zero (default: rounding). The rank is a shape, so data
-    must be concrete. ``ValueError`` for traced data; fewer extra directions if d leaves no room.
+    Singular values below ``tolerance`` times the largest count as zero (default: rounding). The rank is a shape, so
+    data must be concrete. ``ValueError`` for traced data; fewer extra directions if d leaves no room.
     """
     check_data(data)
     if not is_concrete(data):
@@ -102,9 +101,7 @@ def span_basis(data: Float[Array, "n d"], *, extra: int = 0, tolerance: float | 
 
 
 @full_precision
-def to_span(
-    dae: ReluDae, data: Float[Array, "n d"], basis: Float[Array, "d r"]
-) -> tuple[ReluDae, Float[Array, "n r"]]:
+def to_span(dae: ReluDae, data: Float[Array, "n d"], basis: Float[Array, "d r"]) -> tuple[ReluDae, Float[Array, "n r"]]:
     """Coordinates ``Qᵀ W`` and ``X Q`` in the basis: a problem of dimension r with the same objective.
 
     Exact if the columns of W lie in the span; else their other components are dropped.

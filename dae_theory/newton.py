@@ -1,15 +1,15 @@
 r"""Deterministic minimization to machine precision: L-BFGS to a rough point, then trust-region Newton.
 
-For smooth functions of one flat vector whose Hessian is known through products ``H v`` (:cite:`nocedal06`, algorithms 4.1
-and 7.2). One ``jit`` program; every outcome is data. Directions of no curvature (symmetries) are no obstacle: the gradient
-has no part in them.
+For smooth functions of one flat vector whose Hessian is known through products ``H v`` (:cite:`nocedal06`, algorithms
+4.1 and 7.2). One ``jit`` program; every outcome is data. Directions of no curvature (symmetries) are no obstacle: the
+gradient has no part in them.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -40,20 +40,18 @@ def lbfgs(
 ) -> Minimum:
     """Limited-memory BFGS with a zoom line search (optax), until ``‖∇f‖ <= tolerance`` or no step is found."""
     rule = optax.lbfgs(memory_size=memory, linesearch=optax.scale_by_zoom_linesearch(max_linesearch_steps=20))
-    value_and_grad = optax.value_and_grad_from_state(function)
+    # Evaluated by the line search already, so read from its state.
+    value_and_grad: Any = optax.value_and_grad_from_state(function)
 
-    def more(carry: tuple[Minimum, Float[Array, " m"], optax.OptState, Bool[Array, ""]]) -> Bool[Array, ""]:
+    def more(carry: tuple[Minimum, Float[Array, " m"], Any, Bool[Array, ""]]) -> Bool[Array, ""]:
         found, _, _, moved = carry
         return moved & ~found.converged & (found.iterations < max_iterations)
 
-    def step(
-        carry: tuple[Minimum, Float[Array, " m"], optax.OptState, Bool[Array, ""]],
-    ) -> tuple[Minimum, Float[Array, " m"], optax.OptState, Bool[Array, ""]]:
+    def step(carry: tuple[Minimum, Float[Array, " m"], Any, Bool[Array, ""]]) -> tuple[Minimum, Array, Any, Array]:
         found, gradient, state, _ = carry
         with jax.numpy_dtype_promotion("standard"):
-            updates, state = rule.update(
-                gradient, state, found.x, value=found.value, grad=gradient, value_fn=function
-            )
+            updates: Any
+            updates, state = rule.update(gradient, state, found.x, value=found.value, grad=gradient, value_fn=function)
             x = found.x + updates
             value, gradient = value_and_grad(x, state=state)
         better = value < found.value
@@ -78,9 +76,10 @@ def newton(
 ) -> Minimum:
     r"""Trust-region Newton: each step minimizes ``g·s + s·Hs/2`` in a ball by conjugate gradients (Steihaug).
 
-    At most ``max_products`` products ``H v`` a step. A step is taken if it keeps at least a tenth of the promised decrease;
-    where the promise is below the rounding of ``f``, if it lowers the gradient; else a quarter of it is tried. Converges
-    quadratically at a minimum whose Hessian is positive outside flat directions, and leaves saddles by negative curvature.
+    At most ``max_products`` products ``H v`` a step. A step is taken if it keeps at least a tenth of the promised
+    decrease; where the promise is below the rounding of ``f``, if it lowers the gradient; else a quarter of it is
+    tried. Converges quadratically at a minimum whose Hessian is positive outside flat directions, and leaves saddles by
+    negative curvature.
     """
     value_and_grad = jax.value_and_grad(function)
 

@@ -18,7 +18,7 @@ import numpy as np
 from sims.files import replace_file, write_text
 from sims.provenance import environment
 
-__all__ = ["Arrays", "STYLE", "load_arrays", "save"]
+__all__ = ["STYLE", "Arrays", "load_arrays", "save"]
 
 Arrays = Mapping[str, np.ndarray]
 """The numbers of a figure, by name."""
@@ -35,8 +35,9 @@ def save(
     record = {"figure": name, "spec": spec, "environment": environment()}
 
     def write_arrays(partial: pathlib.Path) -> None:
+        contents: dict[str, Any] = {key: np.asarray(value) for key, value in arrays.items()}
         with partial.open("wb") as file:
-            np.savez_compressed(file, **{key: np.asarray(value) for key, value in arrays.items()})
+            np.savez_compressed(file, **contents)
 
     replace_file(paths[0], write_arrays)
     write_text(paths[1], json.dumps(record, indent=1))

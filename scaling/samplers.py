@@ -115,8 +115,9 @@ def guided(model_fn: ModelFn, guidance: Array, *, has_aux: bool = False) -> Mode
     def model(x: Array, t: Array, step: Array) -> Any:
         result = model_fn(jnp.concatenate([x, x]), t, step)
         out, aux = result if has_aux else (result, None)
-        unconditional, conditional = jnp.split(out, 2)
-        g = (guidance if guidance.ndim == 0 else guidance[step]).astype(out.dtype)
+        # A difference of halves in half precision would lose what guidance multiplies.
+        unconditional, conditional = jnp.split(out.astype(x.dtype), 2)
+        g = (guidance if guidance.ndim == 0 else guidance[step]).astype(x.dtype)
         combined = unconditional + g * (conditional - unconditional)
         return (combined, aux) if has_aux else combined
 

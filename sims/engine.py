@@ -203,11 +203,11 @@ def _unit_runner(
 
     def run_unit(unit: store.Unit) -> dict[str, np.ndarray]:
         shape = tuple(unit[axis].start for axis in SHAPE_AXES)
-        function, *arguments = _cells(spec, world, measures, unit)
+        function, numbers, key, data = _cells(spec, world, measures, unit)
         if shape not in latest:
             latest.clear()
-            latest[shape] = _compile(function, *arguments, memory=memory)
-        values = latest[shape](*arguments)
+            latest[shape] = _compile(function, numbers, key, data, memory=memory)
+        values = latest[shape](numbers, key, data)
         # (cells, records, ...): the unit's axes have length one, the value axes come apart.
         return {
             name: value.reshape(*(1,) * len(UNIT_AXES), *axis_sizes, *value.shape[1:])
@@ -244,9 +244,9 @@ def _compile(
 
     The last group is filled up by repeating its last cell. ``ValueError`` if a single cell does not fit.
     """
-    total = size = numbers.sigma.shape[0]
+    total = size = len(jax.tree.leaves(numbers)[0])
     while True:
-        program = jax.jit(function).lower(Numbers(*(axis[:size] for axis in numbers)), key, data).compile()
+        program = jax.jit(function).lower(_some(numbers, np.arange(size)), key, data).compile()
         analysis = program.memory_analysis()
         # Backends that do not analyze memory give None: then all cells go in one group.
         needed = 0 if analysis is None else analysis.temp_size_in_bytes
@@ -261,8 +261,12 @@ def _compile(
         groups = []
         for begin in starts:
             rows = np.minimum(np.arange(begin, begin + size), total - 1)
-            groups.append(program(Numbers(*(axis[rows] for axis in numbers)), key, data))
+            groups.append(program(_some(numbers, rows), key, data))
         host = jax.device_get(groups)
         return [np.concatenate(parts)[:total] for parts in zip(*host, strict=True)]
 
     return run
+
+
+def _some(numbers: Numbers, cells: np.ndarray) -> Numbers:
+    return jax.tree.map(lambda axis: axis[cells], numbers)

@@ -27,4 +27,8 @@ def replace_file(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> N
 
 def write_text(path: pathlib.Path, text: str) -> None:
     """Write ``text`` at once, in UTF-8."""
-    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8") and None)
+
+    def write(partial: pathlib.Path) -> None:
+        partial.write_text(text, encoding="utf-8")
+
+    replace_file(path, write)

@@ -234,6 +234,20 @@ def test_strengths_are_windows_in_time(key):
         run(edits={"mid": Edit("add", value)})
 
 
+def test_gradients_in_a_strength(key):
+    ramp = jnp.array([0.3, -0.2])
+
+    def size(strength):
+        edits = {MID: Edit("add", jnp.ones(8), strength)}
+        return jnp.mean(jnp.square(sample(key, unet(), of("euler"), 1, 2, edits=edits).x))
+
+    gradient = jax.grad(size)(ramp)
+    ahead, behind = size(ramp + 0.1), size(ramp - 0.1)
+    # Central differences in float32: h² / 6 times the third derivative, and 1e-7 / h.
+    assert float(jnp.sum(gradient)) == pytest.approx(float(ahead - behind) / 0.2, rel=0.02)
+    assert bool(jnp.all(gradient != 0))
+
+
 def test_edits_see_the_two_halves(key):
     steps, num = 2, 2
     given = {"condition": labels(1, 2), "unconditional": labels(0), "guidance": 3.0, "capture": (EARLY,)}
