@@ -1,6 +1,6 @@
 """Which timesteps and noise levels a sampler visits: ``timestep_spacing``, ``steps_offset``, Karras' levels.
 
-Float64 NumPy arrays on the host, rounded where the reference rounds.
+Float64 NumPy arrays on the host, rounded where diffusers rounds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def sigma_grid(schedule: Schedule, num_steps: int) -> tuple[np.ndarray, np.ndarr
     (``use_karras_sigmas``) :cite:`karras22`, eq. (5), or in :math:`\log \sigma` (``use_exponential_sigmas``), and then
     the timesteps follow from them, linear in :math:`\log \sigma`. DPM-Solver++ rounds its timesteps. The last level
     is 0, or σ_0 with ``final_sigmas_type`` ``sigma_min``. ``ValueError`` for more steps than there are timesteps to
-    stand on, and for what the reference leaves undefined.
+    stand on, and for what diffusers leaves undefined.
     """
     table = schedule.sigmas
     grid, log_table = np.arange(table.size), np.log(table)
@@ -37,7 +37,7 @@ def sigma_grid(schedule: Schedule, num_steps: int) -> tuple[np.ndarray, np.ndarr
     if multistep and (schedule.use_exponential_sigmas or (schedule.use_karras_sigmas and cosine)):
         raise ValueError(
             "dpmsolver++ with use_exponential_sigmas, or with use_karras_sigmas on squaredcos_cap_v2, cuts timesteps "
-            "like 998.9999 to integers in the reference, so that rounding errors decide them; choose other levels."
+            "like 998.9999 to integers in diffusers, so that rounding errors decide them; choose other levels."
         )
     # λ = −log σ: what is clipped are the noisiest timesteps.
     last = int(np.sum(-log_table >= schedule.lambda_min_clipped))

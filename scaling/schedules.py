@@ -70,7 +70,7 @@ OTHER_CLASSES = (
 """Classes of the same noise schedules and other steps: their models can be sampled by any method here."""
 
 MAX_TIMESTEPS = 1_000_000
-# What stands for ᾱ = 0, where σ would be infinite; the reference's own value.
+# What stands for ᾱ = 0, where σ would be infinite; diffusers' own value.
 TINY_ALPHA_BAR = 2.0**-24
 
 
@@ -149,7 +149,7 @@ _SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_bet
 _ENDS = {"sigma_min": None, "sigma_max": None}
 _LEADING, _LINSPACE = {"timestep_spacing": "leading"}, {"timestep_spacing": "linspace"}
 
-# The reference's defaults of every field that the method knows.
+# diffusers' defaults of every field that the method knows.
 _DEFAULTS: dict[Method, dict[str, Any]] = {
     "ddim": _NOISE | _LEADING | _CLIP | _THRESHOLD | {"set_alpha_to_one": True},
     "ddpm": _NOISE | _LEADING | _CLIP | _THRESHOLD | {"variance_type": "fixed_small"},
@@ -212,7 +212,7 @@ def from_config(config: Mapping[str, Any], method: str | None = None) -> Schedul
     """Read a scheduler_config.json.
 
     ``method`` (one of :data:`METHODS`) overrides the one that the file's ``_class_name`` names, as
-    ``OtherScheduler.from_config(scheduler.config)`` does in the reference: fields that the file lacks take the defaults
+    ``OtherScheduler.from_config(scheduler.config)`` does in diffusers: fields that the file lacks take the defaults
     of the new method's class; but those of the betas stay with the file's class, and a zero-SNR rescaling is never
     dropped, for they belong to the model.
 
@@ -301,7 +301,7 @@ def _value(fields: Fields, name: str, default: Any) -> Any:
     if name == "trained_betas":
         return None if value is None else _betas(fields, value)
     if isinstance(default, bool):
-        # The reference takes null for false, whatever the default.
+        # diffusers takes null for false, whatever the default.
         return fields.boolean(name, default) if value is not None else False
     if isinstance(default, int):
         return fields.integer(name, default, minimum=int(name != "steps_offset"), maximum=MAX_TIMESTEPS)

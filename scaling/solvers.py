@@ -6,8 +6,8 @@ With x_s the state before call s, o_s the model's output there and q_s the quant
           q_s = \mathrm{bound}\left(k_{s0} x_s + k_{s1} o_s\right), \qquad
           x_{s+1} = \sum_j A_{sj} x_{s-j} + \sum_j B_{sj} q_{s-j} + g_s o_s + c_s \epsilon_s
 
-and x_0 = ``start`` ε. DDIM, DDPM and DPM-Solver++ walk in the variance-preserving convention, Euler and Heun in the
-variance-exploding one, as the reference does; q is the clean sample x̂₀ (PNDM: the output). Coefficients are computed
+and x_0 = ``start`` ε. DDIM, DDPM, PNDM and DPM-Solver++ walk in the variance-preserving convention, Euler and Heun in
+the variance-exploding one, as diffusers does; q is the clean sample x̂₀ (PNDM: the output). Coefficients are computed
 in float64 on the host. Below, ``r = σ'/σ`` is the ratio of the next noise level to the present one.
 """
 
@@ -49,8 +49,8 @@ class Calls(NamedTuple):
 
 
 class Bound(NamedTuple):
-    """How x̂₀ is bounded: to ±``limit``; with a ``quantile``, to that quantile s of its magnitude, per example, s within
-    [1, ``limit``], and then divided by s :cite:`saharia22`, section 2.3.
+    """How x̂₀ is bounded: to ±``limit``; with a ``quantile``, to that quantile s of its magnitude, per example, s
+    within [1, ``limit``], and then divided by s :cite:`saharia22`, section 2.3.
     """
 
     limit: float
@@ -119,7 +119,7 @@ def _ddpm(schedule: Schedule, num_steps: int, eta: float) -> Solver:
     now = schedule.alpha_bar[t]
     to = np.append(now[1:], 1.0)
     beta = 1 - now / to
-    # The floor is the reference's.
+    # The floor is diffusers' own.
     variance = beta if schedule.variance_type == "fixed_large" else np.maximum((1 - to) / (1 - now) * beta, 1e-20)
     return _solver(
         schedule,
@@ -320,7 +320,7 @@ def _clean(
 
 
 def _start(schedule: Schedule, sigma: float) -> float:
-    # The reference's pipelines draw the start so, by the spacing.
+    # diffusers' pipelines draw the start so, by the spacing.
     return math.hypot(sigma, 1.0) if schedule.timestep_spacing == "leading" else float(sigma)
 
 

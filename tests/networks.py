@@ -1,4 +1,5 @@
-"""What tests of networks share: a network of a configuration with the golden files' random weights, and common checks."""
+"""What tests of networks share: a network of a configuration with the golden files' random weights, and common
+checks."""
 
 import sys
 from pathlib import Path

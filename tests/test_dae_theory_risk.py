@@ -38,7 +38,8 @@ def tree_flat(tree):
 
 
 def by_polar_quadrature(dae, x, sigma):
-    """``E‖f(y) − x‖²`` in the plane: between gates, which are rays from 0, the integrand is smooth in polar coordinates."""
+    """``E‖f(y) − x‖²`` in the plane: between gates, which are rays from 0, the integrand is smooth in polar
+    coordinates."""
     w1, w2, x = (np.asarray(a) for a in (*dae, x))
     live = w1[:, np.abs(w1).sum(0) > 0]
     gates = np.arctan2(live[1], live[0])[:, None] + np.pi / 2 * np.array([1, -1])
@@ -273,7 +274,8 @@ def test_a_dead_unit_wakes_homogeneously_of_degree_two_but_not_quadratically(key
 
 
 def test_exact_risk_in_the_span_of_the_data(key):
-    """With columns in span(X), rank 3 in dimension 8: the same risk in an orthonormal basis, and a gradient in the span."""
+    """With columns in span(X), rank 3 in dimension 8: the same risk in an orthonormal basis, and a gradient in the
+    span."""
     k1, k2, k3 = jax.random.split(key, 3)
     basis = jnp.linalg.qr(jax.random.normal(k1, (8, 3)))[0]
     data = jax.random.normal(k2, (4, 3))
@@ -294,7 +296,8 @@ def simplex(scale=1.5):
     ("sigma", "golden"), [(0.2, 7.515e-7), (0.25, 3.650e-5), (0.3, 3.260e-4), (0.4, 2.953e-3), (0.5, 6.616e-3)]
 )
 def test_the_memorizing_minimizer_is_almost_stationary(sigma, golden):
-    """Corollary 3.2 on a simplex: columns ``r x``, ``r² = (N − nλ)/(N² + σ²N)``; golden gradient norms, to their digits."""
+    """Corollary 3.2 on a simplex: columns ``r x``, ``r² = (N − nλ)/(N² + σ²N)``; golden gradient norms, to their
+    digits."""
     data, n, penalty = simplex(), 4, 1e-3
     square = 6.75
     w = data.T * jnp.sqrt((square - n * penalty) / (square**2 + sigma**2 * square))

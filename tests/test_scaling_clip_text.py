@@ -1,4 +1,5 @@
-"""The text encoder: causality, where a text ends, names of keys, refusals. PyTorch's results are in the golden files."""
+"""The text encoder: causality, where a text ends, names of keys, refusals. PyTorch's results are in the golden
+files."""
 
 import json
 import math

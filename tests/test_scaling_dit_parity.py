@@ -27,8 +27,8 @@ from scaling.models import dit  # noqa: E402
 from scaling.taps import Tap  # noqa: E402
 
 PUBLISHED = json.loads((pathlib.Path(__file__).parent / "published_configs.json").read_text())
-# Sinusoids are float32 in both, and some frequencies differ by an ulp, which turns the phase by t times as much: float64
-# compares at small t, where that is far below the tolerance, float32 at all.
+# Sinusoids are float32 in both, and some frequencies differ by an ulp, which turns the phase by t times as much:
+# float64 compares at small t, where that is far below the tolerance, float32 at all.
 T = {"float32": np.array([999, 3, 41]), "float64": np.array([1, 3, 0])}
 TOLERANCE = TOLERANCE | {"float64": 1e-6}
 TINY = {

@@ -103,17 +103,28 @@ def build(variant, dtype="float64"):
     )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("variant", VARIANTS)
+# There diffusers itself keeps the sinusoids in float32.
+ONLY_FLOAT32 = ("timestep_classes",)
+
+
+@pytest.mark.parametrize(
+    ("variant", "dtype"), [(v, d) for v in VARIANTS for d in T if d == "float32" or v not in ONLY_FLOAT32]
+)
 def test_outputs_equal(variant, dtype):
     check_output(build(variant, dtype), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(
-    "variant", ["tiny", "resnet_samplers_scale_shift", "timestep_classes", "google/ddpm-cifar10-32"]
+    ("variant", "dtype"),
+    [
+        ("tiny", "float64"),
+        ("resnet_samplers_scale_shift", "float64"),
+        ("timestep_classes", "float32"),
+        ("google/ddpm-cifar10-32", "float64"),
+    ],
 )
-def test_taps_show_what_hooks_see(variant):
-    check_taps(build(variant), TOLERANCE["float64"], untapped=UNTAPPED)
+def test_taps_show_what_hooks_see(variant, dtype):
+    check_taps(build(variant, dtype), TOLERANCE[dtype], untapped=UNTAPPED)
 
 
 @pytest.mark.parametrize(
