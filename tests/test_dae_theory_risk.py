@@ -156,8 +156,9 @@ def test_both_monte_carlo_forms_have_one_law(key):
 def test_monte_carlo_gradients_are_unbiased_and_the_gram_form_varies_less(key):
     dae, data, sigma = degenerate_case()
     # A gate at 0 counts as off in sampled gradients, as one half in the exact one: leave the zero columns out.
-    dae = ReluDae(dae.w1[:, :4], dae.w2[:, :4])
-    # More dimensions than units, so that the projected noise is less than the noise.
+    # 40 dimensions that no unit looks at: the noise there is in the direct form's gradient alone.
+    dae = ReluDae(*(jnp.pad(w[:, :4], ((0, 40), (0, 0))) for w in dae))
+    data = jnp.pad(data, ((0, 0), (0, 40)))
     keys, exact = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(400)), tree_flat(gradient(dae, data, sigma))
     spread = {}
     for function in (risk.monte_carlo_risk, risk.gram_monte_carlo_risk):
@@ -165,8 +166,8 @@ def test_monte_carlo_gradients_are_unbiased_and_the_gram_form_varies_less(key):
         draws = jax.jit(jax.vmap(lambda key, slope=slope: slope(key, dae, data, sigma)))(keys)
         draws = np.concatenate([np.asarray(leaf).reshape(400, -1) for leaf in draws], axis=1)
         spread[function] = draws.var(0)
-        # 40 entries: the largest of 40 scores exceeds 4.5 once in 3,600.
-        assert (np.abs(draws.mean(0) - exact) < 4.5 * np.sqrt(draws.var(0) / 400)).all()
+        # 360 entries: the largest of as many scores exceeds 4.5 once in 400. Some have no noise at all.
+        assert (np.abs(draws.mean(0) - exact) < 4.5 * np.sqrt(draws.var(0) / 400) + 1e-12).all()
     assert spread[risk.gram_monte_carlo_risk].sum() < spread[risk.monte_carlo_risk].sum()
 
 
@@ -248,7 +249,8 @@ def test_gradient_in_sigma_data_and_penalty(key):
 def test_a_zero_column_has_the_mean_of_the_one_sided_derivatives(key):
     dae, data, sigma = degenerate_case()
     turn = jax.random.normal(key, (5,))
-    step = 1e-6
+    # The mean of the sides is off by a term in step, besides rounding of the value over step.
+    step = 1e-7
     found = gradient(dae, data, sigma).w1[:, 4] @ turn
     ahead, behind = (value(dae._replace(w1=dae.w1.at[:, 4].set(s * turn)), data, sigma) for s in (step, -step))
     here = value(dae, data, sigma)

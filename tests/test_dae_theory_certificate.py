@@ -1,0 +1,121 @@
+"""Certificates: the golden table, exact training from anywhere, the residual's law, and dead columns that pay."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dae_theory import ReluDae, memorizing_minimizer, minimize_exact_objective
+from dae_theory.certificate import certify, residual_law
+from dae_theory.exact_training import from_span, span_basis, to_span
+from dae_theory.risk import exact_objective
+
+# Four points of a regular simplex in R³, ‖x‖² = 6.75.
+SIMPLEX = jnp.array([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]) * 1.5
+GOLDEN = {
+    # sigma: gradient norm, squared distance, least curvature, least modulo rescaling
+    0.2: (7.515e-7, 1.241e-14, 4.0000e-3, 0.0220),
+    0.25: (3.650e-5, 2.927e-11, 4.0000e-3, 0.0355),
+    0.3: (3.260e-4, 2.335e-9, 4.0000e-3, 0.0613),
+    0.4: (2.953e-3, 1.921e-7, 4.0000e-3, 0.168),
+    0.5: (6.616e-3, 9.691e-7, 4.0000e-3, 0.322),
+}
+
+
+@pytest.fixture(scope="module")
+def certificates():
+    return {s: certify(memorizing_minimizer(SIMPLEX, s, 1e-3, 4), SIMPLEX, s, 1e-3) for s in GOLDEN}
+
+
+@pytest.mark.parametrize("sigma", GOLDEN)
+def test_the_golden_table_to_all_its_digits(certificates, sigma):
+    c, (gradient, distance, least, modulo) = certificates[sigma], GOLDEN[sigma]
+    # Half a unit of the last printed digit; for the distance at sigma 0.2, 1e-14 is near rounding.
+    np.testing.assert_allclose(c.gradient_norm, gradient, rtol=0.0005 / 2.9)
+    np.testing.assert_allclose(c.distance_sq, distance, rtol=0.0005 / 1.2)
+    np.testing.assert_allclose(c.min_curvature, least, rtol=2e-5)
+    np.testing.assert_allclose(c.min_curvature_modulo_symmetry, modulo, rtol=0.0005 / 0.168 if modulo > 0.1 else 3e-3)
+    assert bool(c.converged)
+    assert bool(c.strict)
+    assert int(c.num_live) == int(c.num_symmetries) == 4
+    assert float(c.refined_gradient_norm) < 1e-12
+
+
+def test_the_least_curvature_is_the_rescalings_fourfold(certificates):
+    curvatures = certificates[0.3].curvatures
+    np.testing.assert_allclose(curvatures[:4], 4e-3, rtol=1e-6)
+    assert float(curvatures[4]) > 1e-2
+
+
+def test_live_directions_are_neutral_to_new_units(certificates):
+    """At a minimum ‖g(a)‖ = λ along each live unit, so splitting it is free and the slack at most 0."""
+    assert all(float(c.dead.slack) < 1e-12 for c in certificates.values())
+    assert abs(float(certificates[0.2].dead.slack)) < 1e-12
+
+
+def test_zero_columns_off_the_simplex_are_a_saddle():
+    """A direction orthogonal to data whose weighted mean is not zero: the printed minimizer with zeros is unstable."""
+    data = jnp.pad(SIMPLEX * jnp.array([1.0, 1.2, 0.9])[None, :], ((0, 0), (0, 1))).at[0].multiply(1.3)
+    sigma, penalty, delta = 0.1, 1e-4, 1e-3
+    certificate = certify(memorizing_minimizer(data, sigma, penalty, 5), data, sigma, penalty)
+    assert float(certificate.dead.slack) < 0
+    assert not bool(certificate.strict)
+    grown = ReluDae(
+        certificate.refined.w1.at[:, 4].set(delta * certificate.dead.encoder),
+        certificate.refined.w2.at[:, 4].set(delta * certificate.dead.decoder),
+    )
+    change = exact_objective(grown, data, sigma, penalty) - exact_objective(certificate.refined, data, sigma, penalty)
+    np.testing.assert_allclose(change, 2 * delta**2 * float(certificate.dead.slack), rtol=1e-2)
+
+
+def test_the_residual_vanishes_as_the_margin_says():
+    law = residual_law(SIMPLEX, jnp.array([0.2, 0.25, 0.3, 0.4]), 1e-3)
+    assert law.r_squared > 0.999
+    np.testing.assert_allclose(law.margin_sq, 0.75, rtol=1e-12)
+    # -γ² up to polynomial factors, which steepen the slope here.
+    assert -1.0 < law.slope < -0.75
+
+
+def test_training_finds_a_strict_minimum_from_a_random_start(key):
+    start = ReluDae(*(0.3 * jax.random.normal(jax.random.fold_in(key, i), (3, 6)) for i in (0, 1)))
+    found = minimize_exact_objective(start, SIMPLEX, 0.3, 1e-2, max_rough=0)
+    assert bool(found.converged)
+    assert float(found.gradient_norm) < 1e-10
+    assert float(found.objective) < float(exact_objective(start, SIMPLEX, 0.3, 1e-2))
+
+
+def test_the_span_has_the_same_minimum(key):
+    frame = jnp.linalg.qr(jax.random.normal(key, (7, 3)))[0]
+    data = SIMPLEX @ frame.T
+    basis = span_basis(data)
+    assert basis.shape == (7, 3)
+    closed = memorizing_minimizer(data, 0.3, 1e-3, 4)
+    small, rows = to_span(closed, data, basis)
+    np.testing.assert_allclose(
+        exact_objective(small, rows, 0.3, 1e-3), exact_objective(closed, data, 0.3, 1e-3), rtol=1e-12
+    )
+    np.testing.assert_allclose(from_span(small, basis).w1, closed.w1, atol=1e-13)
+    np.testing.assert_allclose(certify(closed, data, 0.3, 1e-3).distance_sq, GOLDEN[0.3][1], rtol=5e-4)
+
+
+def test_too_few_steps_are_an_outcome():
+    closed = memorizing_minimizer(SIMPLEX, 0.5, 1e-3, 4)
+    found = minimize_exact_objective(closed, SIMPLEX, 0.5, 1e-3, max_rough=0, max_newton=1, tolerance=1e-14)
+    assert not bool(found.converged)
+    assert np.isfinite(found.objective)
+
+
+def test_bad_input_is_refused(key):
+    closed = memorizing_minimizer(SIMPLEX, 0.3, 1e-3, 4)
+    with pytest.raises(ValueError, match="max_size = 10"):
+        certify(closed, SIMPLEX, 0.3, 1e-3, max_size=10)
+    with pytest.raises(ValueError, match="all columns"):
+        certify(ReluDae(closed.w1 * 0, closed.w2 * 0), SIMPLEX, 0.3, 1e-3)
+    with pytest.raises(ValueError, match="sigma"):
+        certify(closed, SIMPLEX, -0.3, 1e-3)
+    with pytest.raises(ValueError, match="at least two"):
+        residual_law(SIMPLEX, jnp.array([0.3]), 1e-3)
+    wide = jnp.pad(SIMPLEX, ((0, 0), (0, 2)))
+    stray = ReluDae(*(jnp.pad(w, ((0, 2), (0, 0)), constant_values=0.1) for w in closed))
+    with pytest.raises(ValueError, match="outside the span"):
+        certify(stray, wide, 0.3, 1e-3)
