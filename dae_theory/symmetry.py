@@ -119,9 +119,8 @@ def match_columns(dae_a: ReluDae, dae_b: ReluDae) -> Int[Array, " p"]:
         raise ValueError(f"networks must have one shape to match units, got {dae_a.w1.shape} and {dae_b.w1.shape}.")
     # Squares of the norms are the same for every assignment.
     cost = -(dae_b.w1.T @ dae_a.w1 + dae_b.w2.T @ dae_a.w2)
-    # The algorithm's loop would not end on NaN; its own arrays are of the default dtype.
-    cost = jnp.nan_to_num(jax.lax.stop_gradient(cost)).astype(float)
-    unit_of_b, unit_of_a = optax.assignment.hungarian_algorithm(cost)
+    # An assignment has no derivative, and its loops no reverse mode; optax's arrays are of the default dtype.
+    unit_of_b, unit_of_a = optax.assignment.hungarian_algorithm(jax.lax.stop_gradient(cost).astype(float))
     return unit_of_b[jnp.argsort(unit_of_a)]
 
 

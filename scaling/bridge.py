@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from scaling import schedules
 from scaling.api import Apply, Model, from_config, understand
@@ -109,14 +109,14 @@ def _load(fetch: Fetch, origin: str, folder: str, dtype: np.dtype | None, weight
     _check(place, specs, stored)
     target = _target_dtype(place, stored, dtype)
 
-    def converted(name: str) -> Array:
-        # A copy even where no axis moves: the file may change later.
-        return jnp.asarray(np.array(to_jax(specs[name].kind, stored[name].read()), target, order="C"))
+    def converted(name: str) -> np.ndarray:
+        return to_jax(specs[name].kind, stored[name].read(), target)
 
     # In the order of the files, which reads them from front to back.
     order = sorted(stored, key=lambda name: (str(stored[name].path), stored[name].start))
     with ThreadPoolExecutor(WORKERS) as pool:
-        params = dict(zip(order, pool.map(converted, order), strict=True))
+        arrays = zip(order, pool.map(converted, order), strict=True)
+        params = {name: jax.device_put(array, may_alias=True) for name, array in arrays}
     return from_config(config, {name: params[name] for name in specs})
 
 

@@ -130,15 +130,15 @@ def _edited(name: str, x: Array, edit: Edit) -> Array:
 
 
 def _aligned(name: str, role: str, value: ArrayLike, x: Array, axis: int) -> Array:
-    value = jnp.asarray(value).astype(x.dtype)
-    if value.ndim == 1:
-        value = jnp.expand_dims(value, [i for i in range(x.ndim) if i != axis])
-    if value.ndim not in (0, x.ndim) or any(v not in (1, n) for v, n in zip(value.shape, x.shape, strict=False)):
+    aligned = jnp.asarray(value).astype(x.dtype)
+    if aligned.ndim == 1:
+        aligned = jnp.expand_dims(aligned, [i for i in range(x.ndim) if i != axis])
+    if aligned.ndim not in (0, x.ndim) or any(v not in (1, n) for v, n in zip(aligned.shape, x.shape, strict=False)):
         raise ValueError(
             f"edit of {name!r}: {role} of shape {jnp.shape(value)} does not fit the activation {x.shape}; give a "
             f"scalar, a vector ({x.shape[axis]},) or a shape that broadcasts against {x.shape}."
         )
-    return value
+    return aligned
 
 
 def _suggestion(name: str, known: Mapping[str, object]) -> str:

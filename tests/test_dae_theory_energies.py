@@ -30,6 +30,11 @@ def block_energy(data, sigma, penalty, ranks=RANKS):
     return energies.block_energy(data, LABELS, sigma, penalty, ranks)
 
 
+@functools.partial(jax.jit, static_argnums=3)
+def block_minimizer(data, sigma, penalty, ranks=RANKS):
+    return minimizers.block_minimizer(data, LABELS, sigma, penalty, ranks)
+
+
 def energy_by_loops(data, labels, sigma, penalty, ranks):
     """The main term as printed: sums over clusters and eigenvalues of X_k' X_k."""
     n, risk_part, decay = len(data), 0.0, 0.0
@@ -81,8 +86,7 @@ def test_block_energy_against_loops(seed, scale, noise, decay):
 
 def test_block_energy_is_the_main_term_at_the_minimizer(key):
     data = clusters(key)
-    dae = minimizers.block_minimizer(data, LABELS, 0.2, 1e-3, RANKS)
-    ours = energies.main_term(dae, data, 0.2, 1e-3)
+    ours = jax.jit(energies.main_term)(block_minimizer(data, 0.2, 1e-3), data, 0.2, 1e-3)
     expected = block_energy(data, 0.2, 1e-3)
     np.testing.assert_allclose(ours.risk, expected.risk, rtol=1e-12)
     np.testing.assert_allclose(ours.decay, expected.decay, rtol=1e-12)
@@ -105,15 +109,15 @@ def test_leak_through_the_gates_is_exponentially_small():
     """Exact objective minus main term on the simplex: a Gaussian tail of the margin, ``exp(-γ²/2σ²)``."""
     data, penalty = jnp.asarray(SIMPLEX), 1e-3
     sigmas = np.array([0.14, 0.16, 0.18, 0.2, 0.22, 0.25])
-    objective = jax.jit(risk.exact_objective)
-    leaks = [
-        float(
-            objective(minimizers.memorizing_minimizer(data, s, penalty, 4), data, s, penalty)
-            - energies.memorizing_energy(data, s, penalty).objective
-        )
-        for s in sigmas
-    ]
-    margin = float(conditions.check_conditions(data, np.arange(4), 0.2, penalty, 1).margin)
+
+    @jax.jit
+    def leak(sigma):
+        dae = minimizers.memorizing_minimizer(data, sigma, penalty, 4)
+        main = energies.memorizing_energy(data, sigma, penalty).objective
+        return risk.exact_objective(dae, data, sigma, penalty) - main
+
+    leaks = [float(leak(sigma)) for sigma in sigmas]
+    margin = float(jax.jit(lambda s: conditions.check_conditions(data, np.arange(4), s, penalty, 1).margin)(0.2))
     np.testing.assert_allclose(margin, np.linalg.norm(SIMPLEX[0]) / 3)
     # A power of σ stands before the exponential: fit it beside the slope.
     columns = np.stack([1 / sigmas**2, np.log(sigmas), np.ones(6)], axis=1)
@@ -123,13 +127,14 @@ def test_leak_through_the_gates_is_exponentially_small():
 
 
 def test_two_roads_meet_a_third_by_monte_carlo(key):
-    """Energy, exact risk, and a plain average over noise, at margins of six standard deviations."""
+    """Energy, exact risk, and a plain average over noise, at margins of five standard deviations."""
     data = clusters(key, spread=0.01)
     sigma, penalty, draws = 0.15, 1e-3, 4000
-    dae = minimizers.block_minimizer(data, LABELS, sigma, penalty, RANKS)
-    assert float(conditions.check_conditions(data, LABELS, sigma, penalty, RANKS).margin) > 5 * sigma
+    dae = block_minimizer(data, sigma, penalty)
+    margin = jax.jit(lambda x: conditions.check_conditions(x, LABELS, sigma, penalty, RANKS).margin)(data)
+    assert float(margin) > 5 * sigma
     ours = block_energy(data, sigma, penalty)
-    np.testing.assert_allclose(risk.exact_risk(dae, data, sigma), ours.risk, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(risk.exact_risk)(dae, data, sigma), ours.risk, rtol=1e-5)
     eps = np.asarray(jax.random.normal(jax.random.fold_in(key, 1), (draws, *data.shape)))
     x, w1, w2 = (np.asarray(value) for value in (data, *dae))
     errors = np.sum((np.maximum((x + sigma * eps) @ w1, 0) @ w2.T - x) ** 2, axis=-1).mean(axis=1)
@@ -198,7 +203,7 @@ def test_allocation_traces_its_width(key):
 def test_envelope(key):
     """At a minimum only the explicit dependence counts: dE/dλ = 2 Σ q, dE/dσ² = Σ ρ q²."""
     data, sigma, penalty = clusters(key, spread=0.3), 0.3, 0.02
-    w = minimizers.block_minimizer(data, LABELS, sigma, penalty, RANKS).w1
+    w = block_minimizer(data, sigma, penalty).w1
     slopes = jax.jit(jax.grad(lambda v: block_energy(data, v[0], v[1]).objective))(jnp.array([sigma, penalty]))
     np.testing.assert_allclose(slopes[1], 2 * np.sum(np.square(w)), rtol=1e-11)
     owners = np.repeat([0, 1, 2], RANKS)

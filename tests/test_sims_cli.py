@@ -148,7 +148,13 @@ def test_ctrl_c_exits_with_130_and_the_same_command_resumes(tmp_path):
     )
     command = [sys.executable, "-m", "sims", "sweep", *argv, "--measures", "gap", "--quiet", "--out", str(out)]
     process = subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"JAX_ENABLE_X64": "0"}
+        command,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"JAX_ENABLE_X64": "0"},
+        # A suite started in the background of a script inherits an ignored SIGINT; a user's terminal does not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     done = out / "results.zarr" / "done" / "c"
     deadline = time.monotonic() + 120

@@ -31,6 +31,7 @@ class ParamSpec(NamedTuple):
 
 _TO_JAX: dict[Layout, tuple[int, ...]] = {"conv": (2, 3, 1, 0), "linear": (1, 0)}
 _TO_TORCH: dict[Layout, tuple[int, ...]] = {"conv": (3, 2, 0, 1), "linear": (1, 0)}
+_BLOCK = 64
 
 
 def jax_shape(spec: ParamSpec) -> tuple[int, ...]:
@@ -38,14 +39,34 @@ def jax_shape(spec: ParamSpec) -> tuple[int, ...]:
     return tuple(spec.shape[i] for i in _TO_JAX[spec.kind]) if spec.kind in _TO_JAX else spec.shape
 
 
-def to_jax(kind: Layout, array: np.ndarray) -> np.ndarray:
-    """The array in JAX's layout, from PyTorch's; a contiguous copy where the axes move."""
-    return np.ascontiguousarray(array.transpose(_TO_JAX[kind])) if kind in _TO_JAX else array
+def to_jax(kind: Layout, array: np.ndarray, dtype: Any = None) -> np.ndarray:
+    """A copy in JAX's layout, from PyTorch's; of ``dtype``, if given. ``jax.device_put`` can take it over on a CPU."""
+    out = _aligned(jax_shape(ParamSpec(array.shape, kind)), np.dtype(dtype or array.dtype))
+    if kind not in _TO_JAX:
+        out[...] = array
+    else:
+        # In blocks of the outer axis, which becomes the inner one, so that reads and writes both stay in the cache.
+        for i in range(0, array.shape[0], _BLOCK):
+            out[..., i : i + _BLOCK] = array[i : i + _BLOCK].transpose(_TO_JAX[kind])
+    return out
 
 
 def to_torch(kind: Layout, array: np.ndarray) -> np.ndarray:
-    """The array in PyTorch's layout, from JAX's: the inverse of :func:`to_jax`."""
-    return np.ascontiguousarray(array.transpose(_TO_TORCH[kind])) if kind in _TO_TORCH else array
+    """A copy in PyTorch's layout, from JAX's: the inverse of :func:`to_jax`."""
+    if kind not in _TO_TORCH:
+        return array.copy()
+    out = np.empty([array.shape[i] for i in _TO_TORCH[kind]], array.dtype)
+    for i in range(0, out.shape[0], _BLOCK):
+        out[i : i + _BLOCK] = array[..., i : i + _BLOCK].transpose(_TO_TORCH[kind])
+    return out
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    # JAX uses memory of numpy without a copy only at a multiple of 64 bytes.
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 # Fields that cannot change the forward pass at inference, whatever their value, for the variants we accept.

@@ -1,0 +1,216 @@
+"""Layers: the CPU's own routines against the plain ones, and each formula against another way to compute it."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from scaling.models import blocks_resnet, layers
+from scaling.models.config import ParamSpec, jax_shape, to_jax, to_torch
+from scaling.taps import Tap
+
+
+def draw(key, *shape, dtype="float64"):
+    return jax.random.normal(key, shape, dtype)
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Runs a function with the plain routines."""
+
+    def run(function, *args):
+        with monkeypatch.context() as context:
+            context.setattr(layers, "cpu_aware", lambda: False)
+            return function(*args)
+
+    return run
+
+
+def test_the_cpu_gets_its_own_routines_and_others_the_plain_ones(monkeypatch):
+    assert layers.cpu_aware()
+    for backend in ("gpu", "tpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        assert not layers.cpu_aware()
+        # Unless the user computes on the CPU beside it.
+        with jax.default_device(jax.devices("cpu")[0]):
+            assert layers.cpu_aware()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "context"), [(1, 1), (5, 77), (255, 3), (256, 16), (257, 16), (600, 600)], ids=lambda n: str(n)
+)
+def test_chunked_attention_is_attention(key, plain, tokens, context):
+    q, k, v = (draw(jax.random.fold_in(key, i), 2, n, 12) for i, n in enumerate((tokens, context, context)))
+    run = functools.partial(layers.attention, heads=3)
+    np.testing.assert_allclose(run(q, k, v), plain(run, q, k, v), rtol=0, atol=1e-6)
+    # The logits in float64 by hand.
+    logits = np.einsum("btc,bsc->bts", q[..., :4], k[..., :4]) / 2
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    np.testing.assert_allclose(run(q, k, v)[..., :4], weights @ np.asarray(v[..., :4]), rtol=1e-12, atol=1e-12)
+
+
+def test_chunked_attention_has_its_derivatives(key):
+    q, k, v = (draw(jax.random.fold_in(key, i), 1, n, 4) for i, n in enumerate((300, 5, 5)))
+
+    def run(*qkv):
+        return layers.attention(*map(jnp.asarray, qkv), heads=2)
+
+    check_grads(run, (q, k, v), order=1, modes=("fwd", "rev"), rtol=1e-5, atol=1e-5)
+
+
+def test_causal_attention_does_not_look_ahead(key):
+    q, k, v = (draw(jax.random.fold_in(key, i), 1, 6, 4, dtype="float32") for i in range(3))
+    full = layers.attention(q, k, v, heads=2, causal=True)
+    np.testing.assert_allclose(full[:, 0], v[:, 0], rtol=1e-6)
+    short = layers.attention(q[:, :4], k[:, :4], v[:, :4], heads=2, causal=True)
+    np.testing.assert_allclose(full[:, :4], short, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("derivative", [False, True])
+def test_attention_never_holds_more_than_a_chunk_of_the_matrix(derivative):
+    tokens, heads, channels = 4096, 8, 40
+    x = jax.ShapeDtypeStruct((1, tokens, heads * channels), jnp.float32)
+    run = functools.partial(layers.attention, heads=heads)
+    if derivative:
+        run = jax.grad(lambda q, k, v: jnp.sum(layers.attention(q, k, v, heads=heads)), argnums=(0, 1, 2))
+    memory = jax.jit(run).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+    chunk, operand = layers.QUERY_CHUNK * tokens * 4, tokens * heads * channels * 4
+    # Some copies of a chunk (logits, weights, their slopes) and of the operands; the whole matrix is 128 chunks.
+    assert memory < 4 * chunk + 10 * operand
+    assert memory < 0.2 * heads * tokens**2 * 4
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("padding", [None, (0, 1), (0, 0)])
+def test_im2col_is_convolution(key, plain, stride, padding):
+    x = draw(key, 2, 7, 6, 256)
+    weight, bias = draw(jax.random.fold_in(key, 1), 3, 3, 256, 256), draw(jax.random.fold_in(key, 2), 256)
+    params = {"a.weight": weight, "a.bias": bias}
+
+    def run(x):
+        return layers.conv(params, Tap(), "a", x, stride=stride, padding=padding)
+
+    def uses_xla(x):
+        return "conv_general_dilated" in str(jax.make_jaxpr(lambda x: run(x))(x))
+
+    assert not uses_xla(x)
+    assert plain(uses_xla, x)
+    np.testing.assert_allclose(run(x), plain(run, x), rtol=1e-10, atol=1e-10)
+
+
+def test_large_or_thin_convolutions_are_left_to_xla(key):
+    for height, c_in, c_out in [(17, 256, 256), (8, 255, 256), (8, 256, 4)]:
+        params = {"a.weight": jnp.zeros((3, 3, c_in, c_out))}
+        jaxpr = jax.make_jaxpr(lambda x, p: layers.conv(p, Tap(), "a", x))(jnp.zeros((1, height, 16, c_in)), params)
+        assert "conv_general_dilated" in str(jaxpr)
+
+
+def test_convolution_by_hand(key):
+    x, w = draw(key, 1, 4, 5, 2), draw(jax.random.fold_in(key, 1), 3, 3, 2, 3)
+    out = layers.conv({"a.weight": w}, Tap(), "a", x, stride=2, padding=(0, 1))
+    padded = np.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
+    assert out.shape == (1, 2, 2, 3)
+    for i in range(2):
+        for j in range(2):
+            patch = padded[0, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3]
+            np.testing.assert_allclose(out[0, i, j], np.einsum("hwi,hwio->o", patch, w), rtol=1e-12)
+
+
+def test_group_norm_has_zero_mean_and_unit_variance_in_each_group(key):
+    x = 100 + 3 * draw(key, 2, 4, 5, 12)
+    params = {"a.weight": jnp.ones(12), "a.bias": jnp.zeros(12)}
+    out = layers.group_norm(params, Tap(), "a", x, groups=3, eps=1e-8).reshape(2, 20, 3, 4)
+    np.testing.assert_allclose(np.mean(out, axis=(1, 3)), 0, atol=1e-12)
+    np.testing.assert_allclose(np.var(out, axis=(1, 3)), 1, rtol=1e-8)
+
+
+@pytest.mark.parametrize("norm", ["group", "layer"])
+def test_norms_are_computed_in_float32_at_least(key, norm):
+    # A mean 100 times the deviation: bfloat16 itself has 3 digits.
+    x = (100 + draw(key, 1, 64, 8, dtype="float32")).astype(jnp.bfloat16)
+    params = {"a.weight": jnp.ones(8, jnp.bfloat16), "a.bias": jnp.zeros(8, jnp.bfloat16)}
+
+    def run(x, params):
+        if norm == "layer":
+            return layers.layer_norm(params, Tap(), "a", x, eps=1e-5)
+        return layers.group_norm(params, Tap(), "a", x, groups=2, eps=1e-5)
+
+    exact = run(x.astype(jnp.float64), jax.tree.map(lambda p: p.astype(jnp.float64), params))
+    out = run(x, params)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(float), exact, rtol=2**-8, atol=2**-8)
+
+
+def test_activations_have_their_definitions():
+    x = jnp.linspace(-6, 6, 101)
+    sigmoid = 1 / (1 + np.exp(-np.asarray(x)))
+    phi = np.array([0.5 * (1 + math.erf(value / math.sqrt(2))) for value in np.asarray(x)])
+    tanh = 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    expected = {
+        "silu": x * sigmoid,
+        "swish": x * sigmoid,
+        "gelu": x * phi,
+        "gelu-approximate": x * tanh,
+        "relu": np.maximum(x, 0),
+        "mish": x * np.tanh(np.log1p(np.exp(x))),
+        "quick_gelu": x / (1 + np.exp(-1.702 * x)),
+    }
+    assert expected.keys() == layers.ACTIVATIONS.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(layers.ACTIVATIONS[name](x), values, rtol=1e-6, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("channels", [8, 9, 320])
+def test_sinusoids(channels, flip, shift):
+    t = np.array([0.0, 1.0, 37.5, 999.0])
+    out = layers.sinusoidal_embedding(jnp.asarray(t), channels, flip_sin_to_cos=flip, freq_shift=shift)
+    half = channels // 2
+    phase = t[:, None] * 10000.0 ** (-np.arange(half) / (half - shift))
+    first, second = (np.cos, np.sin) if flip else (np.sin, np.cos)
+    expected = np.concatenate([first(phase), second(phase), np.zeros((4, channels % 2))], axis=1)
+    assert out.dtype == np.float32
+    # A phase of 999 with a relative error of some 2⁻²⁴ in each of frequency, product and exponent (of size ln 10000).
+    np.testing.assert_allclose(out, expected, rtol=0, atol=999 * 2**-24 * (2 + math.log(10000)))
+
+
+@pytest.mark.parametrize("size", [(8, 10), (7, 9), (5, 4), (11, 12)])
+def test_upsampling_takes_the_pixel_at_the_same_fraction(size):
+    x = jnp.arange(4.0 * 5).reshape(1, 4, 5, 1)
+    out = blocks_resnet.upsample_nearest(x, size)
+    for i in range(size[0]):
+        for j in range(size[1]):
+            assert out[0, i, j, 0] == x[0, math.floor(i * 4 / size[0]), math.floor(j * 5 / size[1]), 0]
+
+
+def test_doubling_is_upsampling_to_twice_the_size(key):
+    x = draw(key, 2, 3, 5, 4)
+    np.testing.assert_array_equal(blocks_resnet.upsample_nearest(x), np.repeat(np.repeat(x, 2, axis=1), 2, axis=2))
+
+
+def test_layouts_invert_each_other(key):
+    kinds = {"conv": (130, 3, 3, 2), "linear": (70, 5), "embedding": (4, 6), "vector": ()}
+    for i, (kind, shape) in enumerate(kinds.items()):
+        array = np.asarray(draw(jax.random.fold_in(key, i), *shape))
+        there = to_jax(kind, array)
+        assert there.shape == jax_shape(ParamSpec(shape, kind))
+        np.testing.assert_array_equal(to_torch(kind, there), array)
+        assert not np.shares_memory(there, array)
+        assert to_jax(kind, array, np.float16).dtype == np.float16
+    weight = np.arange(5.0 * 3 * 2 * 4).reshape(5, 3, 2, 4)
+    assert to_jax("conv", weight)[1, 3, 2, 4] == weight[4, 2, 1, 3]
+    assert to_jax("linear", weight[0, 0])[3, 1] == weight[0, 0, 1, 3]
+
+
+def test_old_names_of_attention_are_known():
+    rename = blocks_resnet.modern_attention_key
+    for old, new in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items():
+        assert rename(f"mid_block.attentions.0.{old}.weight") == f"mid_block.attentions.0.{new}.weight"
+    for same in ("mid_block.attentions.0.to_q.bias", "conv_in.weight", "mid_block.resnets.0.key.weight"):
+        assert rename(same) == same
