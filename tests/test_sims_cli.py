@@ -146,15 +146,18 @@ def test_ctrl_c_exits_with_130_and_the_same_command_resumes(tmp_path):
     argv = (
         "--num-samples 3,12,24,48 --width 4 --sigma 0.3 --seeds 40 --steps 2000 --eval-samples 4 --eval-draws 1".split()
     )
-    command = [sys.executable, "-m", "sims", "sweep", *argv, "--measures", "gap", "--quiet", "--out", str(out)]
+    # A suite started in the background of a script inherits an ignored SIGINT; a user's terminal does not.
+    program = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "runpy.run_module('sims', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", program, "sweep", *argv, "--measures", "gap", "--quiet", "--out", str(out)]
     process = subprocess.Popen(
         command,
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"JAX_ENABLE_X64": "0"},
-        # A suite started in the background of a script inherits an ignored SIGINT; a user's terminal does not.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     done = out / "results.zarr" / "done" / "c"
     deadline = time.monotonic() + 120
