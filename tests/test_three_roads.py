@@ -37,8 +37,8 @@ def test_closed_form_and_monte_carlo_meet(key):
     estimate = monte_carlo_estimate(key, closed, DATA, SIGMA, num_draws=20_000)
     risk = float(memorizing_energy(DATA, SIGMA, PENALTY).risk)
     assert abs(float(estimate.mean) - risk) < 5 * float(estimate.standard_error)
-    # Noise opens one of three foreign gates, at distance ‖x‖/3, with this probability; the output then gains about σ along
-    # that sample: σ² + 2 σ |x_i·x_j|/‖x‖ of squared error at most. (Columns are shorter than 1.)
+    # Noise opens one of three foreign gates, at distance ‖x‖/3, with this probability; the output then gains about σ
+    # along that sample: σ² + 2 σ |x_i·x_j|/‖x‖ of squared error at most. (Columns are shorter than 1.)
     leak = 3 * scipy.stats.norm.cdf(-np.sqrt(6.75) / 3 / SIGMA) * (SIGMA**2 + 2 * SIGMA * np.sqrt(6.75) / 3)
     assert abs(float(exact_risk(closed, DATA, SIGMA)) - risk) < leak < 1e-3 * risk
 
