@@ -110,7 +110,7 @@ def certify(
         )
     kept = ReluDae(*(w[:, live] for w in small))
     gradient = ravel_pytree(jax.grad(exact_objective)(kept, rows, sigma, penalty))[0]
-    found = minimize_exact_objective(kept, rows, sigma, penalty, tolerance=tolerance, max_rough=0)
+    found = minimize_exact_objective(kept, rows, sigma, penalty, method="products", tolerance=tolerance, max_rough=0)
     matrix = hessian(found.dae, rows, sigma, penalty)
     tangents = symmetry_tangents(found.dae)
     modulo = _restricted_eigenvalues(matrix, tangents.reshape(len(tangents), -1))

@@ -1,15 +1,17 @@
-r"""Deterministic minimization to machine precision: L-BFGS to a rough point, then trust-region Newton.
+r"""Deterministic minimization to machine precision: L-BFGS to a rough point, then Newton's method made safe.
 
-For smooth functions of one flat vector whose Hessian is known through products ``H v`` (:cite:`nocedal06`, algorithms
-4.1 and 7.2). One ``jit`` program; every outcome is data. Directions of no curvature (symmetries) are no obstacle: the
+For smooth functions of one flat vector. Where the Hessian is known through products ``H v``: a trust region and
+conjugate gradients (:cite:`nocedal06`, algorithms 4.1 and 7.2). Where it can be formed and factored: L-BFGS in its
+metric. Each is one ``jit`` program; every outcome is data. Directions of no curvature (symmetries) are no obstacle: the
 gradient has no part in them.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +20,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dae_theory.types import Scalar
 
-__all__ = ["Minimum", "lbfgs", "newton"]
+__all__ = ["Minimum", "lbfgs", "newton", "preconditioned_lbfgs"]
 
+H = TypeVar("H")
+F = TypeVar("F")
 Function: TypeAlias = Callable[[Float[Array, " m"]], Float[Array, ""]]
 
 
@@ -36,12 +40,26 @@ class Minimum(NamedTuple):
 
 
 def lbfgs(
-    function: Function, x: Float[Array, " m"], *, tolerance: Scalar, max_iterations: int, memory: int = 20
+    function: Function,
+    x: Float[Array, " m"],
+    *,
+    tolerance: Scalar,
+    max_iterations: int,
+    memory: int = 20,
+    linesearch: Any = None,
+    norm: Callable[[Float[Array, " m"]], Float[Array, ""]] = jnp.linalg.norm,
 ) -> Minimum:
-    """Limited-memory BFGS with a zoom line search (optax), until ``‖∇f‖ <= tolerance`` or no step is found."""
-    rule = optax.lbfgs(memory_size=memory, linesearch=optax.scale_by_zoom_linesearch(max_linesearch_steps=20))
+    """Limited-memory BFGS (optax), until ``norm(∇f) <= tolerance`` or no step is found.
+
+    The default line search is optax's zoom. A step counts if it lowers ``f``, or lowers the gradient while ``f`` stands
+    still to rounding.
+    """
+    if linesearch is None:
+        linesearch = optax.scale_by_zoom_linesearch(max_linesearch_steps=20)
+    rule = optax.lbfgs(memory_size=memory, linesearch=linesearch)
     # Evaluated by the line search already, so read from its state.
     value_and_grad: Any = optax.value_and_grad_from_state(function)
+    eps = float(jnp.finfo(x.dtype).eps)
 
     def more(carry: tuple[Minimum, Float[Array, " m"], Any, Bool[Array, ""]]) -> Bool[Array, ""]:
         found, _, _, moved = carry
@@ -54,14 +72,17 @@ def lbfgs(
             updates, state = rule.update(gradient, state, found.x, value=found.value, grad=gradient, value_fn=function)
             x = found.x + updates
             value, gradient = value_and_grad(x, state=state)
-        better = value < found.value
-        found = _keep(better, _minimum(x, value, gradient, found.iterations + 1, tolerance), found)
-        return found, gradient, state, better
+        size = norm(gradient)
+        still = value <= found.value + 100 * eps * jnp.abs(found.value)
+        better = (value < found.value) | (still & (size < found.gradient_norm))
+        there = Minimum(x, value, size, found.iterations + 1, size <= tolerance)
+        return _keep(better, there, found), gradient, state, better
 
     with jax.numpy_dtype_promotion("standard"):
         state = rule.init(x)
     value, gradient = jax.value_and_grad(function)(x)
-    begin = _minimum(x, value, gradient, jnp.zeros((), int), tolerance)
+    size = norm(gradient)
+    begin = Minimum(x, value, size, jnp.zeros((), int), size <= tolerance)
     return jax.lax.while_loop(more, step, (begin, gradient, state, jnp.asarray(True)))[0]
 
 
@@ -117,6 +138,77 @@ def newton(
     begin = _Trial(unknown, jnp.zeros_like(x), zero, zero, jnp.asarray(radius, x.dtype), jnp.asarray(False))
     found = jax.lax.while_loop(more, step, begin).found
     return found._replace(iterations=found.iterations - 1)
+
+
+def preconditioned_lbfgs(
+    function: Function,
+    x: Float[Array, " m"],
+    hessian: Callable[[Float[Array, " m"]], H],
+    factorize: Callable[[H, Float[Array, ""]], F],
+    root: Callable[[F, Float[Array, " m"]], Float[Array, " m"]],
+    unroot: Callable[[F, Float[Array, " m"]], Float[Array, " m"]],
+    *,
+    tolerance: Scalar,
+    max_rounds: int = 100,
+    iterations_per_round: int = 30,
+) -> tuple[Minimum, Int[Array, ""]]:
+    r"""L-BFGS in the metric of the Hessian, taken anew each round; also the number of L-BFGS iterations in all.
+
+    ``factorize(H, μ)`` returns factors of ``H + μI = M Mᵀ``, with NaN where it is not positive definite; ``root`` is
+    ``M⁻ᵀ z`` and ``unroot`` is ``M z``. A round minimizes ``f(x + M⁻ᵀ z)`` over z: its first step is Newton's, its
+    others cost a gradient and two triangular solves, little beside a factorization, and follow the bends of ``f`` for
+    which a Newton step is too straight. The shift μ falls sixteenfold a round and grows eightfold until the matrix is
+    positive definite, so that the last rounds converge as Newton's method does. ``iterations`` counts rounds.
+    """
+    eps = float(jnp.finfo(x.dtype).eps)
+    search = optax.scale_by_backtracking_linesearch(
+        max_backtracking_steps=20, decrease_factor=0.5, increase_factor=math.inf, rtol=100 * eps, store_grad=True
+    )
+
+    def definite(h: H, shift: Float[Array, ""]) -> tuple[Float[Array, ""], F]:
+        least = eps * jnp.max(jnp.stack([jnp.max(jnp.abs(part)) for part in jax.tree.leaves(h)]))
+
+        def is_bad(carry: tuple[Float[Array, ""], F]) -> Bool[Array, ""]:
+            finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(part)) for part in jax.tree.leaves(carry[1])]))
+            return ~finite & jnp.isfinite(carry[0])
+
+        def grow(carry: tuple[Float[Array, ""], F]) -> tuple[Float[Array, ""], F]:
+            larger = jnp.maximum(8.0 * carry[0], least)
+            return larger, factorize(h, larger)
+
+        shapes = jax.eval_shape(factorize, h, shift)
+        none = jax.tree.map(lambda s: jnp.full(s.shape, jnp.nan, s.dtype), shapes)
+        return jax.lax.while_loop(is_bad, grow, (shift / 128.0, none))
+
+    def more(carry: _Round) -> Bool[Array, ""]:
+        return carry.moved & ~carry.found.converged & (carry.found.iterations < max_rounds)
+
+    def step(carry: _Round) -> _Round:
+        found = carry.found
+        shift, factors = definite(hessian(found.x), carry.shift)
+        inner = lbfgs(
+            lambda z: function(found.x + root(factors, z)),
+            jnp.zeros_like(found.x),
+            tolerance=tolerance,
+            max_iterations=iterations_per_round,
+            linesearch=search,
+            norm=lambda gradient: jnp.linalg.norm(unroot(factors, gradient)),
+        )
+        end = inner._replace(x=found.x + root(factors, inner.x), iterations=found.iterations + 1)
+        return _Round(end, shift, carry.total + inner.iterations, inner.iterations > 0)
+
+    zero = jnp.zeros((), x.dtype)
+    unknown = Minimum(x, zero + jnp.inf, zero + jnp.inf, jnp.zeros((), int), jnp.asarray(False))
+    end = jax.lax.while_loop(more, step, _Round(unknown, zero, jnp.zeros((), int), jnp.asarray(True)))
+    return end.found, end.total
+
+
+class _Round(NamedTuple):
+    found: Minimum
+    shift: Float[Array, ""]
+    total: Int[Array, ""]
+    """L-BFGS iterations so far."""
+    moved: Bool[Array, ""]
 
 
 class _Trial(NamedTuple):

@@ -84,7 +84,7 @@ def relu_covariance(
     ``|c| <= s_j s_k``; correlations within rounding of ±1 (parallel columns) count as ±1.
     """
     a, b = standardize(mean_j, std_j), standardize(mean_k, std_k)
-    r, q = _angle(std_j, std_k, cov)
+    r, q = angle(std_j, std_k, cov)
     w = wedge(a, b, r, q)
     return _scaled_covariance(w, gate_covariance(w), std_j, std_k, cov)
 
@@ -106,7 +106,7 @@ def relu_cross_moment(
     return relu_covariance(mean_j, mean_k, std_j, std_k, cov) + relu_mean(mean_j, std_j) * relu_mean(mean_k, std_k)
 
 
-def _angle(
+def angle(
     std_j: Float[Array, "*shape"], std_k: Float[Array, "*shape"], cov: Float[Array, "*shape"]
 ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
     """Cosine and sine of the angle between two units; a right angle where one of them is zero."""

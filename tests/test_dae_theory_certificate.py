@@ -84,6 +84,17 @@ def test_training_finds_a_strict_minimum_from_a_random_start(key):
     assert float(found.objective) < float(exact_objective(start, SIMPLEX, 0.3, 1e-2))
 
 
+@pytest.mark.parametrize("method", ["dense", "products"])
+def test_both_methods_end_at_the_same_minimum_and_hold_dead_units(method):
+    """From the closed form with zeros: to the golden distance, the zeros untouched."""
+    closed = memorizing_minimizer(SIMPLEX, 0.3, 1e-3, 6)
+    found = minimize_exact_objective(closed, SIMPLEX, 0.3, 1e-3, method=method, max_rough=0, tolerance=1e-12)
+    assert bool(found.converged)
+    assert not np.any(np.asarray(found.dae.w1[:, 4:]))
+    distance = sum(jnp.sum(jnp.square(a - b)) for a, b in zip(found.dae, closed, strict=True))
+    np.testing.assert_allclose(distance, GOLDEN[0.3][1], rtol=5e-4)
+
+
 def test_the_span_has_the_same_minimum(key):
     frame = jnp.linalg.qr(jax.random.normal(key, (7, 3)))[0]
     data = SIMPLEX @ frame.T
@@ -98,9 +109,12 @@ def test_the_span_has_the_same_minimum(key):
     np.testing.assert_allclose(certify(closed, data, 0.3, 1e-3).distance_sq, GOLDEN[0.3][1], rtol=5e-4)
 
 
-def test_too_few_steps_are_an_outcome():
+@pytest.mark.parametrize("method", ["dense", "products"])
+def test_too_few_steps_are_an_outcome(method):
     closed = memorizing_minimizer(SIMPLEX, 0.5, 1e-3, 4)
-    found = minimize_exact_objective(closed, SIMPLEX, 0.5, 1e-3, max_rough=0, max_newton=1, tolerance=1e-14)
+    found = minimize_exact_objective(
+        closed, SIMPLEX, 0.5, 1e-3, method=method, max_rough=0, max_newton=1, tolerance=1e-18
+    )
     assert not bool(found.converged)
     assert np.isfinite(found.objective)
 
@@ -113,6 +127,12 @@ def test_bad_input_is_refused(key):
         certify(ReluDae(closed.w1 * 0, closed.w2 * 0), SIMPLEX, 0.3, 1e-3)
     with pytest.raises(ValueError, match="sigma"):
         certify(closed, SIMPLEX, -0.3, 1e-3)
+    with pytest.raises(ValueError, match="sigma"):
+        minimize_exact_objective(closed, SIMPLEX, -0.3, 1e-3)
+    with pytest.raises(ValueError, match="sigma"):
+        minimize_exact_objective(closed, SIMPLEX, 0.0, 1e-3, method="dense")
+    with pytest.raises(ValueError, match="method is 'newton'"):
+        minimize_exact_objective(closed, SIMPLEX, 0.3, 1e-3, method="newton")
     with pytest.raises(ValueError, match="at least two"):
         residual_law(SIMPLEX, jnp.array([0.3]), 1e-3)
     wide = jnp.pad(SIMPLEX, ((0, 0), (0, 2)))

@@ -1,0 +1,197 @@
+r"""The population side: the exact risk of a network over a Gaussian mixture, and the generalization gap against it.
+
+For ``x ~ Σ_k ρ_k N(μ_k, Σ_k)`` and ``y = x + σε``, the preactivations ``u = W₁ᵀy`` of mode k are Gaussian with
+covariance ``W₁ᵀ(Σ_k + σ²I)W₁``, and jointly Gaussian with x. By Stein's lemma ``E[(x − μ) h_j] = Σ_k w_j P(u_j > 0)``,
+so the population risk is as exact as the empirical one (derived here): the average over the data costs nothing more.
+
+Networks fitted to n samples approach the population's minimizer :cite:`zhang26`, Corollary 3.3; :func:`learning_curve`
+measures how fast, and :func:`fit_rate` says with what exponent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dae_theory.bivariate_normal import normal_cdf
+from dae_theory.checks import check_data, check_integer, check_nonnegative, is_concrete
+from dae_theory.minimizers import block_minimizer, generalizing_minimizer
+from dae_theory.mixture import GaussianMixture, check_mixture
+from dae_theory.model import ReluDae
+from dae_theory.precision import full_precision
+from dae_theory.relu_gaussian import relu_covariance, relu_mean, standardize
+from dae_theory.risk import exact_risk
+from dae_theory.spectra import Ranks
+from dae_theory.types import PRNGKey, Scalar
+
+__all__ = ["LearningCurve", "Rate", "fit_rate", "learning_curve", "population_objective", "population_risk"]
+
+
+class LearningCurve(NamedTuple):
+    """Block minimizers of S training-set sizes and R independent training sets, all risks exact; a pytree."""
+
+    sizes: Int[np.ndarray, " S"]
+    train_risk: Float[Array, "R S"]
+    """Risk over the noise on the rows that the network was made from."""
+    population_risk: Float[Array, "R S"]
+    """Risk of the same networks over the mixture."""
+    best_risk: Float[Array, ""]
+    """Population risk of the population's minimizer, the limit n → ∞."""
+    map_distance: Float[Array, "R S"]
+    """``‖W₂W₁ᵀ − (W₂W₁ᵀ)_∞‖_F`` to that minimizer."""
+
+    @property
+    def gap(self) -> Float[Array, "R S"]:
+        """Generalization gap, population minus training risk: of order ``1/n`` in its mean, ``n^{-1/2}`` in spread."""
+        return self.population_risk - self.train_risk
+
+    @property
+    def excess(self) -> Float[Array, "R S"]:
+        """Population risk above that of the population's minimizer; of order ``1/n`` beside a smooth minimum."""
+        return self.population_risk - self.best_risk
+
+
+class Rate(NamedTuple):
+    """A power law ``C n^slope`` and what is known of its exponent."""
+
+    slope: float
+    standard_error: float
+    """Of ``slope``, from the spread over repetitions."""
+    interval: tuple[float, float]
+    """95 % confidence interval of ``slope``."""
+    intercept: float
+    """``log C``."""
+    chi_sq: float
+    """Squared deviations from the law in standard errors, summed: about S − 2 if the law holds."""
+
+
+@full_precision
+def population_risk(dae: ReluDae, mixture: GaussianMixture, sigma: Scalar) -> Float[Array, ""]:
+    r"""Risk over noise and data, ``E‖f(x + σε) − x‖²``, in closed form (derived here).
+
+    .. math:: \sum_k \rho_k \Big[ \|W_2 E h - \mu_k\|^2 + \mathrm{tr}(W_2^\top W_2\, \mathrm{Cov}\, h)
+       - 2 \sum_j \Phi(a_j)\, w_{2j}^\top \Sigma_k w_{1j} + \mathrm{tr}\, \Sigma_k \Big]
+
+    with moments of ``h`` in mode k. Jittable and differentiable; costs K evaluations of p² pairs. σ >= 0.
+    ``ValueError`` for a negative ``sigma``, a mixture that is not one, or dimensions that disagree.
+    """
+    check_nonnegative("sigma", sigma)
+    check_mixture(mixture)
+    if dae.w1.shape[0] != mixture.means.shape[1] or dae.w1.shape != dae.w2.shape:
+        raise ValueError(
+            f"weights of shape {dae.w1.shape} and {dae.w2.shape} do not fit a mixture in dimension "
+            f"{mixture.means.shape[1]}."
+        )
+    sigma = jnp.asarray(sigma, dae.w1.dtype)
+    identity = jnp.eye(dae.w1.shape[0], dtype=dae.w1.dtype)
+
+    def of_mode(mode: tuple[Float[Array, " d"], Float[Array, "d d"]]) -> Float[Array, ""]:
+        mu, spread = mode
+        mean, cov = mu @ dae.w1, dae.w1.T @ (spread + sigma * sigma * identity) @ dae.w1
+        var = jnp.maximum(jnp.diagonal(cov), 0.0)
+        std = jnp.where(var > 0, jnp.sqrt(jnp.where(var > 0, var, 1.0)), 0.0)
+        wide = [jnp.broadcast_to(v, cov.shape) for v in (mean[:, None], mean[None, :], std[:, None], std[None, :])]
+        covariance = relu_covariance(*wide, cov)
+        bias = dae.w2 @ relu_mean(mean, std) - mu
+        shared = normal_cdf(standardize(mean, std)) * jnp.sum(dae.w2 * (spread @ dae.w1), axis=0)
+        variance = jnp.sum((dae.w2.T @ dae.w2) * covariance) - 2.0 * jnp.sum(shared) + jnp.trace(spread)
+        return bias @ bias + variance
+
+    return mixture.weights @ jax.lax.map(of_mode, (mixture.means, mixture.covariances))
+
+
+def population_objective(dae: ReluDae, mixture: GaussianMixture, sigma: Scalar, penalty: Scalar) -> Float[Array, ""]:
+    """:func:`population_risk` plus ``λ(‖W₁‖² + ‖W₂‖²)``: what training on infinitely many samples minimizes."""
+    check_nonnegative("penalty", penalty)
+    return population_risk(dae, mixture, sigma) + penalty * (jnp.sum(jnp.square(dae.w1)) + jnp.sum(jnp.square(dae.w2)))
+
+
+def learning_curve(
+    key: PRNGKey,
+    mixture: GaussianMixture,
+    sizes: Sequence[int] | Int[np.ndarray, " S"],
+    sigma: Scalar,
+    penalty: Scalar,
+    ranks: Ranks,
+    *,
+    num_repeats: int = 32,
+) -> LearningCurve:
+    """Block minimizers of growing training sets beside the population's, all of them with ``ranks`` p_k units a mode.
+
+    Training sets are stratified: mode k has ``ρ_k n`` rows, rounded so that they sum to n. Those of different sizes are
+    independent, as :func:`fit_rate` asks: row i of mode k in repetition r draws from the key folded with n, r, k, i.
+    Sizes loop (they are shapes), repetitions map. ``ValueError`` for sizes that leave a mode with fewer rows than
+    units, and for what the minimizers refuse.
+    """
+    check_integer("num_repeats", num_repeats, minimum=2)
+    check_mixture(mixture)
+    if not is_concrete(mixture.weights):
+        raise ValueError("mixture.weights must be concrete: they fix how many rows each mode has, which is a shape.")
+    counts = [_stratified(np.asarray(mixture.weights), check_integer("sizes", n, minimum=1)) for n in np.asarray(sizes)]
+    best = generalizing_minimizer(mixture, sigma, penalty, ranks)
+    eigenvalues, vectors = jnp.linalg.eigh(mixture.covariances)
+    roots = vectors * jnp.sqrt(jnp.maximum(eigenvalues, 0.0))[:, None, :]
+
+    def rows(key: PRNGKey, mode: int, count: int) -> Float[Array, "m d"]:
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, mode), i))(jnp.arange(count))
+        dim = mixture.means.shape[1]
+        eps = jax.vmap(lambda k: jax.random.normal(k, (dim,), mixture.means.dtype))(keys)
+        return mixture.means[mode][None, :] + eps @ roots[mode].T
+
+    def at_size(count: np.ndarray) -> tuple[Float[Array, " R"], Float[Array, " R"], Float[Array, " R"]]:
+        labels = np.repeat(np.arange(count.size), count)
+
+        def one(r: Int[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
+            repeat = jax.random.fold_in(jax.random.fold_in(key, int(count.sum())), r)
+            data = jnp.concatenate([rows(repeat, k, int(m)) for k, m in enumerate(count) if m])
+            dae = block_minimizer(data, labels, sigma, penalty, ranks)
+            apart = jnp.linalg.norm(dae.w2 @ dae.w1.T - best.w2 @ best.w1.T)
+            return exact_risk(dae, data, sigma), population_risk(dae, mixture, sigma), apart
+
+        return jax.jit(lambda r: jax.lax.map(one, r))(jnp.arange(num_repeats))
+
+    train, population, apart = (jnp.stack(column, axis=1) for column in zip(*map(at_size, counts), strict=True))
+    return LearningCurve(np.asarray(sizes, int), train, population, population_risk(best, mixture, sigma), apart)
+
+
+def fit_rate(sizes: Int[np.ndarray, " S"] | Sequence[int], values: Float[Array, "R S"]) -> Rate:
+    r"""Exponent of ``√(E v²) ∝ n^slope`` from R repetitions at S sizes.
+
+    Weighted least squares of ``½ log mean(v²)`` on ``log n``, weights from the spread of v² over repetitions: with
+    ``m`` its mean and ``s`` its standard deviation, the variance of ``½ log m`` is about ``s²/(4 R m²)``. The columns
+    must be independent of one another. ``ValueError`` for fewer than two sizes or repetitions, values that do not vary
+    and non-finite ones.
+    """
+    check_data(jnp.asarray(values))
+    squares = np.square(np.asarray(values, np.float64))
+    repeats, count = squares.shape
+    n = np.asarray(sizes, np.float64)
+    if n.shape != (count,) or count < 2 or repeats < 2:
+        raise ValueError(f"values have shape {squares.shape}, sizes {n.shape}; needed are (R, S) and (S,), R, S >= 2.")
+    mean = squares.mean(axis=0)
+    error = squares.std(axis=0, ddof=1) / (2 * math.sqrt(repeats) * mean)
+    if not np.all(error > 0):
+        raise ValueError("values do not vary over repetitions: a rate needs a spread to weigh by.")
+    design = np.stack([np.log(n), np.ones_like(n)], axis=1) / error[:, None]
+    target = 0.5 * np.log(mean) / error
+    covariance = np.linalg.inv(design.T @ design)
+    slope, intercept = covariance @ design.T @ target
+    deviation = math.sqrt(covariance[0, 0])
+    chi_sq = float(np.sum(np.square(target - design @ np.array([slope, intercept]))))
+    interval = (float(slope - 1.96 * deviation), float(slope + 1.96 * deviation))
+    return Rate(float(slope), deviation, interval, float(intercept), chi_sq)
+
+
+def _stratified(weights: np.ndarray, n: int) -> np.ndarray:
+    """Whole numbers near ``ρ_k n`` that sum to n: the largest remainders are rounded up."""
+    shares = weights / weights.sum() * n
+    counts = np.floor(shares).astype(int)
+    up = np.argsort(-(shares - counts), kind="stable")[: n - counts.sum()]
+    counts[up] += 1
+    return counts

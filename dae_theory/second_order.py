@@ -1,0 +1,291 @@
+r"""The Hessian of the exact objective, in closed form, block by block.
+
+The objective :cite:`zhang26`, eq. (6), averaged exactly, is a sum over pairs of units of a weight from W₂ times a
+function of five numbers of W₁ (derived here),
+
+.. math:: L = \frac1n \sum_i \Big[ \|x_i\|^2 - 2 \sum_j (w_{2j} \cdot x_i)\, E[u_{ij}]_+
+          + \sum_{jk} (w_{2j} \cdot w_{2k})\, E[u_{ij}]_+ [u_{ik}]_+ \Big] + \lambda (\|W_1\|^2 + \|W_2\|^2)
+
+with ``u ~ N(W₁ᵀx, σ² W₁ᵀW₁)``. By :cite:`price58` a derivative in a variance is half a second derivative in the mean,
+and one in a covariance is a mixed derivative in two means: so all that is needed are derivatives in the means up to the
+fourth, which are closed forms that share one evaluation of the bivariate distribution. The Hessian thus costs about as
+much as the objective, where products with 2dp basis vectors would cost 2dp gradients.
+
+In W₂ the objective is quadratic, with a (p, p) matrix: :func:`factorize` eliminates W₂ by it, and factors (dp, dp).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.linalg import solve_triangular
+from jaxtyping import Array, Float
+
+from dae_theory.bivariate_normal import gate_covariance, normal_cdf, normal_pdf, wedge
+from dae_theory.checks import check_data, check_nonnegative, check_positive
+from dae_theory.model import ReluDae
+from dae_theory.precision import full_precision
+from dae_theory.relu_gaussian import angle, relu_mean, relu_second_moment, standardize
+from dae_theory.types import Scalar
+
+__all__ = ["Factors", "ObjectiveHessian", "factorize", "forward_root", "inverse_root", "objective_hessian", "to_matrix"]
+
+# Samples times pairs of units in work at once, each with some thirty numbers.
+PAIRS_IN_WORK = 2**14
+
+
+class ObjectiveHessian(NamedTuple):
+    """Second derivatives of the exact objective; index pairs (j, a) and (k, b) are unit and coordinate."""
+
+    inner: Float[Array, "p d p d"]
+    """In W₁ twice."""
+    cross: Float[Array, "p d p d"]
+    """In W₁, then W₂."""
+    outer: Float[Array, "p p"]
+    """In W₂ twice: this matrix for each coordinate, zero between different coordinates."""
+
+
+class _Jet(NamedTuple):
+    """Value, gradient and Hessian of ``Σ_i E[u_j]₊[u_k]₊`` in the two columns of W₁."""
+
+    value: Float[Array, ""]
+    gradient: Float[Array, "2 d"]
+    hessian: Float[Array, "2 d 2 d"]
+
+
+def objective_hessian(dae: ReluDae, data: Float[Array, "n d"], sigma: Scalar, penalty: Scalar) -> ObjectiveHessian:
+    r"""Blocks of the Hessian of :func:`dae_theory.risk.exact_objective` in (W₁, W₂), for ``sigma > 0``.
+
+    With :math:`K_{jk} = \sum_i E[u_{ij}]_+[u_{ik}]_+` and :math:`\nabla_1` its gradient in the first column,
+
+    .. math:: \partial_{w_{2j}} \partial_{w_{2k}} L = \tfrac2n (K_{jk} + n \lambda \delta_{jk}) I, \qquad
+       \partial_{w_{1j}} \partial_{w_{2k}} L = \tfrac2n \Big[ \nabla_1 K_{jk} \otimes w_{2j}
+       + \delta_{jk} \sum_l \nabla_1 K_{jl} \otimes w_{2l} - \delta_{jk} \sum_i \nabla E[u_{ij}]_+ \otimes x_i \Big]
+
+    The blocks of a zero column of W₁ are NaN: there is no Hessian (the objective has a kink). Memory ``2 (dp)²``
+    numbers. ``ValueError`` for ``sigma <= 0``, a negative ``penalty``, shapes that disagree and non-finite data.
+    """
+    check_data(data)
+    check_positive("sigma", sigma)
+    check_nonnegative("penalty", penalty)
+    if dae.w1.shape != dae.w2.shape or dae.w1.shape[0] != data.shape[1]:
+        raise ValueError(f"weights of shape {dae.w1.shape} and {dae.w2.shape} do not fit data of shape {data.shape}.")
+    return _objective_hessian(dae, data, jnp.asarray(sigma, data.dtype), jnp.asarray(penalty, data.dtype))
+
+
+@jax.jit
+@full_precision
+def _objective_hessian(
+    dae: ReluDae, data: Float[Array, "n d"], sigma: Float[Array, ""], penalty: Float[Array, ""]
+) -> ObjectiveHessian:
+    (n, d), p = data.shape, dae.w1.shape[1]
+    dead = jnp.sum(jnp.square(dae.w1), axis=0) == 0
+    # Zero columns are worked out for ones in their place, and what they get is thrown away.
+    dae = dae._replace(w1=jnp.where(dead[None, :], 1.0, dae.w1))
+    w1, w2 = dae.w1.T, dae.w2.T
+    weights = w2 @ w2.T
+    means = data @ dae.w1
+    singles, means_gradient = jax.lax.map(
+        lambda unit: _single(*unit, data, sigma), (w1, w2, means.T, jnp.diagonal(weights)), batch_size=8
+    )
+
+    units = jnp.arange(p)
+    inner = jnp.zeros((p, d, p, d), data.dtype).at[units, :, units, :].set(singles.hessian)
+    # ∇₁ of K_jj is half of the gradient of the second moment of one unit.
+    slopes = jnp.zeros((p, p, d), data.dtype).at[units, units].set(0.5 * singles.gradient)
+    moments = jnp.diag(singles.value)
+
+    j, k, is_real, batch = _pair_batches(n, p)
+
+    def add(carry: tuple[Array, Array, Array], pair: tuple[Array, Array, Array]) -> tuple[tuple[Array, ...], None]:
+        inner, slopes, moments = carry
+        j, k, real = pair
+        jets = jax.vmap(lambda j, k: _pair(w1[j], w1[k], means[:, j], means[:, k], data, sigma))(j, k)
+        # A unit that is zero has no moments with others, whatever they do.
+        real = real & ~dead[j] & ~dead[k]
+        jets = jax.tree.map(lambda a: jnp.where(real.reshape(-1, *[1] * (a.ndim - 1)), a, 0.0), jets)
+        curved = 2.0 * weights[j, k][:, None, None, None, None] * jets.hessian
+        inner = inner.at[j, :, j, :].add(curved[:, 0, :, 0]).at[k, :, k, :].add(curved[:, 1, :, 1])
+        inner = inner.at[j, :, k, :].add(curved[:, 0, :, 1]).at[k, :, j, :].add(curved[:, 1, :, 0])
+        slopes = slopes.at[j, k].add(jets.gradient[:, 0]).at[k, j].add(jets.gradient[:, 1])
+        moments = moments.at[j, k].add(jets.value).at[k, j].add(jets.value)
+        return (inner, slopes, moments), None
+
+    if batch:
+        (inner, slopes, moments), _ = jax.lax.scan(add, (inner, slopes, moments), (j, k, is_real))
+    decay = 2.0 * penalty
+    moments = jnp.where(dead[:, None] | dead[None, :], 0.0, moments)
+    diagonal = jnp.arange(p)[:, None], jnp.arange(d)[None, :]
+    inner = (inner / n).at[diagonal[0], diagonal[1], diagonal[0], diagonal[1]].add(decay)
+    own = jnp.einsum("jla,lb->jab", slopes, w2) - means_gradient
+    cross = jnp.einsum("jka,jb->jakb", slopes, w2).at[units, :, units, :].add(own) * (2.0 / n)
+    outer = moments * (2.0 / n) + decay * jnp.eye(p, dtype=data.dtype)
+    none = dead[:, None, None, None] | dead[None, None, :, None]
+    return ObjectiveHessian(jnp.where(none, jnp.nan, inner), jnp.where(none, jnp.nan, cross), outer)
+
+
+def to_matrix(hessian: ObjectiveHessian) -> Float[Array, "m m"]:
+    """The whole matrix, m = 2dp, in the order of ``ravel_pytree`` of a :class:`dae_theory.model.ReluDae`."""
+    p, d = hessian.inner.shape[:2]
+    outer = hessian.outer[:, None, :, None] * jnp.eye(d, dtype=hessian.outer.dtype)[None, :, None, :]
+
+    def flat(block: Float[Array, "p d p d"]) -> Float[Array, "dp dp"]:
+        return jnp.transpose(block, (1, 0, 3, 2)).reshape(p * d, p * d)
+
+    cross = flat(hessian.cross)
+    return jnp.block([[flat(hessian.inner), cross], [cross.T, flat(outer)]])
+
+
+class Factors(NamedTuple):
+    """Triangular factors of a shifted Hessian, :math:`H + \\mu I = M M^\top`; NaN where it is not positive definite.
+
+    .. math:: M = \begin{pmatrix} F & G \\ 0 & L \\otimes I \\end{pmatrix}, \\quad L L^\top = B + \\mu I, \\quad
+       G = C L^{-\top}, \\quad F F^\top = A + \\mu I - G G^\top
+
+    for inner, cross and outer blocks A, C, B: W₂ is eliminated first, by its small matrix.
+    """
+
+    inner: Float[Array, "dp dp"]
+    """F."""
+    cross: Float[Array, "dp dp"]
+    """G."""
+    outer: Float[Array, "p p"]
+    """L."""
+
+
+@full_precision
+def factorize(hessian: ObjectiveHessian, shift: Scalar) -> Factors:
+    """Factors of ``H + μI``, with μ = ``shift``."""
+    p, d = hessian.inner.shape[:2]
+    size, dtype = p * d, hessian.inner.dtype
+    shift = jnp.asarray(shift, dtype)
+    root = jnp.linalg.cholesky(hessian.outer + shift * jnp.eye(p, dtype=dtype))
+    cross = solve_triangular(root, jnp.moveaxis(hessian.cross, 2, 0).reshape(p, -1), lower=True)
+    cross = jnp.transpose(cross.reshape(p, size, d), (1, 0, 2)).reshape(size, size)
+    reduced = hessian.inner.reshape(size, size) - cross @ cross.T + shift * jnp.eye(size, dtype=dtype)
+    return Factors(jnp.linalg.cholesky(reduced, symmetrize_input=False), cross, root)
+
+
+@full_precision
+def inverse_root(factors: Factors, z: ReluDae) -> ReluDae:
+    r"""``M^{-\top} z``, a root of the inverse: with its transpose, :math:`M^{-\top} M^{-1} = (H + \mu I)^{-1}`.
+
+    .. math:: s_1 = F^{-\top} z_1, \qquad s_2 = L^{-\top} (z_2 - G^\top s_1)
+    """
+    d, p = z.w1.shape
+    s1 = solve_triangular(factors.inner, z.w1.T.reshape(-1), lower=True, trans="T")
+    rest = z.w2.T - (s1 @ factors.cross).reshape(p, d)
+    s2 = solve_triangular(factors.outer, rest, lower=True, trans="T")
+    return ReluDae(s1.reshape(p, d).T, s2.T)
+
+
+@full_precision
+def forward_root(factors: Factors, z: ReluDae) -> ReluDae:
+    """``M z``, the transposed inverse of :func:`inverse_root`: it takes a gradient in z to the gradient in weights."""
+    d, p = z.w1.shape
+    s1 = factors.inner @ z.w1.T.reshape(-1) + factors.cross @ z.w2.T.reshape(-1)
+    return ReluDae(s1.reshape(p, d).T, (factors.outer @ z.w2.T).T)
+
+
+def _pair_batches(n: int, p: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Pairs j < k in equal batches, the last filled up; and how many batches there are."""
+    j, k = np.triu_indices(p, 1)
+    size = max(1, min(j.size, PAIRS_IN_WORK // n))
+    batches = -(-j.size // size)
+    if not batches:
+        return j, k, j > k, 0
+    index = np.minimum(np.arange(batches * size), j.size - 1).reshape(batches, size)
+    real = (np.arange(batches * size) < j.size).reshape(batches, size)
+    return j[index], k[index], real, batches
+
+
+def _single(
+    w1: Float[Array, " d"],
+    w2: Float[Array, " d"],
+    mean: Float[Array, " n"],
+    weight: Float[Array, ""],
+    data: Float[Array, "n d"],
+    sigma: Float[Array, ""],
+) -> tuple[_Jet, Float[Array, "d d"]]:
+    """``Σ E[u]₊²`` and its gradient, but the Hessian of all terms with this unit alone; and ``Σ ∇E[u]₊ ⊗ x``."""
+    var = sigma * sigma
+    std = sigma * jnp.linalg.norm(w1)
+    a = standardize(mean, jnp.broadcast_to(std, mean.shape))
+    gate, density = normal_cdf(a), normal_pdf(a) / std
+    # Derivatives in the mean, of orders 1 to 4, of E[u]₊ and of E[u]₊².
+    first = (gate, density, -a * density / std, (a * a - 1.0) * density / std / std)
+    second = (2.0 * relu_mean(mean, jnp.broadcast_to(std, mean.shape)), *(2.0 * term for term in first[:3]))
+    pull = data @ w2
+    curve = [weight * s - 2.0 * pull * f for s, f in zip(second[1:], first[1:], strict=True)]
+    shape = 2.0 * w1
+    mixed = jnp.outer(0.5 * var * (curve[1] @ data), shape)
+    hessian = (data * curve[0][:, None]).T @ data + mixed + mixed.T
+    hessian = hessian + 0.25 * var * var * jnp.sum(curve[2]) * jnp.outer(shape, shape)
+    hessian = hessian + var * jnp.sum(curve[0]) * jnp.eye(w1.size, dtype=w1.dtype)
+
+    value = jnp.sum(relu_second_moment(mean, jnp.broadcast_to(std, mean.shape)))
+    gradient = second[0] @ data + 0.5 * var * jnp.sum(second[1]) * shape
+    means_gradient = (data * first[0][:, None]).T @ data + 0.5 * var * jnp.outer(shape, first[1] @ data)
+    return _Jet(value, gradient, hessian), means_gradient
+
+
+def _pair(
+    w_j: Float[Array, " d"],
+    w_k: Float[Array, " d"],
+    mean_j: Float[Array, " n"],
+    mean_k: Float[Array, " n"],
+    data: Float[Array, "n d"],
+    sigma: Float[Array, ""],
+) -> _Jet:
+    var = sigma * sigma
+    std_j, std_k, cov = sigma * jnp.linalg.norm(w_j), sigma * jnp.linalg.norm(w_k), var * (w_j @ w_k)
+    r, q = angle(std_j, std_k, cov)
+    a = standardize(mean_j, jnp.broadcast_to(std_j, mean_j.shape))
+    b = standardize(mean_k, jnp.broadcast_to(std_k, mean_k.shape))
+    w = wedge(a, b, jnp.broadcast_to(r, a.shape), jnp.broadcast_to(q, a.shape))
+    both = gate_covariance(w) + w.cdf_a * w.cdf_b
+    ratio = std_k / std_j
+    # For parallel columns the joint density at 0 has no bound, but what it multiplies below vanishes with q².
+    small = jnp.maximum(w.q, jnp.sqrt(jnp.finfo(a.dtype).eps))
+    joint = jnp.where(w.q > 0, w.density / (std_j * std_k * small), 0.0)
+
+    # κ = E[u_j]₊[u_k]₊ by the orders of its derivatives in (mean_j, mean_k).
+    phi_j, phi_k = normal_pdf(a), normal_pdf(b)
+    k11 = both
+    k20 = ratio * (w.q * w.density + phi_j * (b - r * a) * w.cdf_tb)
+    k02 = (w.q * w.density + phi_k * (a - r * b) * w.cdf_ta) / ratio
+    k10 = mean_k * both + std_k * (phi_k * w.cdf_ta + r * phi_j * w.cdf_tb)
+    k01 = mean_j * both + std_j * (phi_j * w.cdf_tb + r * phi_k * w.cdf_ta)
+    k21, k12, k22 = phi_j * w.cdf_tb / std_j, phi_k * w.cdf_ta / std_k, joint
+    k30, k03 = -a / std_j * k20 - ratio * r * k21, -b / std_k * k02 - r / ratio * k12
+    k31, k13 = -a / std_j * k21 - ratio * r * k22, -b / std_k * k12 - r / ratio * k22
+    k40 = -k20 / std_j / std_j - a / std_j * k30 - ratio * r * k31
+    k04 = -k02 / std_k / std_k - b / std_k * k03 - r / ratio * k13
+    edges = mean_j * std_k * phi_k * w.cdf_ta + mean_k * std_j * phi_j * w.cdf_tb + std_j * std_k * w.q * w.density
+    value = jnp.sum((mean_j * mean_k + cov) * both + edges)
+
+    # The five arguments: both means, ‖w_j‖², ‖w_k‖², w_j·w_k. The last three are the same for all samples.
+    h_means = jnp.stack([jnp.stack([k20, k11]), jnp.stack([k11, k02])])
+    h_mixed = var * jnp.stack([jnp.stack([0.5 * k30, 0.5 * k12, k21]), jnp.stack([0.5 * k21, 0.5 * k03, k12])])
+    h_shared = jnp.stack(
+        [
+            jnp.stack([0.25 * k40, 0.25 * k22, 0.5 * k31]),
+            jnp.stack([0.25 * k22, 0.25 * k04, 0.5 * k13]),
+            jnp.stack([0.5 * k31, 0.5 * k13, k22]),
+        ]
+    )
+    h_shared = var * var * jnp.sum(h_shared, axis=-1)
+    g_shared = var * jnp.sum(jnp.stack([0.5 * k20, 0.5 * k02, k11]), axis=-1)
+    none = jnp.zeros_like(w_j)
+    by_column = jnp.stack([jnp.stack([2.0 * w_j, none]), jnp.stack([none, 2.0 * w_k]), jnp.stack([w_k, w_j])])
+
+    gradient = jnp.stack([k10, k01]) @ data + jnp.einsum("g,gad->ad", g_shared, by_column)
+    mixed = jnp.einsum("agd,gbe->adbe", h_mixed @ data, by_column)
+    hessian = jnp.einsum("abn,nd,ne->adbe", h_means, data, data) + mixed + jnp.transpose(mixed, (2, 3, 0, 1))
+    hessian = hessian + jnp.einsum("gh,gad,hbe->adbe", h_shared, by_column, by_column)
+    bend = jnp.stack([jnp.stack([2.0 * g_shared[0], g_shared[2]]), jnp.stack([g_shared[2], 2.0 * g_shared[1]])])
+    hessian = hessian + bend[:, None, :, None] * jnp.eye(w_j.size, dtype=w_j.dtype)[None, :, None, :]
+    return _Jet(value, gradient, hessian)
