@@ -15,7 +15,8 @@ f_emp, f_gt             ``empirical_denoiser``, ``mixture_denoiser``
 ρ_k, μ_k, Σ_k           ``GaussianMixture(weights, means, covariances)``
 ======================  =====================================================================================
 
-Functions take one example and are pure; batch with ``jax.vmap``. References are in ``references.bib``.
+Functions take one example and are pure; batch with ``jax.vmap``. References are in ``references.bib``. ``THEORY.md``,
+beside this file, names for every statement the function that computes it and the test that proves it.
 """
 
 from dae_theory.conditions import check_conditions as check_conditions

@@ -65,14 +65,18 @@ class Certificate(NamedTuple):
     min_curvature: Float[Array, ""]
     """The least of them; at a minimum with balanced live columns 4λ at most, from their rescaling."""
     min_curvature_modulo_symmetry: Float[Array, ""]
-    """The least over directions orthogonal to rescaling and splitting."""
+    """The least over directions orthogonal to rescaling, splitting and rotation."""
     num_live: Int[Array, ""]
     num_symmetries: Int[Array, ""]
-    """Dimension of the span of rescalings and splittings."""
+    """Dimension of the span of rescalings, splittings and rotations within blocks."""
+    num_rotations: Int[Array, ""]
+    """Of these, rotations: turns of the orthogonal factor O, flat up to what noise carries across the block's gates."""
+    min_rotation_curvature: Float[Array, ""]
+    """The least curvature along rotations; infinite if there are none."""
     dead: DeadDirection
     """How new units would fare; says whether zero columns are stable."""
     strict: Bool[Array, ""]
-    """Converged, positively curved modulo symmetry, and, if it has dead columns, none of them pays."""
+    """Converged, positively curved modulo symmetry, not negatively along rotations, and no dead column pays."""
 
 
 def certify(
@@ -112,9 +116,14 @@ def certify(
     gradient = ravel_pytree(jax.grad(exact_objective)(kept, rows, sigma, penalty))[0]
     found = minimize_exact_objective(kept, rows, sigma, penalty, method="products", tolerance=tolerance, max_rough=0)
     matrix = hessian(found.dae, rows, sigma, penalty)
-    tangents = symmetry_tangents(found.dae)
-    modulo = _restricted_eigenvalues(matrix, tangents.reshape(len(tangents), -1))
+    tangents = symmetry_tangents(found.dae, families=("rescaling", "splitting", "rotation"), data=rows)
+    turns = symmetry_tangents(found.dae, families=("rotation",), data=rows)
+    turns = turns.reshape(len(turns), matrix.shape[0])
+    turning = jnp.linalg.eigvalsh(turns @ matrix @ turns.T)[0] if len(turns) else jnp.full((), jnp.inf, rows.dtype)
+    modulo = _restricted_eigenvalues(matrix, tangents.reshape(len(tangents), matrix.shape[0]))
     curvatures = jnp.linalg.eigvalsh(matrix)
+    # Below the rounding of the eigenvalues a negative sign says nothing.
+    level = -len(matrix) * float(jnp.finfo(rows.dtype).eps) * curvatures[-1]
     moved = from_span(found.dae, basis)
     refined = ReluDae(*(old.at[:, live].set(new) for old, new in zip(dae, moved, strict=True)))
     dead = dead_direction(found.dae, rows, sigma, penalty)
@@ -132,8 +141,10 @@ def certify(
         min_curvature_modulo_symmetry=modulo[0],
         num_live=jnp.asarray(live.size),
         num_symmetries=jnp.asarray(len(tangents)),
+        num_rotations=jnp.asarray(len(turns)),
+        min_rotation_curvature=turning,
         dead=dead._replace(encoder=basis @ dead.encoder, decoder=basis @ dead.decoder),
-        strict=found.converged & (modulo[0] > 0) & stable,
+        strict=found.converged & (modulo[0] > 0) & (turning > level) & stable,
     )
 
 

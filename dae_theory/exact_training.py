@@ -9,7 +9,7 @@ span only cost, and gradient descent never leaves the span. :func:`to_span` and 
 from __future__ import annotations
 
 import functools
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,8 @@ class Trained(NamedTuple):
     """Of L-BFGS, and Newton steps or factorizations."""
     converged: Bool[Array, ""]
     """Whether the gradient norm reached the tolerance."""
+    course: Float[Array, " r"]
+    """Gradient norm after each round of the dense method, NaN after the last; empty for the other."""
 
 
 # Weights of one layer up to which the Hessian is formed: two matrices of this many rows.
@@ -52,7 +54,7 @@ def minimize_exact_objective(
     sigma: Scalar,
     penalty: Scalar,
     *,
-    method: Literal["auto", "dense", "products"] = "auto",
+    method: str = "auto",
     tolerance: Scalar = 1e-10,
     rough_tolerance: Scalar = 1e-4,
     max_rough: int = 500,
@@ -154,7 +156,7 @@ def _minimize(
     if dense:
         held = ~jnp.reshape(free[: dae.w1.size], dae.w1.shape)[0].astype(bool)
 
-        found, rough_iterations = preconditioned_lbfgs(
+        found, rough_iterations, course = preconditioned_lbfgs(
             objective,
             start,
             lambda x: _held(objective_hessian(unravel(x), data, sigma, penalty), held),
@@ -165,13 +167,13 @@ def _minimize(
             max_rounds=max_newton,
         )
     else:
-        rough_iterations = jnp.zeros((), int)
+        rough_iterations, course = jnp.zeros((), int), jnp.zeros(0, start.dtype)
         if max_rough:
             rough = lbfgs(objective, start, tolerance=rough_tolerance, max_iterations=max_rough)
             start, rough_iterations = rough.x, rough.iterations
         found = newton(objective, start, tolerance=tolerance, max_iterations=max_newton, max_products=max_products)
     iterations = jnp.stack([rough_iterations, found.iterations])
-    return Trained(unravel(found.x), found.value, found.gradient_norm, iterations, found.converged)
+    return Trained(unravel(found.x), found.value, found.gradient_norm, iterations, found.converged, course)
 
 
 def _held(hessian: ObjectiveHessian, held: Bool[Array, " p"]) -> ObjectiveHessian:

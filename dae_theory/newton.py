@@ -151,8 +151,10 @@ def preconditioned_lbfgs(
     tolerance: Scalar,
     max_rounds: int = 100,
     iterations_per_round: int = 30,
-) -> tuple[Minimum, Int[Array, ""]]:
-    r"""L-BFGS in the metric of the Hessian, taken anew each round; also the number of L-BFGS iterations in all.
+) -> tuple[Minimum, Int[Array, ""], Float[Array, " r"]]:
+    r"""L-BFGS in the metric of the Hessian, taken anew each round.
+
+    Also returned: the number of L-BFGS iterations in all, and the gradient norm after each round, NaN after the last.
 
     ``factorize(H, μ)`` returns factors of ``H + μI = M Mᵀ``, with NaN where it is not positive definite; ``root`` is
     ``M⁻ᵀ z`` and ``unroot`` is ``M z``. A round minimizes ``f(x + M⁻ᵀ z)`` over z: its first step is Newton's, its
@@ -195,12 +197,14 @@ def preconditioned_lbfgs(
             norm=lambda gradient: jnp.linalg.norm(unroot(factors, gradient)),
         )
         end = inner._replace(x=found.x + root(factors, inner.x), iterations=found.iterations + 1)
-        return _Round(end, shift, carry.total + inner.iterations, inner.iterations > 0)
+        norms = carry.norms.at[found.iterations].set(end.gradient_norm)
+        return _Round(end, shift, carry.total + inner.iterations, norms, inner.iterations > 0)
 
     zero = jnp.zeros((), x.dtype)
     unknown = Minimum(x, zero + jnp.inf, zero + jnp.inf, jnp.zeros((), int), jnp.asarray(False))
-    end = jax.lax.while_loop(more, step, _Round(unknown, zero, jnp.zeros((), int), jnp.asarray(True)))
-    return end.found, end.total
+    norms = jnp.full(max_rounds, jnp.nan, x.dtype)
+    end = jax.lax.while_loop(more, step, _Round(unknown, zero, jnp.zeros((), int), norms, jnp.asarray(True)))
+    return end.found, end.total, end.norms
 
 
 class _Round(NamedTuple):
@@ -208,6 +212,7 @@ class _Round(NamedTuple):
     shift: Float[Array, ""]
     total: Int[Array, ""]
     """L-BFGS iterations so far."""
+    norms: Float[Array, " r"]
     moved: Bool[Array, ""]
 
 

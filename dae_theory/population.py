@@ -96,8 +96,9 @@ def population_risk(dae: ReluDae, mixture: GaussianMixture, sigma: Scalar) -> Fl
         mean, cov = mu @ dae.w1, dae.w1.T @ (spread + sigma * sigma * identity) @ dae.w1
         var = jnp.maximum(jnp.diagonal(cov), 0.0)
         std = jnp.where(var > 0, jnp.sqrt(jnp.where(var > 0, var, 1.0)), 0.0)
-        wide = [jnp.broadcast_to(v, cov.shape) for v in (mean[:, None], mean[None, :], std[:, None], std[None, :])]
-        covariance = relu_covariance(*wide, cov)
+        covariance = jax.vmap(jax.vmap(relu_covariance, (None, 0, None, 0, 0)), (0, None, 0, None, 0))(
+            mean, mean, std, std, cov
+        )
         bias = dae.w2 @ relu_mean(mean, std) - mu
         shared = normal_cdf(standardize(mean, std)) * jnp.sum(dae.w2 * (spread @ dae.w1), axis=0)
         variance = jnp.sum((dae.w2.T @ dae.w2) * covariance) - 2.0 * jnp.sum(shared) + jnp.trace(spread)

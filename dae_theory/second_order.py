@@ -16,7 +16,7 @@ In W₂ the objective is quadratic, with a (p, p) matrix: :func:`factorize` elim
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +89,9 @@ def _objective_hessian(
     weights = w2 @ w2.T
     means = data @ dae.w1
     singles, means_gradient = jax.lax.map(
-        lambda unit: _single(*unit, data, sigma), (w1, w2, means.T, jnp.diagonal(weights)), batch_size=8
+        lambda unit: _single(unit[0], unit[1], unit[2], unit[3], data, sigma),
+        (w1, w2, means.T, jnp.diagonal(weights)),
+        batch_size=8,
     )
 
     units = jnp.arange(p)
@@ -100,7 +102,7 @@ def _objective_hessian(
 
     j, k, is_real, batch = _pair_batches(n, p)
 
-    def add(carry: tuple[Array, Array, Array], pair: tuple[Array, Array, Array]) -> tuple[tuple[Array, ...], None]:
+    def add(carry: tuple[Array, Array, Array], pair: tuple[Any, Any, Any]) -> tuple[tuple[Array, Array, Array], None]:
         inner, slopes, moments = carry
         j, k, real = pair
         jets = jax.vmap(lambda j, k: _pair(w1[j], w1[k], means[:, j], means[:, k], data, sigma))(j, k)

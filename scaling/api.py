@@ -80,8 +80,8 @@ class Apply:
         given = {name: value for name, value in more.items() if value is not None}
         return _run(self, Tap(capture, edits).capture, params, edits, inputs, given)
 
-    def shapes(self, params: Mapping[str, Array], *inputs: Any, **more: Any) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shape and dtype of every tap, in order of computation, without computing."""
+    def shapes(self, params: Mapping[str, Any], *inputs: Any, **more: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of every tap, in order of computation, without computing; of parameters shapes suffice."""
         tap = Tap()
         jax.eval_shape(functools.partial(self._trace, tap), params, *inputs, **more)
         return tap.shapes

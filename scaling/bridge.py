@@ -6,6 +6,7 @@ Strict: a configuration that is not understood, a missing, extra or misshapen te
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,14 +19,15 @@ import numpy as np
 
 from scaling import schedules
 from scaling.api import Apply, Model, from_config, understand
-from scaling.models.config import ParamSpec, to_jax
+from scaling.models.config import ParamSpec, jax_shape, to_jax
 from scaling.weights import FLOATS, Tensor, read_header, read_index, read_json
 
-__all__ = ["Pipeline", "load_model", "load_pipeline"]
+__all__ = ["Checkpoint", "Pipeline", "load_model", "load_pipeline", "read_checkpoints"]
 
 Fetch: TypeAlias = Callable[[str], Path | None]
 """From a file's name, with forward slashes, to where it lies on this machine; None if there is no such file."""
 
+DENOISERS = ("unet2d", "unet2d_condition", "dit")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json", "tokenizer.json")
@@ -43,6 +45,42 @@ class Pipeline(NamedTuple):
     text_encoders: tuple[Model, ...]
     tokenizers: tuple[Any, ...]
     """A ``transformers.CLIPTokenizer`` per text encoder."""
+    settings: Mapping[str, Any]
+    """What model_index.json says beside the parts, for example ``force_zeros_for_empty_prompt``."""
+
+
+class Checkpoint(NamedTuple):
+    """A network's files, read up to the weights and found to fit its configuration: nothing is allocated yet."""
+
+    place: str
+    config: dict[str, Any]
+    """The fields of config.json."""
+    apply: Apply
+    stored: dict[str, Tensor]
+    """Where each parameter lies."""
+
+    @property
+    def dtypes(self) -> list[str]:
+        """Names of the dtypes of the weights, as NumPy has them."""
+        return sorted({np.dtype(FLOATS[tensor.dtype]).name for tensor in self.stored.values()})
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the network has."""
+        return sum(math.prod(tensor.shape) for tensor in self.stored.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """What they take on disk."""
+        return sum(tensor.stop - tensor.start for tensor in self.stored.values())
+
+    def taps(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Every tap in order of computation, with its shape and dtype for one example of the configured size."""
+        dtype = jax.dtypes.canonicalize_dtype(self.dtypes[0])
+        specs = self.apply.parameters()
+        params = {name: jax.ShapeDtypeStruct(jax_shape(spec), dtype) for name, spec in specs.items()}
+        inputs, more = self.apply.inputs(dtype)
+        return self.apply.shapes(params, *inputs, **more)
 
 
 def load_model(
@@ -57,47 +95,102 @@ def load_model(
     float16. Raises ``ValueError`` for whatever is not exactly understood.
     """
     dtype = _checked_dtype(dtype)
-    single = Path(path_or_hub_id)
-    if single.is_file():
-        if single.suffix != ".safetensors":
-            raise ValueError(_pickle_refusal(single.name, str(single.parent), None))
-        return _load(_local(single.parent), str(single.parent), "", dtype, weights=[single.name])
-    return _load(_source(path_or_hub_id, revision), str(path_or_hub_id), subfolder or "", dtype)
+    fetch, origin, weights = _located(path_or_hub_id, revision)
+    return _load(_checkpoint(fetch, origin, subfolder or "", dtype, weights), dtype)
 
 
-def load_pipeline(path_or_hub_id: str | Path, dtype: Any = None, revision: str | None = None) -> Pipeline:
+def load_pipeline(
+    path_or_hub_id: str | Path,
+    dtype: Any = None,
+    revision: str | None = None,
+    *,
+    scheduler: str | Path | None = None,
+) -> Pipeline:
     """Load the UNet or transformer, autoencoder, text encoders, tokenizers and scheduler that model_index.json lists.
 
-    Safety checkers and feature extractors are left out. See :func:`load_model` for the arguments.
+    ``scheduler`` is a scheduler_config.json, or a folder with one, to take in place of the pipeline's own. With it a
+    network without a pipeline is one of that network alone. Safety checkers and feature extractors are left out. See
+    :func:`load_model` for the other arguments.
     """
     dtype = _checked_dtype(dtype)
-    fetch, origin = _source(path_or_hub_id, revision), str(path_or_hub_id)
-    index_path = fetch("model_index.json")
-    if index_path is None:
-        raise ValueError(f"{origin}: no model_index.json; load one network with load_model(path, subfolder).")
-    parts = {name for name, value in read_json(index_path).items() if isinstance(value, list) and any(value)}
-    networks = sorted(parts & {"unet", "transformer"})
-    if len(networks) != 1:
-        raise ValueError(f"{origin}: a pipeline needs either a unet or a transformer; it has {sorted(parts)}.")
+    fetch, origin, weights = _located(path_or_hub_id, revision)
+    index, parts = _parts(fetch, origin)
+    config = _scheduler(fetch, scheduler)
+    if config is None:
+        raise ValueError(
+            f"{origin}: no scheduler_config.json, so the meaning of its timesteps is unknown; name one (scheduler=)."
+        )
+    schedule = schedules.from_config(read_json(config))
 
-    def folder(part: str, config: str = "config.json") -> str:
-        # Early pipelines of one network have its files, and the scheduler's, at the root.
-        return part if fetch(f"{part}/{config}") else ""
+    def load(part: str) -> Model:
+        return _load(_checkpoint(fetch, origin, parts[part], dtype, weights), dtype)
 
-    scheduler = fetch(_join(folder("scheduler", "scheduler_config.json"), "scheduler_config.json"))
-    if scheduler is None:
-        raise ValueError(f"{origin}: no scheduler_config.json, so the meaning of its timesteps is unknown.")
-    encoders = sorted(parts & {"text_encoder", "text_encoder_2"})
+    network = load(next(iter(parts)))
+    if network.apply.architecture not in DENOISERS:
+        raise ValueError(
+            f"{origin}: a {network.apply.architecture} model removes no noise; name a UNet or a transformer."
+        )
+    encoders = [part for part in parts if part.startswith("text_encoder")]
     return Pipeline(
-        network=_load(fetch, origin, folder(networks[0]), dtype),
-        schedule=schedules.from_config(read_json(scheduler)),
-        vae=_load(fetch, origin, "vae", dtype) if "vae" in parts else None,
-        text_encoders=tuple(_load(fetch, origin, name, dtype) for name in encoders),
-        tokenizers=tuple(_tokenizer(fetch, origin, name.replace("text_encoder", "tokenizer")) for name in encoders),
+        network=network,
+        schedule=schedule,
+        vae=load("vae") if "vae" in parts else None,
+        text_encoders=tuple(map(load, encoders)),
+        tokenizers=tuple(_tokenizer(fetch, origin, part.replace("text_encoder", "tokenizer")) for part in encoders),
+        settings={name: value for name, value in index.items() if not (name.startswith("_") or name in parts)},
     )
 
 
-def _load(fetch: Fetch, origin: str, folder: str, dtype: np.dtype | None, weights: list[str] | None = None) -> Model:
+def read_checkpoints(path_or_hub_id: str | Path, revision: str | None = None) -> dict[str, Checkpoint]:
+    """The networks of a pipeline by the names of their parts, the UNet or transformer first; or one network, ``model``.
+
+    All is checked as when loading, but no weights are read. See :func:`load_model` for the arguments.
+    """
+    fetch, origin, weights = _located(path_or_hub_id, revision)
+    parts = _parts(fetch, origin)[1]
+    return {part: _checkpoint(fetch, origin, folder, None, weights) for part, folder in parts.items()}
+
+
+def _parts(fetch: Fetch, origin: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """What model_index.json says, and the folder of every network in it; without one, the network at the root."""
+    path = fetch("model_index.json")
+    if path is None:
+        return {}, {"model": ""}
+    index = read_json(path)
+    listed = {name for name, value in index.items() if isinstance(value, list) and any(value)}
+    networks = sorted(listed & {"unet", "transformer"})
+    if len(networks) != 1:
+        raise ValueError(f"{origin}: a pipeline needs either a unet or a transformer; it has {sorted(listed)}.")
+    # Early pipelines of one network have its files at the root.
+    folder = networks[0] if fetch(f"{networks[0]}/config.json") else ""
+    others = [part for part in ("vae", "text_encoder", "text_encoder_2") if part in listed]
+    return index, {networks[0]: folder} | {part: part for part in others}
+
+
+def _scheduler(fetch: Fetch, given: str | Path | None) -> Path | None:
+    if given is None:
+        return fetch("scheduler/scheduler_config.json") or fetch("scheduler_config.json")
+    given = Path(given)
+    return given / "scheduler_config.json" if given.is_dir() else given
+
+
+def _located(path_or_hub_id: str | Path, revision: str | None) -> tuple[Fetch, str, list[str] | None]:
+    """How to get at files, what to call their place, and the file of weights, if it was named."""
+    single = Path(path_or_hub_id)
+    if not single.is_file():
+        return _source(path_or_hub_id, revision), str(path_or_hub_id), None
+    if single.suffix != ".safetensors":
+        raise ValueError(_pickle_refusal(single.name, str(single.parent), None))
+
+    def fetch(name: str) -> Path | None:
+        return None if name == "model_index.json" else _local(single.parent)(name)
+
+    return fetch, str(single.parent), [single.name]
+
+
+def _checkpoint(
+    fetch: Fetch, origin: str, folder: str, dtype: np.dtype | None, weights: list[str] | None
+) -> Checkpoint:
     place = _join(origin, folder)
     config_path = fetch(_join(folder, "config.json"))
     if config_path is None:
@@ -105,9 +198,13 @@ def _load(fetch: Fetch, origin: str, folder: str, dtype: np.dtype | None, weight
     config = read_json(config_path)
     apply = understand(config)
     stored = _by_parameter(apply, _stored(fetch, place, folder, config, dtype, weights))
-    specs = apply.parameters()
-    _check(place, specs, stored)
-    target = _target_dtype(place, stored, dtype)
+    _check(place, apply.parameters(), stored)
+    return Checkpoint(place, config, apply, stored)
+
+
+def _load(checkpoint: Checkpoint, dtype: np.dtype | None) -> Model:
+    stored, specs = checkpoint.stored, checkpoint.apply.parameters()
+    target = _target_dtype(checkpoint.place, stored, dtype)
 
     def converted(name: str) -> np.ndarray:
         return to_jax(specs[name].kind, stored[name].read(), target)
@@ -117,7 +214,7 @@ def _load(fetch: Fetch, origin: str, folder: str, dtype: np.dtype | None, weight
     with ThreadPoolExecutor(WORKERS) as pool:
         arrays = zip(order, pool.map(converted, order), strict=True)
         params = {name: jax.device_put(array, may_alias=True) for name, array in arrays}
-    return from_config(config, {name: params[name] for name in specs})
+    return from_config(checkpoint.config, {name: params[name] for name in specs})
 
 
 def _stored(

@@ -71,7 +71,8 @@ def reverse(
     """
     shape = tuple(shape)
     solver = jax.tree.map(lambda table: _cast(table, dtype), solver)
-    items = jnp.asarray(first) + jnp.arange(shape[0])
+    first = jnp.asarray(first)
+    items = first + jnp.arange(shape[0], dtype=first.dtype)
     draw = functools.partial(_draw, key, items, shape=shape[1:], dtype=dtype)
     if init is not None and init.shape != shape:
         raise ValueError(f"init must have the shape of the samples, {shape}, got {init.shape}.")

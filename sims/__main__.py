@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
 import pathlib
-import sys
 from collections.abc import Callable, Sequence
 
 from absl import app, logging
@@ -13,7 +11,8 @@ from absl.flags import argparse_flags
 
 from sims import flags
 from sims.files import write_text
-from sims.presets import DEMO
+from sims.presets import CERTIFY, DEMO
+from sims.terminal import Bar, guarded
 
 
 def main() -> None:
@@ -28,7 +27,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
     def command(name: str, run: Callable[[argparse.Namespace], None], summary: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-        sub.set_defaults(run=_guarded(run))
+        sub.set_defaults(run=guarded(run))
         return sub
 
     demo = command("demo", _sweep, "the phase diagram of the embedded digits: an n x sigma sweep, and its transition")
@@ -53,30 +52,15 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     transitions.add_argument("--along", default="num_samples", help="the axis to cross it on (num_samples)")
     transitions.add_argument("--json", metavar="FILE", type=pathlib.Path, help="write the rows there too")
 
+    certify = command("certify", _certify, "what the theorems say of given data: conditions, regime and certificate")
+    flags.add_data_flags(certify)
+    certify.add_argument("--max-size", type=int, default=1500, help="largest Hessian to diagonalize, in rows (1500)")
+    certify.add_argument("--out", metavar="DIR", required=True, type=pathlib.Path, help="certificate.json and .md")
+    certify.add_argument("--quiet", action="store_true", help="print nothing")
+
     show = command("show", _show, "the summary of a run, finished or not")
     show.add_argument("run_dir", metavar="DIR", help="folder of a sweep")
     return parser.parse_args(argv[1:])
-
-
-def _guarded(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], int]:
-    """Turn bad input into a message and exit code 2, an interrupt into 130."""
-
-    def guarded(args: argparse.Namespace) -> int:
-        try:
-            run(args)
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except BrokenPipeError:
-            # The reader (head, less) has seen enough; Python would complain once more at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        except KeyboardInterrupt:
-            kept = f"; finished cells are in {args.out}" if getattr(args, "out", None) else ""
-            print(f"\ninterrupted{kept}. The same command again resumes.", file=sys.stderr)
-            return 130
-        return 0
-
-    return guarded
 
 
 def _sweep(args: argparse.Namespace) -> None:
@@ -84,7 +68,7 @@ def _sweep(args: argparse.Namespace) -> None:
 
     spec = flags.spec_from_flags(args, **args.preset)
     _set_precision(spec.dtype)
-    with _Bar(args.quiet, "cells") as bar:
+    with Bar(args.quiet, "cells") as bar:
         results = engine.sweep(
             spec,
             args.measures,
@@ -104,7 +88,7 @@ def _train(args: argparse.Namespace) -> None:
 
     spec = flags.spec_from_flags(args)
     _set_precision(spec.dtype)
-    with _Bar(args.quiet, "steps") as bar:
+    with Bar(args.quiet, "steps") as bar:
         rows = single.run(spec, args.measures, args.out, on_record=bar.move)
     if not args.quiet:
         for name, value in rows[-1].items():
@@ -125,6 +109,22 @@ def _transitions(args: argparse.Namespace) -> None:
         write_text(args.json, json.dumps(rows, indent=1))
 
 
+def _certify(args: argparse.Namespace) -> None:
+    import json
+
+    spec = flags.spec_from_flags(args, **CERTIFY)
+    _set_precision("float64")
+    from sims import certification
+
+    found = certification.certification(spec, max_size=args.max_size)
+    text = certification.as_text(found)
+    write_text(args.out / "certificate.json", json.dumps(found, indent=1) + "\n")
+    write_text(args.out / "certificate.md", text)
+    if not args.quiet:
+        print(text)
+        print(f"Written: {args.out}/certificate.json, {args.out}/certificate.md")
+
+
 def _show(args: argparse.Namespace) -> None:
     from sims import report, store
 
@@ -137,30 +137,6 @@ def _set_precision(dtype: str) -> None:
 
     if dtype == "float64":
         jax.config.update("jax_enable_x64", True)
-
-
-class _Bar:
-    """A progress bar that knows its total only when work begins."""
-
-    def __init__(self, quiet: bool, unit: str) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(disable=quiet, unit=f" {unit}", dynamic_ncols=True)
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()
-
-    def move(self, done: int, total: int, label: str = "") -> None:
-        """Stand at ``done`` of ``total``."""
-        if self._bar.total is None:
-            # What an earlier run finished must not count in the rate.
-            self._bar.reset(total=total)
-            self._bar.initial = done
-        self._bar.set_postfix_str(label, refresh=False)
-        self._bar.update(done - self._bar.n)
 
 
 if __name__ == "__main__":

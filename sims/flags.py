@@ -19,7 +19,15 @@ import numpy as np
 from sims.measures import DEFAULT, MEASURES
 from sims.spec import OPTIMIZERS, SCHEDULES, Spec
 
-__all__ = ["add_run_flags", "add_spec_flags", "parse_bytes", "parse_floats", "parse_ints", "spec_from_flags"]
+__all__ = [
+    "add_data_flags",
+    "add_run_flags",
+    "add_spec_flags",
+    "parse_bytes",
+    "parse_floats",
+    "parse_ints",
+    "spec_from_flags",
+]
 
 T = TypeVar("T", int, float)
 
@@ -48,11 +56,13 @@ def parse_bytes(text: str) -> int:
     return int(size)
 
 
-def add_spec_flags(parser: argparse.ArgumentParser) -> None:
-    """Add one flag for each field of :class:`sims.spec.Spec`; a flag left out keeps the spec file's value or the
-    default."""
-    axis = "a value, a list 1,2,4 or a range geom:START:STOP:NUM / lin:START:STOP:NUM"
-    add = parser.add_argument_group("the experiment").add_argument
+AXIS = "a value, a list 1,2,4 or a range geom:START:STOP:NUM / lin:START:STOP:NUM"
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which rows, at which noise, with how many units and what penalty."""
+    axis = AXIS
+    add = parser.add_argument_group("the data and the objective").add_argument
     add("--spec", metavar="FILE", type=pathlib.Path, help="TOML or JSON file with any of the fields below; flags win")
     add(
         "--dataset",
@@ -73,6 +83,14 @@ def add_spec_flags(parser: argparse.ArgumentParser) -> None:
     add("--sigma", type=parse_floats, metavar="S,...", help=f"noise levels > 0, in the units of the data: {axis}")
     add("--width", type=parse_ints, metavar="P,...", help=f"hidden units p >= 1: {axis}")
     add("--penalty", type=parse_floats, metavar="L,...", help=f"lambda >= 0 of the paper's objective: {axis}")
+
+
+def add_spec_flags(parser: argparse.ArgumentParser) -> None:
+    """Add one flag for each field of :class:`sims.spec.Spec`; a flag left out keeps the spec file's value or the
+    default."""
+    axis = AXIS
+    add_data_flags(parser)
+    add = parser.add_argument_group("training and evaluation").add_argument
     add("--learning-rate", type=parse_floats, metavar="R,...", help=f"optimizer step size > 0: {axis}")
     add("--init-scale", type=parse_floats, metavar="C,...", help=f"norm of the columns at the start > 0: {axis}")
     add("--optimizer", choices=OPTIMIZERS, help="update rule, with PyTorch's constants")

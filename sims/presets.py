@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-__all__ = ["DEMO"]
+__all__ = ["CERTIFY", "DEMO"]
 
 DEMO = MappingProxyType(
     {
@@ -22,3 +22,6 @@ DEMO = MappingProxyType(
     }
 )
 """``python -m sims demo``: the phase diagram of the embedded digits."""
+
+CERTIFY = MappingProxyType({"num_samples": (8,), "sigma": (0.1,)})
+"""``python -m sims certify``: few rows, little noise, where the theorems speak."""

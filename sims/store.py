@@ -19,6 +19,7 @@ import datetime
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -223,8 +224,10 @@ def _check_template(template: xr.Dataset, chunks: Mapping[str, int]) -> None:
             raise StoreError(f"variable {name!r} lacks the chunked dimensions {lacking}: units would share its cells.")
         if array.dtype.kind not in "biuf":
             raise StoreError(f"variable {name!r} has dtype {array.dtype}; the store takes real numbers and booleans.")
-        if name in BOOKKEEPING or not str(name).isidentifier():
-            raise StoreError(f"variable {name!r} needs another name: an identifier, not {' or '.join(BOOKKEEPING)}.")
+        if name in BOOKKEEPING or not re.fullmatch(r"\w+(\.\w+)*", str(name)):
+            raise StoreError(
+                f"variable {name!r} needs another name: words with dots between, not {' or '.join(BOOKKEEPING)}."
+            )
 
 
 def _record(path: Path, spec: dict[str, Any], template: xr.Dataset, chunks: dict[str, int]) -> dict[str, Any]:

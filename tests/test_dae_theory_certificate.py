@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dae_theory import ReluDae, memorizing_minimizer, minimize_exact_objective
+from dae_theory import ReluDae, block_minimizer, memorizing_minimizer, minimize_exact_objective
 from dae_theory.certificate import certify, residual_law
 from dae_theory.exact_training import from_span, span_basis, to_span
 from dae_theory.risk import exact_objective
@@ -51,6 +51,35 @@ def test_live_directions_are_neutral_to_new_units(certificates):
     """At a minimum ‖g(a)‖ = λ along each live unit, so splitting it is free and the slack at most 0."""
     assert all(float(c.dead.slack) < 1e-12 for c in certificates.values())
     assert abs(float(certificates[0.2].dead.slack)) < 1e-12
+
+
+def test_a_block_is_flat_along_the_turns_of_its_orthogonal_factor():
+    """Two far clusters, three units each: three turns a block, flat to rounding; curved in all other directions."""
+    mean = jnp.array([4.0, 0.0, 0.0, 0.0])
+    # Different spreads: of two equal directions either could be kept, one more thing for nothing.
+    spread = jnp.diag(jnp.array([0.1, 0.4, 0.3, 0.2]))
+    offsets = jnp.concatenate([spread, -spread])
+    data = jnp.concatenate([mean[None] + offsets, -mean[None] + offsets])
+    closed = block_minimizer(data, np.repeat([0, 1], 8), 0.1, 1e-3, 3)
+    c = certify(closed, data, 0.1, 1e-3)
+    assert int(c.num_rotations) == 6
+    assert int(c.num_symmetries) == 6 + 6
+    assert abs(float(c.min_rotation_curvature)) < 1e-12
+    assert float(c.min_curvature_modulo_symmetry) > 1e-3
+    assert bool(c.strict)
+
+
+def test_a_duplicate_beside_a_generalizing_block_is_a_strict_minimum():
+    """Corollary 3.4: five copies of one sample have a unit of their own, with the duplicate's q; a cluster three."""
+    spread = jnp.diag(jnp.array([0.1, 0.4, 0.3, 0.2]))
+    mean = jnp.array([4.0, 0.0, 0.0, 0.0])
+    data = jnp.concatenate([mean[None] + spread, mean[None] - spread, jnp.broadcast_to(-0.75 * mean, (5, 4))])
+    closed = block_minimizer(data, np.repeat([0, 1], [8, 5]), 0.15, 1e-3, (3, 1))
+    c = certify(closed, data, 0.15, 1e-3)
+    assert bool(c.strict)
+    assert float(c.distance_sq) < 1e-20
+    q = (9.0 - 13 / 5 * 1e-3) / (9.0 + 0.15**2)
+    np.testing.assert_allclose(jnp.sum(jnp.square(c.refined.w1[:, 3])), q, rtol=1e-10)
 
 
 def test_zero_columns_off_the_simplex_are_a_saddle():

@@ -1,7 +1,10 @@
 """The structure of the house: who may import whom, and what each room may use."""
 
 import ast
+import itertools
 import pathlib
+import pkgutil
+import re
 
 import pytest
 
@@ -101,3 +104,19 @@ def test_libraries_print_nothing_and_set_nothing():
         names = {ast.unparse(call.func) for call in calls}
         assert not names & {"print", "jax.config.update", "np.random.seed"}, f"{path} prints or sets global state"
         assert not any(name.endswith("PRNGKey") for name in names), f"{path} uses an old-style key"
+
+
+def test_the_theory_page_names_what_exists():
+    """Every row of its tables has a test; tests and functions named there exist."""
+    lines = (ROOT / "dae_theory" / "THEORY.md").read_text().splitlines()
+    rows = [a for a, b in itertools.pairwise(lines) if a.startswith("| ") and not b.startswith("|---")]
+    assert rows
+    for row in rows:
+        names = re.findall(r"`([^`]+)`", row)
+        tests = [name.split("::") for name in names if "::" in name]
+        assert tests, f"no test in {row}"
+        for path, test in tests:
+            functions = {n.name for n in ast.parse((ROOT / path).read_text()).body if isinstance(n, ast.FunctionDef)}
+            assert test in functions, f"{path} has no {test}"
+        for name in (name for name in names if "::" not in name):
+            pkgutil.resolve_name(name if name.split(".")[0] in ROOMS else f"dae_theory.{name}")

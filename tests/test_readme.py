@@ -30,11 +30,12 @@ def test_python_blocks_run(number, capsys):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_parse(command):
     import paper_figs.__main__
+    import scaling.__main__
     import sims.__main__
 
     module, *argv = shlex.split(command)[2:]
-    parsers = {"sims": sims.__main__._parse, "paper_figs": paper_figs.__main__._parse}
-    args = parsers[module]([module, *argv])
+    rooms = {"sims": sims, "scaling": scaling, "paper_figs": paper_figs}
+    args = rooms[module].__main__._parse([module, *argv])
     if hasattr(args, "spec"):
         from sims import flags
 

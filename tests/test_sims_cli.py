@@ -54,6 +54,50 @@ def test_show_and_transitions_read_a_run(demo, capsys, tmp_path):
     assert [row["sigma"] for row in json.loads((tmp_path / "rows.json").read_text())] == [0.3, 0.6]
 
 
+def test_certify_prints_and_writes_conditions_regime_and_certificate(tmp_path, capsys):
+    """Eight separable digits: memorized, every condition holds, a strict minimum; the files say what was printed."""
+    data = ["--center", "--separable", "8", "--width", "8"]
+    assert run("certify", *data, "--sigma", "0.1", "--out", tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert (tmp_path / "certificate.md").read_text() in printed
+    found = json.loads((tmp_path / "certificate.json").read_text())
+    entry = found["certificates"][0]
+    assert entry["regime"] == "memorizing"
+    assert all(row["holds"] for row in entry["conditions"])
+    certificate = entry["certificate"]
+    assert certificate["strict"]
+    assert certificate["num_live"] == 8
+    assert certificate["refined_gradient_norm"] < 1e-12
+    np.testing.assert_allclose(certificate["min_curvature"], 4e-3, rtol=1e-3)
+    # The main term up to what leaks through gates of margin 0.165.
+    np.testing.assert_allclose(certificate["objective"], entry["structures"][0]["objective"], rtol=1e-2)
+
+
+def test_certify_reports_what_fails_and_leaves_out_what_is_too_large(tmp_path):
+    """Raw digits are not separable, their duplicates a block apart; a large penalty leaves nothing to certify."""
+    repeated = ["--duplicates", "2x6", "--singles", "4", "--width", "3", "--sigma", "0.3,0.6", "--quiet"]
+    assert run("certify", *repeated, "--max-size", "3", "--out", tmp_path) == 0
+    found = json.loads((tmp_path / "certificate.json").read_text())
+    assert [entry["sigma"] for entry in found["certificates"]] == [0.3, 0.6]
+    entry = found["certificates"][0]
+    assert not all(row["holds"] for row in entry["conditions"])
+    assert "over --max-size 3" in entry["certificate"]["left_out"]
+    assert run("certify", "--num-samples", "4", "--penalty", "1e4", "--quiet", "--out", tmp_path / "zero") == 0
+    zero = json.loads((tmp_path / "zero" / "certificate.json").read_text())["certificates"][0]
+    assert zero["regime"] == "empty"
+    assert "minimizer is zero" in zero["certificate"]["left_out"]
+
+
+def test_a_generalizing_mixture_is_told_as_such(tmp_path):
+    mixture = ["--dataset", "mixture:modes=2,dim=4,separation=8", "--num-samples", "16", "--width", "6"]
+    assert run("certify", *mixture, "--quiet", "--out", tmp_path) == 0
+    entry = json.loads((tmp_path / "certificate.json").read_text())["certificates"][0]
+    assert entry["regime"] == "generalizing"
+    turns = sum(rank * (rank - 1) // 2 for rank in entry["structures"][0]["ranks"])
+    assert entry["certificate"]["num_rotations"] == turns > 0
+    assert entry["certificate"]["strict"]
+
+
 def test_sweep_and_train(tmp_path, capsys):
     assert run("sweep", *TINY, "--measures", "gap", "--memory", "1GiB", "--out", tmp_path / "sweep") == 0
     assert "Written" in capsys.readouterr().out
@@ -80,6 +124,8 @@ def test_sweep_and_train(tmp_path, capsys):
             "raise --memory",
         ),
         (["train", "--out", "OUT"], "a single run needs one num_samples"),
+        (["certify", "--num-samples", "2,4", "--out", "OUT"], "only sigma may vary"),
+        (["certify", "--sigma", "0", "--out", "OUT"], "sigma must be positive"),
         (["show", "OUT"], "holds no run"),
         (["transitions", "OUT"], "holds no run"),
     ],
