@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dae_theory.checks import check_data, check_integer, check_nonnegative, check_positive, is_concrete
 from dae_theory.conditions import check_conditions
 from dae_theory.exact_training import from_span, minimize_exact_objective, span_basis, to_span
+from dae_theory.lanczos import lanczos
 from dae_theory.minimizers import memorizing_minimizer
 from dae_theory.model import ReluDae, live_columns
 from dae_theory.precision import full_precision
@@ -34,6 +36,10 @@ from dae_theory.symmetry import symmetry_tangents
 from dae_theory.types import Scalar
 
 __all__ = ["Certificate", "DeadDirection", "ResidualLaw", "certify", "dead_direction", "hessian", "residual_law"]
+
+
+# Lanczos finds curvatures 1/k² of the largest in about k steps.
+LANCZOS_STEPS = 400
 
 
 class DeadDirection(NamedTuple):
@@ -61,11 +67,13 @@ class Certificate(NamedTuple):
     distance_sq: Float[Array, ""]
     """Squared distance to it over both matrices; ``2 ‖R‖²`` for a tied closed form."""
     curvatures: Float[Array, " m"]
-    """Eigenvalues of the Hessian at the refined network, over live columns, rising."""
+    """Eigenvalues of the Hessian at the refined network, over live columns, rising; Ritz values of a large one."""
     min_curvature: Float[Array, ""]
     """The least of them; at a minimum with balanced live columns 4λ at most, from their rescaling."""
     min_curvature_modulo_symmetry: Float[Array, ""]
     """The least over directions orthogonal to rescaling, splitting and rotation."""
+    curvature_error: Float[Array, ""]
+    """An eigenvalue lies within so much of ``min_curvature_modulo_symmetry``: 0 but for Lanczos."""
     num_live: Int[Array, ""]
     num_symmetries: Int[Array, ""]
     """Dimension of the span of rescalings, splittings and rotations within blocks."""
@@ -90,9 +98,9 @@ def certify(
 ) -> Certificate:
     """Gradient, refinement by Newton's method, curvature and stability of ``dae``; not jittable: ranks are shapes.
 
-    ``tolerance`` is the gradient norm at which the refinement has converged (1e-12 needs float64); ``max_size`` bounds
-    the number of live coordinates whose dense Hessian is diagonalized. ``ValueError`` for traced input, weights outside
-    the span of the data, no live column, a Hessian over ``max_size``, and what
+    ``tolerance`` is the gradient norm at which the refinement has converged (1e-12 needs float64). Up to ``max_size``
+    live coordinates the Hessian is diagonalized; beyond, Lanczos' method finds the least curvatures, each an upper
+    bound. ``ValueError`` for traced input, weights outside the span of the data, no live column, and what
     :func:`dae_theory.risk.exact_objective` refuses.
     """
     check_data(data)
@@ -106,26 +114,17 @@ def certify(
     live = np.flatnonzero(live_columns(small, tolerance=1e-12))
     if live.size == 0:
         raise ValueError("all columns of the network are zero: there is nothing to certify.")
-    size = 2 * live.size * rows.shape[1]
-    if size > max_size:
-        raise ValueError(
-            f"the Hessian has {size} rows ({live.size} live columns in {rows.shape[1]} dimensions), over max_size = "
-            f"{max_size}; raise it, or certify fewer units."
-        )
+    large = 2 * live.size * rows.shape[1] > max_size
     kept = ReluDae(*(w[:, live] for w in small))
     gradient = ravel_pytree(jax.grad(exact_objective)(kept, rows, sigma, penalty))[0]
     found = minimize_exact_objective(kept, rows, sigma, penalty, method="products", tolerance=tolerance, max_rough=0)
-    matrix = hessian(found.dae, rows, sigma, penalty)
     tangents = symmetry_tangents(found.dae, families=("rescaling", "splitting", "rotation"), data=rows)
     turns = symmetry_tangents(found.dae, families=("rotation",), data=rows)
-    turns = turns.reshape(len(turns), matrix.shape[0])
-    turning = jnp.linalg.eigvalsh(turns @ matrix @ turns.T)[0] if len(turns) else jnp.full((), jnp.inf, rows.dtype)
-    modulo = _restricted_eigenvalues(matrix, tangents.reshape(len(tangents), matrix.shape[0]))
-    curvatures = jnp.linalg.eigvalsh(matrix)
-    # Below the rounding of the eigenvalues a negative sign says nothing.
-    level = -len(matrix) * float(jnp.finfo(rows.dtype).eps) * curvatures[-1]
+    curved = (_lanczos_curvature if large else _dense_curvature)(found.dae, rows, sigma, penalty, tangents, turns)
     moved = from_span(found.dae, basis)
     refined = ReluDae(*(old.at[:, live].set(new) for old, new in zip(dae, moved, strict=True)))
+    # Below the rounding of the eigenvalues a negative sign says nothing.
+    level = -2 * kept.w1.size * float(jnp.finfo(rows.dtype).eps) * curved.all[-1]
     dead = dead_direction(found.dae, rows, sigma, penalty)
     # Splitting a live unit into a dead one is free, so the slack is never above 0: below rounding it counts as 0.
     free = -math.sqrt(float(jnp.finfo(rows.dtype).eps)) * float(penalty)
@@ -136,15 +135,16 @@ def certify(
         refined_gradient_norm=found.gradient_norm,
         converged=found.converged,
         distance_sq=sum((jnp.sum(jnp.square(a - b)) for a, b in zip(found.dae, kept, strict=True)), jnp.zeros(())),
-        curvatures=curvatures,
-        min_curvature=curvatures[0],
-        min_curvature_modulo_symmetry=modulo[0],
+        curvatures=curved.all,
+        min_curvature=curved.all[0],
+        min_curvature_modulo_symmetry=curved.modulo,
+        curvature_error=curved.error,
         num_live=jnp.asarray(live.size),
         num_symmetries=jnp.asarray(len(tangents)),
         num_rotations=jnp.asarray(len(turns)),
-        min_rotation_curvature=turning,
+        min_rotation_curvature=curved.turning,
         dead=dead._replace(encoder=basis @ dead.encoder, decoder=basis @ dead.decoder),
-        strict=found.converged & (modulo[0] > 0) & (turning > level) & stable,
+        strict=found.converged & (curved.modulo > curved.error) & (curved.turning > level) & stable,
     )
 
 
@@ -289,7 +289,45 @@ def _check_in_span(dae: ReluDae, small: ReluDae) -> None:
             )
 
 
-def _restricted_eigenvalues(matrix: Float[Array, "m m"], tangents: Float[Array, "k m"]) -> Float[Array, " r"]:
-    """Eigenvalues of a quadratic form on the orthogonal complement of orthonormal rows, rising."""
+class _Curvature(NamedTuple):
+    all: Float[Array, " k"]
+    modulo: Float[Array, ""]
+    error: Float[Array, ""]
+    turning: Float[Array, ""]
+
+
+def _dense_curvature(
+    dae: ReluDae, rows: Array, sigma: Scalar, penalty: Scalar, tangents: Array, turns: Array
+) -> _Curvature:
+    matrix = hessian(dae, rows, sigma, penalty)
+    tangents = tangents.reshape(len(tangents), len(matrix))
     complement = jnp.linalg.qr(tangents.T, mode="complete")[0][:, len(tangents) :]
-    return jnp.linalg.eigvalsh(complement.T @ matrix @ complement)
+    modulo = jnp.linalg.eigvalsh(complement.T @ matrix @ complement)[0]
+    turning = _least_along(turns.reshape(len(turns), len(matrix)), lambda v: matrix @ v)
+    return _Curvature(jnp.linalg.eigvalsh(matrix), modulo, jnp.zeros_like(modulo), turning)
+
+
+def _lanczos_curvature(
+    dae: ReluDae, rows: Array, sigma: Scalar, penalty: Scalar, tangents: Array, turns: Array
+) -> _Curvature:
+    x, unravel = ravel_pytree(dae)
+    product = jax.jit(jax.linearize(jax.grad(lambda x: exact_objective(unravel(x), rows, sigma, penalty)), x)[1])
+    tangents = tangents.reshape(len(tangents), x.size)
+    # Any start will do that has a part in every eigenvector; the key is fixed so that a certificate is reproducible.
+    start = jax.random.normal(jax.random.key(0), x.shape, x.dtype)
+
+    steps = min(LANCZOS_STEPS, x.size - len(tangents))
+    whole = jax.jit(lambda v: lanczos(product, v, steps))(start)
+    rest = jax.jit(lambda v: lanczos(product, v, steps, without=tangents))(start)
+    turning = _least_along(turns.reshape(len(turns), x.size), product)
+    return _Curvature(whole.values, rest.values[0], rest.residuals[0], turning)
+
+
+def _least_along(
+    directions: Float[Array, "k m"], product: Callable[[Float[Array, " m"]], Float[Array, " m"]]
+) -> Float[Array, ""]:
+    """The least eigenvalue of a quadratic form restricted to the span of orthonormal rows; infinite without any."""
+    if not len(directions):
+        return jnp.full((), jnp.inf, directions.dtype)
+    images = jax.lax.map(product, directions, batch_size=32)
+    return jnp.linalg.eigvalsh(directions @ images.T)[0]

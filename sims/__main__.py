@@ -54,7 +54,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
     certify = command("certify", _certify, "what the theorems say of given data: conditions, regime and certificate")
     flags.add_data_flags(certify)
-    certify.add_argument("--max-size", type=int, default=1500, help="largest Hessian to diagonalize, in rows (1500)")
+    certify.add_argument(
+        "--max-size",
+        type=int,
+        default=1500,
+        help="largest Hessian to diagonalize, in rows; beyond, Lanczos' method (1500)",
+    )
     certify.add_argument("--out", metavar="DIR", required=True, type=pathlib.Path, help="certificate.json and .md")
     certify.add_argument("--quiet", action="store_true", help="print nothing")
 

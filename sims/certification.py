@@ -14,7 +14,6 @@ import numpy as np
 
 from dae_theory import conditions
 from dae_theory.certificate import certify
-from dae_theory.exact_training import span_basis
 from dae_theory.minimizers import block_minimizer
 from dae_theory.model import live_columns
 from dae_theory.risk import exact_objective
@@ -29,7 +28,7 @@ def certification(spec: Spec, *, max_size: int = 1500) -> dict[str, Any]:
     """Conditions, predicted regime and certificate for the data of ``spec``, at each of its σ; JSON values.
 
     The clusters of the generalizing candidate are the classes of the data set, or all rows together where it has none.
-    The certificate is left out, with the reason, where no unit is live or where its Hessian would have more than
+    The certificate is left out, with the reason, where no unit is live; its Hessian is diagonalized if it has at most
     ``max_size`` rows. ``ValueError`` for more than one n, width or penalty, and for what the data set refuses.
     """
     for name in ("num_samples", "width", "penalty"):
@@ -131,9 +130,6 @@ def _certificate(dae: Any, rows: Any, sigma: float, penalty: float, max_size: in
     live = int(np.sum(live_columns(dae, tolerance=1e-12)))
     if not live:
         return {"left_out": "every direction is clipped: the minimizer is zero"}
-    size = 2 * live * span_basis(rows, extra=1).shape[1]
-    if size > max_size:
-        return {"left_out": f"its Hessian has {size} rows, over --max-size {max_size}"}
     c = certify(dae, rows, sigma, penalty, max_size=max_size)
     return {
         "objective": float(exact_objective(c.refined, rows, sigma, penalty)),
@@ -143,6 +139,7 @@ def _certificate(dae: Any, rows: Any, sigma: float, penalty: float, max_size: in
         "distance_sq": float(c.distance_sq),
         "min_curvature": float(c.min_curvature),
         "min_curvature_modulo_symmetry": float(c.min_curvature_modulo_symmetry),
+        "curvature_error": float(c.curvature_error),
         "num_live": int(c.num_live),
         "num_symmetries": int(c.num_symmetries),
         "num_rotations": int(c.num_rotations),
