@@ -43,7 +43,9 @@ def test_the_cpu_gets_its_own_routines_and_others_the_plain_ones(monkeypatch):
 @pytest.mark.parametrize(
     ("tokens", "context"), [(1, 1), (5, 77), (255, 3), (256, 16), (257, 16), (600, 600)], ids=lambda n: str(n)
 )
-def test_chunked_attention_is_attention(key, plain, tokens, context):
+@pytest.mark.parametrize("chunk_from", [0, layers.CHUNK_FROM])
+def test_chunked_attention_is_attention(key, plain, tokens, context, chunk_from, monkeypatch):
+    monkeypatch.setattr(layers, "CHUNK_FROM", chunk_from)
     q, k, v = (draw(jax.random.fold_in(key, i), 2, n, 12) for i, n in enumerate((tokens, context, context)))
     run = functools.partial(layers.attention, heads=3)
     np.testing.assert_allclose(run(q, k, v), plain(run, q, k, v), rtol=0, atol=1e-6)
@@ -54,7 +56,9 @@ def test_chunked_attention_is_attention(key, plain, tokens, context):
     np.testing.assert_allclose(run(q, k, v)[..., :4], weights @ np.asarray(v[..., :4]), rtol=1e-12, atol=1e-12)
 
 
-def test_chunked_attention_has_its_derivatives(key):
+@pytest.mark.parametrize("chunk_from", [0, layers.CHUNK_FROM])
+def test_chunked_attention_has_its_derivatives(key, chunk_from, monkeypatch):
+    monkeypatch.setattr(layers, "CHUNK_FROM", chunk_from)
     q, k, v = (draw(jax.random.fold_in(key, i), 1, n, 4) for i, n in enumerate((300, 5, 5)))
 
     def run(*qkv):
@@ -63,12 +67,27 @@ def test_chunked_attention_has_its_derivatives(key):
     check_grads(run, (q, k, v), order=1, modes=("fwd", "rev"), rtol=1e-5, atol=1e-5)
 
 
-def test_causal_attention_does_not_look_ahead(key):
+@pytest.mark.parametrize("chunk_from", [0, layers.CHUNK_FROM])
+def test_causal_attention_does_not_look_ahead(key, chunk_from, monkeypatch):
+    monkeypatch.setattr(layers, "CHUNK_FROM", chunk_from)
     q, k, v = (draw(jax.random.fold_in(key, i), 1, 6, 4, dtype="float32") for i in range(3))
     full = layers.attention(q, k, v, heads=2, causal=True)
     np.testing.assert_allclose(full[:, 0], v[:, 0], rtol=1e-6)
     short = layers.attention(q[:, :4], k[:, :4], v[:, :4], heads=2, causal=True)
     np.testing.assert_allclose(full[:, :4], short, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("chunk_from", [0, layers.CHUNK_FROM])
+def test_attention_of_large_values_is_finite_in_half_precision(key, dtype, chunk_from, monkeypatch):
+    monkeypatch.setattr(layers, "CHUNK_FROM", chunk_from)
+    # The sum of 600 values, of which attention takes the mean, overflows float16.
+    v = jnp.full((1, 600, 4), 1000.0, dtype)
+    for size in (0, 100):
+        q, k = (size * draw(jax.random.fold_in(key, i), 1, n, 4).astype(dtype) for i, n in enumerate((300, 600)))
+        out = layers.attention(q, k, v, heads=2)
+        assert out.dtype == dtype
+        np.testing.assert_allclose(out.astype("float32"), 1000.0, rtol=2 * float(jnp.finfo(dtype).eps))
 
 
 @pytest.mark.parametrize("derivative", [False, True])

@@ -127,7 +127,7 @@ def conditions(config, dtype):
     return found
 
 
-def build(variant, dtype="float64", size=None):
+def build(variant, dtype="float64", size=None, *, at_zero=False):
     fields = VARIANTS[variant]
     kind = diffusers.UNet2DConditionModel
     module = kind.from_config({key: value for key, value in fields.items() if not key.startswith("_")})
@@ -135,6 +135,11 @@ def build(variant, dtype="float64", size=None):
     written = {"sample_size": 8}
     assert unet2d_condition.parse(fields | written) == unet2d_condition.parse(dict(module.config) | written)
     given, t = conditions(config, dtype), T[dtype]
+    if at_zero:
+        # Sinusoids are float32 in both, but exact there: nothing but the derivatives is left to differ.
+        t = np.zeros_like(t)
+        if config.added_time:
+            given["added"]["time_ids"] = np.zeros_like(given["added"]["time_ids"])
     height, width = size or (2 ** len(config.plan.down), 2 ** (len(config.plan.down) + 1))
     x = np.random.RandomState(0).standard_normal((2, config.plan.width_in, height, width)).astype(dtype)
 
@@ -238,7 +243,7 @@ def check_edit_of_last_call(both, name):
 
 @pytest.mark.parametrize("variant", ["tiny", "only_cross_per_block", "text_time", "linear_projection"])
 def test_derivatives_equal(variant):
-    check_derivatives(build(variant), TOLERANCE["float64"])
+    check_derivatives(build(variant, at_zero=True), 1e-9)
 
 
 def test_derivative_in_the_context_equals():

@@ -76,7 +76,7 @@ VARIANTS = {
 }
 
 
-def build(variant, dtype="float64"):
+def build(variant, dtype="float64", t=None):
     fields = VARIANTS[variant]
     module = diffusers.UNet2DModel.from_config({key: value for key, value in fields.items() if key != "_class_name"})
     config = unet2d.parse(dict(module.config))
@@ -91,7 +91,7 @@ def build(variant, dtype="float64"):
     }[config.labels]
     side = 2 ** (len(config.plan.down) + 1)
     x = np.random.RandomState(0).standard_normal((2, config.plan.width_in, side, 2 * side)).astype(dtype)
-    t = T[dtype]
+    t = T[dtype] if t is None else t
     return pair(
         randomize(module, dtype),
         unet2d.parameters(config),
@@ -135,7 +135,7 @@ def test_taps_show_what_hooks_see(variant, dtype):
         "down_blocks.0",
         "down_blocks.0.downsamplers.0",
         "down_blocks.1.attentions.0",
-        "down_blocks.1.attentions.0.to_k",
+        "down_blocks.1.attentions.0.to_v",
         "mid_block.resnets.0.norm2",
         "mid_block",
         "up_blocks.0.upsamplers.0.conv",
@@ -149,4 +149,5 @@ def test_an_edit_does_what_a_hook_does(name):
 
 @pytest.mark.parametrize("variant", ["tiny", "resnet_samplers_scale_shift", "classes"])
 def test_derivatives_equal(variant):
-    check_derivatives(build(variant), TOLERANCE["float64"])
+    # At t = 0 the sinusoids, float32 in both, are exact: nothing but the derivatives is left to differ.
+    check_derivatives(build(variant, t=np.array([0, 0])), 1e-9)

@@ -52,8 +52,8 @@ Specs: TypeAlias = dict[str, ParamSpec]
 
 # Measured on two cores: below this many output pixels and from this many channels one product beats the convolution.
 IM2COL_PIXELS, IM2COL_CHANNELS = 256, 256
-# Rows of the attention matrix that are alive at once on a CPU.
-QUERY_CHUNK = 256
+# Rows of one head's attention matrix that are alive at once on a CPU, and the entries from which on they are a part.
+QUERY_CHUNK, CHUNK_FROM = 256, 1 << 22
 
 
 def cpu_aware() -> bool:
@@ -220,52 +220,65 @@ def attention(
 
     .. math:: \mathrm{softmax}\big(q k^\top / \sqrt{c/\mathrm{heads}}\big)\, v
 
-    On a CPU one head and ``QUERY_CHUNK`` queries at a time, recomputed for the derivative, so that no more than that
-    part of the attention matrix is ever stored. ``causal`` hides later keys.
+    A matrix of more than ``CHUNK_FROM`` entries is never stored whole on a CPU: one head and ``QUERY_CHUNK`` queries
+    at a time are, recomputed for the derivative. ``causal`` hides later keys.
     """
     q, k, v = (x.reshape(*x.shape[:2], heads, x.shape[-1] // heads) for x in (q, k, v))
-    if cpu_aware():
-        mixed = _chunked_attention(q, k, v, causal=causal)
-    else:
+    if not cpu_aware():
         # It raises under strict promotion, which a caller may have set.
         with jax.numpy_dtype_promotion("standard"):
-            mixed = jax.nn.dot_product_attention(q, k, v, is_causal=causal)
-    return mixed.reshape(*mixed.shape[:2], -1)
+            return jax.nn.dot_product_attention(q, k, v, is_causal=causal).reshape(*q.shape[:2], -1)
+    batch, tokens, _, channels = q.shape
+    positions = jnp.arange(tokens) if causal else None
+    q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q, k, v))
+    if batch * heads * tokens * k.shape[2] <= CHUNK_FROM:
+        mixed = _mix(q, k, v, positions)
+    else:
+        q, k, v = (x.reshape(batch * heads, -1, channels) for x in (q, k, v))
+        mixed = _chunked_mix(q, k, v, positions).reshape(batch, heads, tokens, channels)
+    return jnp.moveaxis(mixed, 1, 2).reshape(batch, tokens, -1)
 
 
-def _chunked_attention(
-    q: Float[Array, "b t n d"], k: Float[Array, "b s n d"], v: Float[Array, "b s n d"], *, causal: bool
-) -> Float[Array, "b t n d"]:
-    scale = q.shape[-1] ** -0.5
-
+def _chunked_mix(
+    q: Float[Array, "n t d"], k: Float[Array, "n s d"], v: Float[Array, "n s d"], positions: Int[Array, " t"] | None
+) -> Float[Array, "n t d"]:
     def one_head(qkv: tuple[Array, Array, Array]) -> Float[Array, "t d"]:
         q, k, v = qkv
 
         @jax.checkpoint
-        def one_query(query_at: tuple[Float[Array, " d"], Int[Array, ""]]) -> Float[Array, " d"]:
+        def one_query(query_at: tuple[Float[Array, " d"], Int[Array, ""] | None]) -> Float[Array, " d"]:
             query, position = query_at
-            logits = scale * widened(query @ k.T)
-            if causal:
-                logits = jnp.where(jnp.arange(logits.size) <= position, logits, -jnp.inf)
-            return jax.nn.softmax(logits).astype(v.dtype) @ v
+            return _mix(query[None], k, v, None if position is None else position[None])[0]
 
-        return jax.lax.map(one_query, (q, jnp.arange(len(q))), batch_size=QUERY_CHUNK)
+        return jax.lax.map(one_query, (q, positions), batch_size=QUERY_CHUNK)
 
-    batch, tokens, heads, channels = q.shape
-    q, k, v = (jnp.moveaxis(x, 2, 1).reshape(batch * heads, -1, channels) for x in (q, k, v))
-    return jnp.moveaxis(jax.lax.map(one_head, (q, k, v)).reshape(batch, heads, tokens, channels), 1, 2)
+    return jax.lax.map(one_head, (q, k, v))
+
+
+def _mix(
+    q: Float[Array, "*n t d"], k: Float[Array, "*n s d"], v: Float[Array, "*n s d"], positions: Int[Array, " t"] | None
+) -> Float[Array, "*n t d"]:
+    """Means of v with weights exp(q k / √d); queries with positions see no key after them."""
+    wide = widened(q).dtype
+    logits = jnp.matmul(q.shape[-1] ** -0.5 * q, jnp.swapaxes(k, -1, -2), preferred_element_type=wide)
+    if positions is not None:
+        seen = jnp.arange(k.shape[-2])[None, :] <= positions[:, None]
+        logits = jnp.where(jnp.broadcast_to(seen, logits.shape), logits, -jnp.inf)
+    weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
+    # The sum divides the results, not the weights: a pass over the matrix takes about as long as a product.
+    mixed = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=wide)
+    return (mixed / jnp.sum(weights, axis=-1, keepdims=True)).astype(v.dtype)
 
 
 def _im2col(
     x: Float[Array, "b h w i"], kernel: int, stride: int, pads: Sequence[tuple[int, int]], height: int, width: int
 ) -> Float[Array, "b h2 w2 k"]:
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    patches = [
-        x[:, row : row + stride * (height - 1) + 1 : stride, column : column + stride * (width - 1) + 1 : stride]
-        for row in range(kernel)
-        for column in range(kernel)
-    ]
-    return jnp.concatenate(patches, axis=-1)
+    # Columns, then rows: each slice is compiled by itself, and two times k are fewer than k².
+    for axis, size in ((2, width), (1, height)):
+        slices = [jax.lax.slice_in_dim(x, i, i + stride * (size - 1) + 1, stride, axis) for i in range(kernel)]
+        x = jnp.concatenate(slices, axis=-1)
+    return x
 
 
 def widened(x: Array) -> Array:

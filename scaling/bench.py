@@ -1,0 +1,366 @@
+r"""``python -m scaling.bench``: speed and memory of the bridge on the UNet of Stable Diffusion 1.4 with random weights.
+
+Each row has a rival in the same run, in turn with ours; the ratio is rival / ours, so more is better. PyTorch is the
+rival where it is installed, eager, in float32, on as many threads as this process may use.
+
+=================== ============================================== ================================================
+row                 ours                                           rival
+=================== ============================================== ================================================
+``load``            :func:`scaling.load_model` of the folder       one read of its file and one transpose a tensor
+``compile``         tracing and compiling the forward pass         none
+``attention_memory`` attention of 4096 tokens, 8 heads             the same with the whole matrix in memory
+``sd14_forward``    the forward pass, batch 1, 64x64 latents       diffusers' in PyTorch
+``sd14_extract``    one pass up to ``DETECTOR_TAP``                diffusers' full pass with a hook there
+=================== ============================================== ================================================
+
+The notes of a row hold what else was measured: peaks of memory, each in a process of its own, and bytes of temporaries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import math
+import multiprocessing
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, logging
+from absl.flags import argparse_flags
+
+from scaling import Model, initialize, load_model, save_pretrained
+from scaling.api import understand
+from scaling.models.config import jax_shape
+from scaling.models.layers import QUERY_CHUNK, attention
+from scaling.weights import read_header
+from sims.benchmarks import Row, compare, peak_memory, row, table, write_json
+
+__all__ = ["DETECTOR_TAP", "ROWS", "SD14", "check_room", "main"]
+
+SD14: dict[str, Any] = {
+    "_class_name": "UNet2DConditionModel",
+    "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 768,
+    "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "out_channels": 4,
+    "sample_size": 64,
+    "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
+}
+"""What the UNet of CompVis/stable-diffusion-v1-4 sets; the rest are the defaults of its class."""
+
+QUICK = SD14 | {"block_out_channels": [32, 64, 128, 128], "sample_size": 16}
+DETECTOR_TAP = "up_blocks.0.resnets.2.nonlinearity"
+TOKENS, HEADS, HEAD_CHANNELS = 4096, 8, 40
+COMPILATION = "/jax/core/compile/backend_compile_duration"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What the rows share: the model's folder, and both libraries' copies of it, loaded when first needed."""
+
+    folder: pathlib.Path
+    config: dict[str, Any]
+    repeats: int
+
+    @functools.cached_property
+    def model(self) -> Model:
+        """Ours."""
+        return load_model(self.folder)
+
+    @functools.cached_property
+    def module(self) -> Any:
+        """PyTorch's; None if it is not installed."""
+        return _torch_module(self.folder) if _has_torch() else None
+
+    def inputs(self, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Image, timestep and prompt: others for every seed."""
+        return _inputs(self.config, seed)
+
+
+def main() -> None:
+    """Run the command line and exit: 0 done, 2 bad input or too small a machine."""
+    logging.set_verbosity(logging.WARNING)
+    app.run(_run, flags_parser=_parse)
+
+
+def load(bench: Bench) -> Row:
+    """Loading the folder, with its file in the page cache."""
+    path = bench.folder / "diffusion_pytorch_model.safetensors"
+    notes = {"file_bytes": path.stat().st_size, "rival": "one read, one transpose a tensor"}
+    if _has_torch():
+        notes["diffusers_s"] = min(_timed(lambda: _torch_module(bench.folder)) for _ in range(2))
+    return compare(
+        "load", lambda: load_model(bench.folder).params, lambda: _read_and_transpose(path), bench.repeats, notes=notes
+    )
+
+
+def compilation(bench: Bench) -> Row:
+    """From the Python function to the program, with no cache."""
+    times = [_apart(_compile_seconds, bench.config) for _ in range(bench.repeats)]
+    trace_s, compile_s = (float(np.median(part)) for part in zip(*times, strict=True))
+    return row("compile", [sum(each) for each in times], None, notes={"trace_s": trace_s, "compile_s": compile_s})
+
+
+def attention_memory(bench: Bench) -> Row:
+    """Time of attention beside the one that holds the whole matrix; temporaries of both and of the parts of ours."""
+    channels = HEADS * HEAD_CHANNELS
+    q, k, v = np.random.default_rng(0).standard_normal((3, 1, TOKENS, channels), np.float32)
+
+    @jax.jit
+    def whole(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        split = [x.reshape(1, TOKENS, HEADS, HEAD_CHANNELS) for x in (q, k, v)]
+        return jax.nn.dot_product_attention(*split).reshape(q.shape)
+
+    ours, rival = (
+        jax.jit(function).lower(q, k, v).compile() for function in (functools.partial(attention, heads=HEADS), whole)
+    )
+    notes = {
+        "temporary_bytes": _temporaries(ours),
+        "rival_temporary_bytes": _temporaries(rival),
+        "chunk_bytes": QUERY_CHUNK * TOKENS * 4,
+        "operand_bytes": TOKENS * channels * 4,
+        "matrix_bytes": HEADS * TOKENS**2 * 4,
+        "rival": "jax.nn.dot_product_attention",
+    }
+    return compare("attention_memory", lambda: ours(q, k, v), lambda: rival(q, k, v), bench.repeats, notes=notes)
+
+
+def forward(bench: Bench) -> Row:
+    """The forward pass, each time on other inputs; the peak of loading, compiling and one pass."""
+    model, module = bench.model, bench.module
+    weights = sum(param.nbytes for param in model.params.values())
+    notes = {"weight_bytes": weights, "peak_bytes": _apart(_peak, bench.folder, bench.config)}
+    notes["peak_per_weight"] = notes["peak_bytes"] / weights
+
+    def ours(seed: int = 0) -> jax.Array:
+        return model.apply(model.params, *map(jnp.asarray, bench.inputs(seed)))[0]
+
+    if module is not None:
+        notes |= {"rival": "diffusers", "rival_peak_bytes": _apart(_torch_peak, bench.folder, bench.config)}
+        notes["difference"] = _difference(ours(), _torch_pass(module, *bench.inputs(0)).numpy())
+    jax.block_until_ready(ours())
+    compiled, seeds = _count_compilations(), itertools.count(1)
+    rival = None if module is None else lambda: _torch_pass(module, *bench.inputs(0))
+    measured = compare("sd14_forward", lambda: ours(next(seeds)), rival, bench.repeats, notes=notes)
+    return measured._replace(notes={**notes, "recompilations": len(compiled)})
+
+
+def extract(bench: Bench) -> Row:
+    """Up to the detector's layer, which is all that is computed, beside the full pass that a hook needs."""
+    model, module = bench.model, bench.module
+    inputs = bench.inputs(0)
+
+    @jax.jit
+    def ours(params: dict[str, jax.Array], *inputs: jax.Array) -> jax.Array:
+        return model.apply(params, *inputs, capture=(DETECTOR_TAP,))[1][DETECTOR_TAP]
+
+    def theirs() -> Any:
+        seen = []
+        hook = module.get_submodule(DETECTOR_TAP).register_forward_hook(lambda _module, _args, out: seen.append(out))
+        _torch_pass(module, *inputs)
+        hook.remove()
+        return seen[-1]
+
+    notes: dict[str, Any] = {"tap": DETECTOR_TAP}
+    if module is not None:
+        expected = theirs().numpy()
+        found = ours(model.params, *map(jnp.asarray, inputs))
+        notes |= {"rival": "diffusers", "difference": _difference(found, expected)}
+    return compare(
+        "sd14_extract",
+        lambda: ours(model.params, *map(jnp.asarray, inputs)),
+        None if module is None else theirs,
+        bench.repeats,
+        notes=notes,
+    )
+
+
+ROWS: dict[str, Callable[[Bench], Row]] = {
+    "load": load,
+    "compile": compilation,
+    "attention_memory": attention_memory,
+    "sd14_forward": forward,
+    "sd14_extract": extract,
+}
+"""The comparisons by name, in the order in which they run."""
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse_flags.ArgumentParser(prog="python -m scaling.bench", description=main.__doc__, allow_abbrev=False)
+    parser.description = "Speed and memory of the bridge on the UNet of Stable Diffusion 1.4, beside PyTorch's."
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the rows there")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="pairs of runs >= 1 (5)")
+    parser.add_argument("--quick", action="store_true", help="a network ten times narrower, to try the command")
+    return parser.parse_args(argv[1:])
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
+        rows = _measured(args)
+        if args.json:
+            write_json(args.json, rows)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _measured(args: argparse.Namespace) -> list[Row]:
+    if args.repeats < 1:
+        raise ValueError(f"--repeats must be at least 1, got {args.repeats}.")
+    config, rows = QUICK if args.quick else SD14, []
+    check_room(config)
+    with tempfile.TemporaryDirectory() as folder:
+        if set(args.only) - {"compile", "attention_memory"}:
+            _apart(_write, pathlib.Path(folder), config)
+        bench = Bench(pathlib.Path(folder), config, args.repeats)
+        for name in [name for name in ROWS if name in args.only]:
+            found = ROWS[name](bench)
+            rows.append(found._replace(notes={**found.notes, "quick": True}) if args.quick else found)
+            print(f"{name} done", file=sys.stderr)
+    threads = f"{_threads()} threads, load average {os.getloadavg()[0]:.1f}"
+    print(f"{table(rows)}\n\n{threads}, PyTorch {'beside it' if _has_torch() else 'not installed'}")
+    return rows
+
+
+def check_room(config: dict[str, Any]) -> None:
+    """Raise ``ValueError`` if this machine lacks the disk or the memory for the network of ``config``."""
+    weights = 4 * sum(math.prod(spec.shape) for spec in understand(config).parameters().values())
+    needed, place = {"disk": weights, "memory": (4 if _has_torch() else 3) * weights}, tempfile.gettempdir()
+    free = {"disk": shutil.disk_usage(place).free, "memory": _available_memory()}
+    for kind, size in needed.items():
+        if free[kind] < size:
+            raise ValueError(
+                f"the network needs {size / 1e9:.1f} GB of {kind} (disk: in {place}), there are {free[kind] / 1e9:.1f};"
+                f" try --quick."
+            )
+
+
+def _available_memory() -> float:
+    info = pathlib.Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), math.inf)
+
+
+def _threads() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _has_torch() -> bool:
+    return importlib.util.find_spec("torch") is not None
+
+
+def _apart(function: Callable[..., Any], *args: Any) -> Any:
+    """The result of a call in a fresh process, whose memory is its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def _write(folder: pathlib.Path, config: dict[str, Any]) -> None:
+    save_pretrained(initialize(jax.random.key(0), config), folder)
+
+
+def _inputs(config: dict[str, Any], seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    (x, _), more = understand(config).inputs(np.float32)
+    random = np.random.default_rng(seed)
+    image, context = (random.standard_normal(shape, np.float32) for shape in (x.shape, more["context"].shape))
+    return image, np.asarray(random.integers(1000), np.float32), context
+
+
+def _count_compilations() -> list[str]:
+    """A list that grows with every program compiled from now on."""
+    compiled: list[str] = []
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        del duration_secs, kwargs
+        if event == COMPILATION:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return compiled
+
+
+def _temporaries(compiled: jax.stages.Compiled) -> int:
+    memory = compiled.memory_analysis()
+    return -1 if memory is None else memory.temp_size_in_bytes
+
+
+def _difference(ours: Any, theirs: np.ndarray) -> float:
+    return float(np.max(np.abs(np.asarray(ours) - theirs)) / np.max(np.abs(theirs)))
+
+
+def _timed(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _compile_seconds(config: dict[str, Any]) -> tuple[float, float]:
+    jax.config.update("jax_enable_compilation_cache", False)
+    apply = understand(config)
+    params = {name: jax.ShapeDtypeStruct(jax_shape(spec), np.float32) for name, spec in apply.parameters().items()}
+    inputs, more = apply.inputs(np.float32)
+    start = time.perf_counter()
+    lowered = jax.jit(apply).lower(params, *inputs, **more)
+    traced = time.perf_counter()
+    lowered.compile()
+    return traced - start, time.perf_counter() - traced
+
+
+def _peak(folder: pathlib.Path, config: dict[str, Any]) -> int:
+    model = load_model(folder)
+    jax.block_until_ready(model.apply(model.params, *map(jnp.asarray, _inputs(config, 0))))
+    return peak_memory()
+
+
+def _torch_peak(folder: pathlib.Path, config: dict[str, Any]) -> int:
+    _torch_pass(_torch_module(folder), *_inputs(config, 0))
+    return peak_memory()
+
+
+def _read_and_transpose(path: pathlib.Path) -> list[np.ndarray]:
+    orders = {4: (2, 3, 1, 0), 2: (1, 0)}
+    kept = []
+    with path.open("rb") as file:
+        for tensor in sorted(read_header(path).values(), key=lambda tensor: tensor.start):
+            file.seek(tensor.start)
+            values = np.fromfile(file, np.float32, (tensor.stop - tensor.start) // 4).reshape(tensor.shape)
+            kept.append(np.ascontiguousarray(values.transpose(orders.get(values.ndim))))
+    return kept
+
+
+def _torch_module(folder: pathlib.Path) -> Any:
+    import diffusers
+    import torch  # pyright: ignore[reportMissingImports]
+
+    torch.set_num_threads(_threads())
+    return getattr(diffusers, SD14["_class_name"]).from_pretrained(folder).eval()
+
+
+def _torch_pass(module: Any, x: np.ndarray, t: np.ndarray, context: np.ndarray) -> Any:
+    import torch  # pyright: ignore[reportMissingImports]
+
+    with torch.no_grad():
+        return module(torch.from_numpy(x), torch.tensor(float(t)), torch.from_numpy(context)).sample
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The benchmark's command: a quick run from end to end, its rows, and what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from networks import network
+
+from scaling import bench, save_pretrained
+from scaling.models.layers import QUERY_CHUNK
+from scaling.weights import read_header
+
+FIELDS = ["name", "ours_s", "rival_s", "ratio_median", "ratio_min", "ratio_max", "notes"]
+
+
+def command(*arguments):
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    return subprocess.run(
+        [sys.executable, "-m", "scaling.bench", *arguments],
+        capture_output=True,
+        text=True,
+        env=plain | {"JAX_PLATFORMS": "cpu"},
+    )
+
+
+def test_the_command_writes_every_field(tmp_path):
+    done = command("--quick", "--repeats", "1", "--json", str(tmp_path / "rows.json"), "--only", "attention_memory")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert list(row) == FIELDS
+    assert row["name"] == "attention_memory"
+    assert row["notes"]["quick"] is True
+    assert row["ratio_median"] == pytest.approx(row["rival_s"] / row["ours_s"])
+    assert "| attention_memory |" in done.stdout
+    memory = row["notes"]
+    assert memory["chunk_bytes"] == QUERY_CHUNK * 4096 * 4
+    # Some copies of a chunk and of the operands; the rival holds the matrix.
+    assert memory["temporary_bytes"] < 4 * memory["chunk_bytes"] + 10 * memory["operand_bytes"]
+    assert memory["rival_temporary_bytes"] >= memory["matrix_bytes"]
+
+
+def test_loading_does_no_less_than_its_rival(tmp_path):
+    model = network(bench.QUICK)
+    path = save_pretrained(model, tmp_path) / "diffusion_pytorch_model.safetensors"
+    assert bench.load(bench.Bench(tmp_path, bench.QUICK, 1)).notes["file_bytes"] == path.stat().st_size
+    # The rival, too, ends with every parameter in JAX's layout.
+    kept = bench._read_and_transpose(path)
+    names = sorted(read_header(path).items(), key=lambda item: item[1].start)
+    for array, (name, _) in zip(kept, names, strict=True):
+        np.testing.assert_array_equal(array, model.params[name])
+
+
+def test_bad_flags_are_refused():
+    done = command("--quick", "--repeats", "0")
+    assert done.returncode == 2
+    assert "--repeats must be at least 1, got 0" in done.stderr
+    assert command("--only", "sd15").returncode != 0
+
+
+@pytest.mark.parametrize("kind", ["disk", "memory"])
+def test_a_machine_without_room_is_told_so(kind, monkeypatch):
+    bench.check_room(bench.QUICK)
+    if kind == "disk":
+        monkeypatch.setattr(bench.shutil, "disk_usage", lambda _: type("", (), {"free": 1e9}))
+    else:
+        monkeypatch.setattr(bench, "_available_memory", lambda: 1e9)
+    with pytest.raises(ValueError, match=rf"needs 1?\d\.\d GB of {kind} .*there are 1\.0; try --quick"):
+        bench.check_room(bench.SD14)
