@@ -64,6 +64,7 @@ def test_live_directions_are_neutral_to_new_units(certificates):
     assert abs(float(certificates[0.2].dead.slack)) < 1e-12
 
 
+@pytest.mark.slow
 def test_a_block_is_flat_along_the_turns_of_its_orthogonal_factor():
     """Two far clusters, three units each: three turns a block, flat to rounding; curved in all other directions."""
     mean = jnp.array([4.0, 0.0, 0.0, 0.0])
@@ -93,6 +94,7 @@ def test_a_duplicate_beside_a_generalizing_block_is_a_strict_minimum():
     np.testing.assert_allclose(jnp.sum(jnp.square(c.refined.w1[:, 3])), q, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_zero_columns_off_the_simplex_are_a_saddle():
     """A direction orthogonal to data whose weighted mean is not zero: the printed minimizer with zeros is unstable."""
     data = jnp.pad(SIMPLEX * jnp.array([1.0, 1.2, 0.9])[None, :], ((0, 0), (0, 1))).at[0].multiply(1.3)
@@ -149,6 +151,7 @@ def test_the_span_has_the_same_minimum(key):
     np.testing.assert_allclose(certify(closed, data, 0.3, 1e-3).distance_sq, GOLDEN[0.3][1], rtol=5e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dense", "products"])
 def test_too_few_steps_are_an_outcome(method):
     closed = memorizing_minimizer(SIMPLEX, 0.5, 1e-3, 4)

@@ -77,6 +77,7 @@ def test_the_minimizer_is_stationary_up_to_the_tails(key, mixture):
     assert _norm(gradient) < 0.02 * _norm(elsewhere)
 
 
+@pytest.mark.slow
 def test_rates_of_the_gap_and_of_the_map(key, mixture):
     """n^{-1/2} for the map and the gap's spread, n^{-1} for the excess; no interval holds the other exponent.
 

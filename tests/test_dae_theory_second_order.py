@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 from dae_theory import ReluDae, exact_objective
 from dae_theory.certificate import hessian
 from dae_theory.model import init
-from dae_theory.second_order import factorize, inverse_root, objective_hessian, to_matrix
+from dae_theory.second_order import factorize, forward_root, inverse_root, objective_hessian, to_matrix
 
 
 def problem(key, n, d, p, scale=1.0):
@@ -24,7 +24,7 @@ def problem(key, n, d, p, scale=1.0):
 
 @hypothesis.settings(max_examples=12)
 @hypothesis.given(
-    st.tuples(st.integers(1, 6), st.integers(1, 4), st.integers(1, 5)),
+    st.sampled_from([(1, 1, 1), (4, 1, 3), (2, 3, 2), (6, 4, 5)]),
     st.integers(-3, 3),
     st.sampled_from([0.05, 0.5, 2.0]),
     st.integers(0, 99),
@@ -41,12 +41,11 @@ def test_products_with_all_basis_vectors_give_the_same_matrix(shape, exponent, r
 
 def test_chunks_do_not_matter(key, monkeypatch):
     dae, data = problem(key, 5, 3, 6)
-    whole = objective_hessian(dae, data, 0.4, 0.1)
     monkeypatch.setattr("dae_theory.second_order.PAIRS_IN_WORK", 20)
-    jax.clear_caches()
-    chunked = objective_hessian(dae, data, 0.4, 0.1)
-    for a, b in zip(whole, chunked, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-14)
+    # Shapes that no other test has, or a program compiled before would be run.
+    chunked = to_matrix(objective_hessian(dae, data, 0.4, 0.1))
+    want = hessian(dae, data, 0.4, 0.1)
+    np.testing.assert_allclose(chunked, want, atol=1e-12 * float(jnp.max(jnp.abs(want))))
 
 
 @pytest.mark.parametrize("factor", [2.0, -2.0])
@@ -87,11 +86,11 @@ def test_the_root_of_the_inverse_is_one(key, shift):
     h = objective_hessian(dae, data, 0.4, 20.0)
     matrix = to_matrix(h)
     unravel = ravel_pytree(dae)[1]
-    factors = factorize(h, shift)
-    root = jax.vmap(lambda z: ravel_pytree(inverse_root(factors, unravel(z)))[0], out_axes=1)(jnp.eye(len(matrix)))
-    np.testing.assert_allclose(
-        root.T @ (matrix + shift * jnp.eye(len(matrix))) @ root, jnp.eye(len(matrix)), atol=1e-12
-    )
+    factors, identity = factorize(h, shift), jnp.eye(len(matrix))
+    root = jax.vmap(lambda z: ravel_pytree(inverse_root(factors, unravel(z)))[0], out_axes=1)(identity)
+    forth = jax.vmap(lambda z: ravel_pytree(forward_root(factors, unravel(z)))[0], out_axes=1)(identity)
+    np.testing.assert_allclose(root.T @ (matrix + shift * identity) @ root, identity, atol=1e-12)
+    np.testing.assert_allclose(root.T @ forth, identity, atol=1e-12)
 
 
 def test_an_indefinite_matrix_has_no_factors_until_the_shift_outweighs_it(key):

@@ -26,6 +26,7 @@ def command(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_the_command_writes_every_field(tmp_path):
     done = command("--quick", "--repeats", "1", "--json", str(tmp_path / "rows.json"), "--only", "attention_memory")
     assert done.returncode == 0, done.stderr
@@ -53,6 +54,7 @@ def test_loading_does_no_less_than_its_rival(tmp_path):
         np.testing.assert_array_equal(array, model.params[name])
 
 
+@pytest.mark.slow
 def test_bad_flags_are_refused():
     done = command("--quick", "--repeats", "0")
     assert done.returncode == 2

@@ -252,6 +252,7 @@ def test_an_interrupt_keeps_what_was_sampled_and_the_same_command_resumes(home, 
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_module_runs_as_a_program(home):
     command = [sys.executable, "-m", "scaling", "inspect", str(home / "pixel"), "--json"]
     environment = os.environ | {"JAX_ENABLE_X64": "0"}

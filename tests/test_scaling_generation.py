@@ -67,6 +67,7 @@ def test_latents_are_decoded_and_guidance_uses_the_null_class(tmp_path):
     assert np.std(found.images) > 0.05
 
 
+@pytest.mark.slow
 def test_latents_are_scaled_there_and_back_and_drawn_by_their_variance(key):
     vae = network(SMALL_VAE | {"scaling_factor": 0.5, "shift_factor": 0.25}, "float64")
     images = jnp.tanh(jax.random.normal(key, (2, 3, 16, 16)))

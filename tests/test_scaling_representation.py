@@ -148,6 +148,7 @@ def test_the_noise_is_standard_and_apart_for_every_image():
     assert np.max(np.abs(cosines - np.eye(8))) < 0.2
 
 
+@pytest.mark.slow
 def test_an_early_tap_computes_less(key):
     model, images, _, _ = setting("pixel", key, 2, "float32")
     items, t = jnp.arange(2, dtype=jnp.int32), jnp.int32(50)
@@ -164,6 +165,7 @@ def test_an_early_tap_computes_less(key):
     assert operations("conv_in", LATE) < 1.05 * late
 
 
+@pytest.mark.slow
 def test_one_compilation_for_all_keys_timesteps_and_conditions(key):
     model, images, vae, condition = setting("latent", key, 5, "float32")
     run = functools.partial(codes, model=model, schedule=SCHEDULE, images=images, taps=[MID], vae=vae, batch_size=2)
@@ -176,6 +178,7 @@ def test_one_compilation_for_all_keys_timesteps_and_conditions(key):
     assert representation._encode._cache_size() == compiled
 
 
+@pytest.mark.slow
 def test_half_precision_gives_float32_codes(key):
     model, images, _, _ = setting("pixel", key, dtype="float32")
     exact = codes(key, model, SCHEDULE, images, [MID], 50, pool="mean")[MID]
@@ -186,6 +189,7 @@ def test_half_precision_gives_float32_codes(key):
         assert np.max(np.abs(found - exact)) < 30 * float(jnp.finfo(dtype).eps) * np.max(np.abs(exact))
 
 
+@pytest.mark.slow
 def test_it_is_differentiable_and_lowers_for_accelerators(key):
     model, images, vae, condition = setting("latent", key, 2)
     items, t = jnp.arange(2, dtype=jnp.int32), jnp.int32(50)

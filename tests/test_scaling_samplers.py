@@ -188,6 +188,7 @@ def test_lowers_for_accelerators(method, key):
     run.trace(key, solver).lower(lowering_platforms=("tpu", "cuda"))
 
 
+@pytest.mark.slow
 def test_a_model_is_sampled_in_its_own_size(key):
     out = sample(key, unet(), of(), 2, 3)
     assert out.x.shape == (2, 3, 8, 8)
@@ -210,6 +211,7 @@ def test_the_method_may_be_chosen(key):
     assert float(jnp.max(jnp.abs(two[0] - two[1]))) > 1e-3
 
 
+@pytest.mark.slow
 def test_strengths_are_windows_in_time(key):
     steps, value = 4, jnp.ones(8)
     run = functools.partial(sample, key, unet(), of(), 2, steps, trajectory=True, capture=(MID,))
@@ -234,6 +236,7 @@ def test_strengths_are_windows_in_time(key):
         run(edits={"mid": Edit("add", value)})
 
 
+@pytest.mark.slow
 def test_gradients_in_a_strength(key):
     ramp = jnp.array([0.3, -0.2])
 

@@ -214,6 +214,7 @@ def test_new_values_strengths_times_and_seeds_do_not_recompile(key):
     assert np.max(np.abs(outs[0] - outs[1])) > 1e-3
 
 
+@pytest.mark.slow
 def test_derivatives_in_value_and_strength(key):
     model = network(TINY, "float64")
     x, v = jax.random.normal(key, (1, 3, 8, 8)), jax.random.normal(jax.random.fold_in(key, 1), (16,))

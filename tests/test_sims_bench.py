@@ -15,6 +15,7 @@ def run(*argv):
     return args.run(args)
 
 
+@pytest.mark.slow
 def test_every_row_at_tiny_sizes(tmp_path, capsys):
     assert run("--only", "theory", "--quick", "--repeats", 2, "--json", tmp_path / "rows.json") == 0
     rows = json.loads((tmp_path / "rows.json").read_text())

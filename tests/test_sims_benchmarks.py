@@ -70,6 +70,7 @@ def test_json_and_table_have_every_field(tmp_path):
     assert cells[3] == ["alone", "2", "-", "-", "-", "-", ""]
 
 
+@pytest.mark.slow
 def test_peak_memory_is_of_the_process_alone_and_of_its_past():
     def peak(code):
         program = f"from sims.benchmarks import peak_memory\n{code}\nprint(peak_memory())"

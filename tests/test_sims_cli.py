@@ -73,6 +73,7 @@ def test_certify_prints_and_writes_conditions_regime_and_certificate(tmp_path, c
     np.testing.assert_allclose(certificate["objective"], entry["structures"][0]["objective"], rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_certify_reports_what_fails_and_where_nothing_is_left(tmp_path):
     """Raw digits are not separable, their duplicates a block apart; a large penalty leaves nothing to certify."""
     repeated = ["--duplicates", "2x6", "--singles", "4", "--width", "3", "--sigma", "0.3,0.6", "--quiet"]
@@ -93,6 +94,7 @@ def test_certify_reports_what_fails_and_where_nothing_is_left(tmp_path):
     assert "minimizer is zero" in zero["certificate"]["left_out"]
 
 
+@pytest.mark.slow
 def test_a_generalizing_mixture_is_told_as_such(tmp_path):
     mixture = ["--dataset", "mixture:modes=2,dim=4,separation=8", "--num-samples", "16", "--width", "6"]
     assert run("certify", *mixture, "--quiet", "--out", tmp_path) == 0

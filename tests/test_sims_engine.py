@@ -54,6 +54,7 @@ def test_a_cell_equals_the_single_experiment(results, where):
     np.testing.assert_allclose(together, alone, rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_grouping_by_memory_changes_nothing_but_rounding(results):
     seen = []
     with pytest.MonkeyPatch.context() as patch:

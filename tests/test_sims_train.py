@@ -55,6 +55,7 @@ def test_one_sgd_step_is_the_gradient_by_hand(key):
     np.testing.assert_allclose(after.w2, w2 - 1e-2 * g2, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_mini_batch_gradients_average_to_the_full_gradient(key):
     data, recipe = rows(key), Recipe(width=3, optimizer="sgd", batch_size=2)
     params = run(key, data, recipe, 0).params
