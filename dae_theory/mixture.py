@@ -16,7 +16,15 @@ from dae_theory.checks import check_data, check_finite, check_integer, check_non
 from dae_theory.precision import full_precision
 from dae_theory.types import PRNGKey, Scalar
 
-__all__ = ["GaussianMixture", "check_mixture", "fit", "mean_and_covariance", "sample", "second_moments"]
+__all__ = [
+    "GaussianMixture",
+    "check_mixture",
+    "covariance_roots",
+    "fit",
+    "mean_and_covariance",
+    "sample",
+    "second_moments",
+]
 
 
 class GaussianMixture(NamedTuple):
@@ -65,9 +73,7 @@ def sample(key: PRNGKey, mixture: GaussianMixture, num_samples: int) -> tuple[Fl
     """
     check_integer("num_samples", num_samples, minimum=1)
     check_mixture(mixture)
-    eigenvalues, vectors = jnp.linalg.eigh(mixture.covariances)
-    # A square root by eigh, not Cholesky: it stands rank-deficient covariances, whose zeros may round to below zero.
-    roots = vectors * jnp.sqrt(jnp.maximum(eigenvalues, 0.0))[:, None, :]
+    roots = covariance_roots(mixture)
 
     def draw(i: Int[Array, ""]) -> tuple[Float[Array, " d"], Int[Array, ""]]:
         label_key, normal_key = jax.random.split(jax.random.fold_in(key, i))
@@ -76,6 +82,14 @@ def sample(key: PRNGKey, mixture: GaussianMixture, num_samples: int) -> tuple[Fl
         return mixture.means[label] + roots[label] @ eps, label
 
     return jax.vmap(draw)(jnp.arange(num_samples))
+
+
+@full_precision
+def covariance_roots(mixture: GaussianMixture) -> Float[Array, "K d d"]:
+    """Square roots ``R_k R_kᵀ = Σ_k`` that turn unit noise into a mode's."""
+    eigenvalues, vectors = jnp.linalg.eigh(mixture.covariances)
+    # By eigh, not Cholesky: it stands rank-deficient covariances, whose zeros may round to below zero.
+    return vectors * jnp.sqrt(jnp.maximum(eigenvalues, 0.0))[:, None, :]
 
 
 def second_moments(mixture: GaussianMixture) -> Float[Array, "K d d"]:

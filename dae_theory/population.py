@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from dae_theory.bivariate_normal import normal_cdf
 from dae_theory.checks import check_data, check_integer, check_nonnegative, is_concrete
 from dae_theory.minimizers import block_minimizer, generalizing_minimizer
-from dae_theory.mixture import GaussianMixture, check_mixture
+from dae_theory.mixture import GaussianMixture, check_mixture, covariance_roots
 from dae_theory.model import ReluDae
 from dae_theory.precision import full_precision
 from dae_theory.relu_gaussian import relu_covariance, relu_mean, standardize
@@ -136,8 +136,7 @@ def learning_curve(
         raise ValueError("mixture.weights must be concrete: they fix how many rows each mode has, which is a shape.")
     counts = [_stratified(np.asarray(mixture.weights), check_integer("sizes", n, minimum=1)) for n in np.asarray(sizes)]
     best = generalizing_minimizer(mixture, sigma, penalty, ranks)
-    eigenvalues, vectors = jnp.linalg.eigh(mixture.covariances)
-    roots = vectors * jnp.sqrt(jnp.maximum(eigenvalues, 0.0))[:, None, :]
+    roots = covariance_roots(mixture)
 
     def rows(key: PRNGKey, mode: int, count: int) -> Float[Array, "m d"]:
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, mode), i))(jnp.arange(count))

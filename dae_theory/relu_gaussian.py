@@ -24,7 +24,15 @@ from jaxtyping import Array, Float
 
 from dae_theory.bivariate_normal import SATURATION, Wedge, gate_covariance, normal_cdf, normal_pdf, wedge
 
-__all__ = ["relu_covariance", "relu_cross_moment", "relu_mean", "relu_second_moment", "relu_variance", "standardize"]
+__all__ = [
+    "angle",
+    "relu_covariance",
+    "relu_cross_moment",
+    "relu_mean",
+    "relu_second_moment",
+    "relu_variance",
+    "standardize",
+]
 
 
 def standardize(mean: Float[Array, "*shape"], std: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -142,10 +142,10 @@ def to_matrix(hessian: ObjectiveHessian) -> Float[Array, "m m"]:
 
 
 class Factors(NamedTuple):
-    """Triangular factors of a shifted Hessian, :math:`H + \\mu I = M M^\top`; NaN where it is not positive definite.
+    r"""Triangular factors of a shifted Hessian, :math:`H + \mu I = M M^\top`; NaN where it is not positive definite.
 
-    .. math:: M = \begin{pmatrix} F & G \\ 0 & L \\otimes I \\end{pmatrix}, \\quad L L^\top = B + \\mu I, \\quad
-       G = C L^{-\top}, \\quad F F^\top = A + \\mu I - G G^\top
+    .. math:: M = \begin{pmatrix} F & G \\ 0 & L \otimes I \end{pmatrix}, \quad L L^\top = B + \mu I, \quad
+       G = C L^{-\top}, \quad F F^\top = A + \mu I - G G^\top
 
     for inner, cross and outer blocks A, C, B: W₂ is eliminated first, by its small matrix.
     """

@@ -27,6 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from absl import app
 from absl.flags import argparse_flags
 from jaxtyping import Array, Float
@@ -193,7 +194,7 @@ def _exact_training(repeats: int, quick: bool) -> Row:
     n, p, steps = (12, 3, 200) if quick else (200, 32, 20_000)
     sigma, penalty = 0.3, 0.1
     data = jnp.asarray(datasets.load("digits", num_samples=n, dtype=np.float64).train)
-    norm = jax.jit(lambda dae: _norm(jax.grad(exact_objective)(dae, data, sigma, penalty)))
+    norm = jax.jit(lambda dae: optax.global_norm(jax.grad(exact_objective)(dae, data, sigma, penalty)))
     recipe, key = Recipe(p), jax.random.key(0)
     rates = {"sigma": sigma, "penalty": penalty, "learning_rate": 1e-3}
     walk = jax.jit(lambda state, count: advance(state, key, data, count, recipe, **rates))
@@ -225,10 +226,6 @@ def _exact_training(repeats: int, quick: bool) -> Row:
         "course_of_adam": theirs,
     }
     return row("exact_training", [ours], None, notes=notes)
-
-
-def _norm(dae: ReluDae) -> Float[Array, ""]:
-    return jnp.sqrt(sum((jnp.sum(jnp.square(w)) for w in dae), jnp.zeros(())))
 
 
 GROUPS: dict[str, dict[str, Callable[[int, bool], Row]]] = {

@@ -39,7 +39,7 @@ def certification(spec: Spec, *, max_size: int = 1500) -> dict[str, Any]:
     data = datasets.load(
         spec.dataset,
         num_samples=None if spec.duplicates else spec.num_samples[0],
-        held_out=int(spec.held_out) if spec.held_out >= 1 else spec.held_out,
+        held_out=spec.held_out_size,
         seed=spec.split_seed,
         center=spec.center,
         separable=spec.separable,

@@ -61,14 +61,13 @@ AXIS = "a value, a list 1,2,4 or a range geom:START:STOP:NUM / lin:START:STOP:NU
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say which rows, at which noise, with how many units and what penalty."""
-    axis = AXIS
     add = parser.add_argument_group("the data and the objective").add_argument
     add("--spec", metavar="FILE", type=pathlib.Path, help="TOML or JSON file with any of the fields below; flags win")
     add(
         "--dataset",
         help="digits; mixture:modes=4,dim=32,separation=3; idx:, cifar10:, npz:, images:, patches:PATH; or PATH",
     )
-    add("--num-samples", type=parse_ints, metavar="N,...", help=f"training-set sizes n >= 1: {axis}")
+    add("--num-samples", type=parse_ints, metavar="N,...", help=f"training-set sizes n >= 1: {AXIS}")
     add("--duplicates", metavar="KxM", help="K rows repeated M times each, beside --singles; replaces --num-samples")
     add("--singles", type=int, metavar="N", help="rows that appear once, beside --duplicates")
     add("--center", action=argparse.BooleanOptionalAction, default=None, help="subtract the mean of the training rows")
@@ -80,24 +79,23 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--held-out", type=float, metavar="F", help="rows never trained on: a fraction below 1, or a count from 1")
     add("--split-seed", type=int, help="seed of the split into training pool and held-out rows, >= 0")
-    add("--sigma", type=parse_floats, metavar="S,...", help=f"noise levels > 0, in the units of the data: {axis}")
-    add("--width", type=parse_ints, metavar="P,...", help=f"hidden units p >= 1: {axis}")
-    add("--penalty", type=parse_floats, metavar="L,...", help=f"lambda >= 0 of the paper's objective: {axis}")
+    add("--sigma", type=parse_floats, metavar="S,...", help=f"noise levels > 0, in the units of the data: {AXIS}")
+    add("--width", type=parse_ints, metavar="P,...", help=f"hidden units p >= 1: {AXIS}")
+    add("--penalty", type=parse_floats, metavar="L,...", help=f"lambda >= 0 of the paper's objective: {AXIS}")
 
 
 def add_spec_flags(parser: argparse.ArgumentParser) -> None:
     """Add one flag for each field of :class:`sims.spec.Spec`; a flag left out keeps the spec file's value or the
     default."""
-    axis = AXIS
     add_data_flags(parser)
     add = parser.add_argument_group("training and evaluation").add_argument
-    add("--learning-rate", type=parse_floats, metavar="R,...", help=f"optimizer step size > 0: {axis}")
-    add("--init-scale", type=parse_floats, metavar="C,...", help=f"norm of the columns at the start > 0: {axis}")
+    add("--learning-rate", type=parse_floats, metavar="R,...", help=f"optimizer step size > 0: {AXIS}")
+    add("--init-scale", type=parse_floats, metavar="C,...", help=f"norm of the columns at the start > 0: {AXIS}")
     add("--optimizer", choices=OPTIMIZERS, help="update rule, with PyTorch's constants")
     add("--schedule", choices=SCHEDULES, help="learning rate over the run: constant, or cosine to zero")
     add("--batch-size", type=int, metavar="B", help="rows a step, drawn with replacement; 0: all of them")
     add("--steps", type=int, help="optimizer steps >= 1")
-    add("--record-steps", type=parse_ints, metavar="T,...", help=f"measure after these steps, in [0, steps]: {axis}")
+    add("--record-steps", type=parse_ints, metavar="T,...", help=f"measure after these steps, in [0, steps]: {AXIS}")
     add("--tied", action=argparse.BooleanOptionalAction, default=None, help="one parameter for W1 and W2")
     add("--weight-decay", type=float, help="decoupled decay of adamw >= 0 (coupled decay is --penalty)")
     add("--seeds", type=int, metavar="K", help="repetitions >= 1, each with its own rows, start and noise")

@@ -145,6 +145,11 @@ class Spec:
         """Networks trained."""
         return math.prod(self.shape.values()) // len(self.record_steps)
 
+    @property
+    def held_out_size(self) -> float | int:
+        """``held_out`` as :func:`sims.datasets.load` takes it, for which a whole number is a count."""
+        return int(self.held_out) if self.held_out >= 1 else self.held_out
+
     def identity(self, num_samples: int) -> tuple[int, ...]:
         """For each row of a training set of ``num_samples`` the index of the distinct row that it is.
 

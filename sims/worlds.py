@@ -39,8 +39,7 @@ def make_world(spec: Spec) -> World:
     """Load the data that ``spec`` names; ``ValueError`` if it is missing, damaged, or smaller than the largest n."""
     data = datasets.load(
         spec.dataset,
-        # A whole number is a count, as the data sets take it.
-        held_out=int(spec.held_out) if spec.held_out >= 1 else spec.held_out,
+        held_out=spec.held_out_size,
         seed=spec.split_seed,
         center=spec.center and bool(spec.separable),
         separable=spec.separable,
