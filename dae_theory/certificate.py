@@ -116,7 +116,6 @@ def certify(
         raise ValueError("all columns of the network are zero: there is nothing to certify.")
     large = 2 * live.size * rows.shape[1] > max_size
     kept = ReluDae(*(w[:, live] for w in small))
-    gradient = ravel_pytree(jax.grad(exact_objective)(kept, rows, sigma, penalty))[0]
     found = minimize_exact_objective(kept, rows, sigma, penalty, method="products", tolerance=tolerance, max_rough=0)
     tangents = symmetry_tangents(found.dae, families=("rescaling", "splitting", "rotation"), data=rows)
     turns = symmetry_tangents(found.dae, families=("rotation",), data=rows)
@@ -130,7 +129,7 @@ def certify(
     free = -math.sqrt(float(jnp.finfo(rows.dtype).eps)) * float(penalty)
     stable = dead.slack >= free if live.size < dae.w1.shape[1] else jnp.asarray(True)
     return Certificate(
-        gradient_norm=jnp.linalg.norm(gradient),
+        gradient_norm=_gradient_norm(kept, rows, sigma, penalty),
         refined=refined,
         refined_gradient_norm=found.gradient_norm,
         converged=found.converged,
@@ -175,8 +174,9 @@ def dead_direction(
 
     best at ``b = −g/‖g‖``: zero columns are stable exactly if ``max ‖g(a)‖ <= λ``. The maximum over the sphere is
     sought from the rows, their negatives, the negative mean, and a direction orthogonal to the data if d > rank, by
-    ``num_steps`` steps of ``a ← ∇‖g‖²/‖∇‖g‖²‖`` (which cannot lower a convex function; ‖g‖² need not be one, so the
-    best point met counts). A lower bound of the maximum: it proves instability, and stability as far as the search saw.
+    steps of ``a ← ∇‖g‖²/‖∇‖g‖²‖`` (which cannot lower a convex function; ‖g‖² need not be one, so the best point met
+    counts), until none moves ‖g‖² by more than rounding, or ``num_steps`` are made. A lower bound of the maximum: it
+    proves instability, and stability as far as the search saw.
     """
     check_integer("num_steps", num_steps, minimum=1)
     rows = jnp.asarray(data)
@@ -231,6 +231,22 @@ def residual_law(
     return ResidualLaw(float(slope), float(intercept), 1 - float(rest @ rest) / spread, margin**2, x, y)
 
 
+@jax.jit
+def _gradient_norm(dae: ReluDae, rows: Float[Array, "n d"], sigma: Scalar, penalty: Scalar) -> Float[Array, ""]:
+    return jnp.linalg.norm(ravel_pytree(jax.grad(exact_objective)(dae, rows, sigma, penalty))[0])
+
+
+class _Climb(NamedTuple):
+    """A search over the sphere, or many."""
+
+    here: Float[Array, "*k d"]
+    value: Float[Array, "*k"]
+    """At the point before."""
+    best: Float[Array, "*k"]
+    summit: Float[Array, "*k d"]
+    moving: Bool[Array, "*k"]
+
+
 @functools.partial(jax.jit, static_argnames="num_steps")
 def _climb(
     dae: ReluDae, rows: Float[Array, "n d"], sigma: Scalar, starts: Float[Array, "k d"], num_steps: int
@@ -240,21 +256,31 @@ def _climb(
     def strength_sq(a: Float[Array, " d"]) -> Float[Array, ""]:
         return jnp.sum(jnp.square(_pull(dae, rows, sigma, a)))
 
-    def climb(a: Float[Array, " d"]) -> tuple[Float[Array, ""], Float[Array, " d"]]:
-        def step(carry: tuple[Array, Array, Array], _: None) -> tuple[tuple[Array, Array, Array], None]:
-            best, best_a, a = carry
-            value, slope = jax.value_and_grad(strength_sq)(a)
-            better = value > best
-            length = jnp.linalg.norm(slope)
-            onwards = jnp.where(length > 0, slope / jnp.where(length > 0, length, 1.0), a)
-            return (jnp.where(better, value, best), jnp.where(better, a, best_a), onwards), None
+    def ascend(climb: _Climb) -> _Climb:
+        value, slope = jax.value_and_grad(strength_sq)(climb.here)
+        length = jnp.linalg.norm(slope)
+        onwards = jnp.where(length > 0, slope / jnp.where(length > 0, length, 1.0), climb.here)
+        better = value > climb.best
+        return _Climb(
+            onwards,
+            value,
+            jnp.where(better, value, climb.best),
+            jnp.where(better, climb.here, climb.summit),
+            jnp.abs(value - climb.value) > 4 * jnp.finfo(value.dtype).eps * jnp.abs(value),
+        )
 
-        begin = (jnp.full((), -1.0, a.dtype), a, a)
-        (best, best_a, _), _ = jax.lax.scan(step, begin, None, length=num_steps)
-        return best, best_a
+    def step(carry: tuple[Array, _Climb]) -> tuple[Array, _Climb]:
+        count, climbs = carry
+        return count + 1, jax.lax.map(ascend, climbs, batch_size=8)
 
-    values, directions = jax.lax.map(climb, starts, batch_size=8)
-    a = directions[jnp.argmax(values)]
+    def going(carry: tuple[Array, _Climb]) -> Array:
+        count, climbs = carry
+        return (count < num_steps) & jnp.any(climbs.moving)
+
+    nowhere = jnp.full(len(starts), -1.0, starts.dtype)
+    begin = _Climb(starts, nowhere, nowhere, starts, jnp.ones(len(starts), bool))
+    _, end = jax.lax.while_loop(going, step, (jnp.zeros((), int), begin))
+    a = end.summit[jnp.argmax(end.best)]
     return a, _pull(dae, rows, sigma, a)
 
 

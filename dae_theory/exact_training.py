@@ -109,10 +109,23 @@ def span_basis(data: Float[Array, "n d"], *, extra: int = 0, tolerance: float | 
     if not is_concrete(data):
         raise ValueError("data must be concrete: its rank is a shape; call span_basis outside jit.")
     rows = np.asarray(data)
-    _, strength, basis = np.linalg.svd(rows, full_matrices=extra > 0)
+    _, strength, across = np.linalg.svd(rows, full_matrices=False)
     cut = np.finfo(rows.dtype).eps * max(rows.shape) if tolerance is None else tolerance
     rank = max(1, int(np.sum(strength > cut * strength[0])))
-    return jnp.asarray(basis[: rank + extra].T)
+    basis = across[:rank].T
+    for _ in range(min(extra, rows.shape[1] - rank)):
+        basis = np.column_stack([basis, _another(basis)])
+    return jnp.asarray(basis)
+
+
+def _another(basis: Float[np.ndarray, "d r"]) -> Float[np.ndarray, " d"]:
+    """A unit vector orthogonal to the columns, r < d, from the axis farthest from their span."""
+    new = np.zeros(len(basis), basis.dtype)
+    new[np.argmin(np.sum(np.square(basis), axis=1))] = 1.0
+    # One projection leaves rounding relative to what it takes away, a second none.
+    for _ in range(2):
+        new -= basis @ (basis.T @ new)
+    return new / np.linalg.norm(new)
 
 
 @full_precision
