@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -12,7 +13,7 @@ from absl.flags import argparse_flags
 from sims import flags
 from sims.files import write_text
 from sims.presets import CERTIFY, DEMO
-from sims.terminal import Bar, guarded
+from sims.terminal import Bar, Log, guarded
 
 
 def main() -> None:
@@ -37,8 +38,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     for sub in (demo, sweep):
         flags.add_spec_flags(sub)
         flags.add_measures_flag(sub)
+        flags.add_sweep_flags(sub)
     flags.add_run_flags(demo, default_out="runs/demo")
     flags.add_run_flags(sweep)
+
+    merge = command("merge", _merge, "join the runs of sweeps with --shard into one")
+    merge.add_argument("out", metavar="DIR", type=pathlib.Path, help="the --out of the shards")
+    merge.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
 
     train = command("train", _train, "train one network (axes of one value), keep its weights and its course")
     flags.add_spec_flags(train)
@@ -69,23 +75,68 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _sweep(args: argparse.Namespace) -> None:
-    from sims import engine, report, store
+    from sims import cluster, engine, plan, processes, shards
 
     spec = flags.spec_from_flags(args, **args.preset)
     _set_precision(spec.dtype)
-    with Bar(args.quiet, "cells") as bar:
+    if args.distributed or args.coordinator is not None:
+        first = processes.join(args.coordinator, num_processes=args.num_processes, process_id=args.process_id)[0] == 0
+        args.quiet = args.quiet or not first
+    if args.dry_run:
+        print(plan.as_text(plan.plan(spec, args.measures, memory=args.memory, group=args.group)), end="")
+        return
+    args.out = pathlib.Path(args.out) if args.shard is None else shards.folder(args.out, args.shard)
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(Bar(args.quiet, "cells"))
+        log = stack.enter_context(Log(args.log))
+        executor = None
+        if args.scheduler is not None or args.local_workers:
+            found = cluster.connected(
+                args.scheduler, local_workers=args.local_workers, memory=args.memory, group=args.group
+            )
+            executor = stack.enter_context(found)
+
+        def on_unit(progress: engine.Progress) -> None:
+            label = ", ".join(f"{axis} {value}" for axis, value in progress.unit.items())
+            bar.move(progress.done, progress.total, label)
+            log.write(f"{progress.done} of {progress.total} cells: {label or 'begin'}")
+
         results = engine.sweep(
             spec,
             args.measures,
             out=args.out,
             memory=args.memory,
-            on_unit=lambda p: bar.move(p.done, p.total, ", ".join(f"{k} {v:g}" for k, v in p.unit.items())),
+            group=args.group,
+            shard=args.shard,
+            executor=executor,
+            on_unit=on_unit,
         )
-    text = report.summary(results, spec.to_dict(), store.read_spec(args.out)["sessions"][-1].get("data", {}))
-    write_text(pathlib.Path(args.out) / "summary.md", text)
-    if not args.quiet:
+    if "done" in results:
+        _summarize(args.out, args.quiet)
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from sims import shards
+
+    with Bar(args.quiet, "units") as bar:
+        done, total = shards.merge(args.out, on_unit=bar.move)
+    _summarize(args.out, args.quiet)
+    if done < total:
+        raise ValueError(
+            f"{total - done} of {total} units of work are in no shard yet; run the shards that are left, or the sweep "
+            f"itself with --out {args.out}, and merge again."
+        )
+
+
+def _summarize(out: pathlib.Path, quiet: bool) -> None:
+    from sims import report, store
+
+    record = store.read_spec(out)
+    text = report.summary(store.load(out), record["spec"], record["sessions"][-1]["data"])
+    write_text(out / "summary.md", text)
+    if not quiet:
         print(text)
-        print(f"Written: {args.out}/results.zarr, {args.out}/spec.json, {args.out}/summary.md")
+        print(f"Written: {out}/results.zarr, {out}/spec.json, {out}/summary.md")
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -134,7 +185,7 @@ def _show(args: argparse.Namespace) -> None:
     from sims import report, store
 
     record = store.read_spec(args.run_dir)
-    print(report.summary(store.load(args.run_dir), record["spec"], record["sessions"][-1].get("data", {})))
+    print(report.summary(store.load(args.run_dir), record["spec"], record["sessions"][-1]["data"]))
 
 
 def _set_precision(dtype: str) -> None:

@@ -31,20 +31,21 @@ def certification(spec: Spec, *, max_size: int = 1500) -> dict[str, Any]:
     The certificate is left out, with the reason, where no unit is live; its Hessian is diagonalized if it has at most
     ``max_size`` rows. ``ValueError`` for more than one n, width or penalty, and for what the data set refuses.
     """
-    for name in ("num_samples", "width", "penalty"):
-        if len(getattr(spec, name)) != 1:
+    for name in ("dataset", "separation", "duplicates", "num_samples", "width", "penalty"):
+        if len(getattr(spec, name)) > 1:
             raise ValueError(
                 f"{name} has {len(getattr(spec, name))} values: certify one at a time; only sigma may vary."
             )
+    n, duplicates = spec.num_samples[0], spec.duplicates[0]
     data = datasets.load(
-        spec.dataset,
-        num_samples=None if spec.duplicates else spec.num_samples[0],
+        spec.source(spec.dataset[0], *spec.separation),
+        num_samples=n,
         held_out=spec.held_out_size,
         seed=spec.split_seed,
         center=spec.center,
         separable=spec.separable,
-        duplicates=spec.duplicates,
-        singles=spec.singles,
+        duplicates=duplicates,
+        singles=n - math.prod(datasets.parse_duplicates(duplicates)) if duplicates else 0,
         dtype=np.float64,
     )
     rows, width, penalty = jnp.asarray(data.train), spec.width[0], spec.penalty[0]

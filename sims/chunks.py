@@ -40,6 +40,7 @@ __all__ = [
     "dims",
     "disk",
     "finished",
+    "is_finished",
     "labels",
     "layout",
     "pending",
@@ -176,12 +177,17 @@ def dims(array: zarr.Array) -> tuple[str, ...]:
 
 def pending(run: Run) -> list[Unit]:
     """The units still to be computed, in the order of the grid."""
-    return [unit for unit in _units(run) if not _file(run, "done", unit).exists()]
+    return [unit for unit in _units(run) if not is_finished(run, unit)]
 
 
 def finished(run: Run) -> list[Unit]:
     """The units that are done, in the order of the grid."""
-    return [unit for unit in _units(run) if _file(run, "done", unit).exists()]
+    return [unit for unit in _units(run) if is_finished(run, unit)]
+
+
+def is_finished(run: Run, unit: Unit) -> bool:
+    """Whether this unit is done."""
+    return _file(run, "done", unit).exists()
 
 
 def region(array: zarr.Array, unit: Unit) -> tuple[slice, ...]:
@@ -246,8 +252,17 @@ def _shown(unit: Unit) -> str:
     return f"chunk {parts}" if parts else "the only chunk"
 
 
+def _is_unit(run: Run, unit: Unit) -> bool:
+    sizes = dict(zip(run.chunks, run.arrays["done"].shape, strict=True))
+    return unit.keys() == sizes.keys() and all(
+        part.start in range(0, sizes[dim], run.chunks[dim])
+        and part == slice(part.start, min(part.start + run.chunks[dim], sizes[dim]))
+        for dim, part in unit.items()
+    )
+
+
 def _checked(run: Run, unit: Unit, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    if unit not in pending(run):
+    if not _is_unit(run, unit) or is_finished(run, unit):
         raise StoreError(f"{unit} is not pending in {run.path}; write each unit of pending(run) once.")
     wanted = [name for name in run.arrays if name not in BOOKKEEPING]
     if set(arrays) != set(wanted):

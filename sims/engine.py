@@ -1,47 +1,33 @@
 """Sweeps: every combination of a spec's axes trained and measured, as one labeled array.
 
-Axes that change shapes (n, p) and the seed loop in Python; axes of numbers (λ, learning rate, initial scale, σ) are
-mapped inside one compiled program, which all seeds of a shape share. A unit of work is one (n, p, seed): it is
-computed, written, and then counts. All cells of a seed see the same rows, start and noise (common random numbers), and
-nothing depends on how cells are grouped.
+The work is cut into units, a training set each, whose cells share rows, start and noise (common random numbers) and
+one compiled program (:mod:`sims.programs`). A unit is computed, written, and then counts; nothing depends on where
+units are computed, in which order, or how cells are grouped.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-import math
 import pathlib
-import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import xarray as xr
-from jaxtyping import Array, Int
+from jax.experimental import multihost_utils
 
-from dae_theory import ReluDae
-from dae_theory.types import PRNGKey, Scalar
 from sims import store
-from sims.measures import DEFAULT, MEASURES, CellData, CellSpec, Measure
-from sims.spec import SHAPE_AXES, VALUE_AXES, Spec
-from sims.train import Recipe, advance, start
-from sims.worlds import World, cell_data, make_world
+from sims.measures import DEFAULT, MEASURES, Measure
+from sims.programs import Finished, Unit, Worlds, fit_cell, grid_of, placement, run_units, segments_of, unit_program
+from sims.spec import LOOP_AXES, OPTIONAL_AXES, VALUE_AXES, Spec
+from sims.worlds import World, facts, make_world
 
-__all__ = ["Numbers", "Progress", "fit_cell", "recipe_of", "resolve_measures", "segments_of", "sweep"]
+__all__ = ["Executor", "Progress", "all_units", "resolve_measures", "sweep", "worlds_of"]
 
-UNIT_AXES = (*SHAPE_AXES, "seed")
-"""Dimensions along which the work is cut: one unit has one value of each."""
-
-
-class Numbers(NamedTuple):
-    """The traced numbers of a cell, scalars; or of many, vectors."""
-
-    penalty: Scalar
-    learning_rate: Scalar
-    init_scale: Scalar
-    sigma: Scalar
+Executor: TypeAlias = Callable[[Spec, Sequence[Unit], Mapping[str, Measure]], Iterable[Finished]]
+"""Computes units, in any order."""
 
 
 class Progress(NamedTuple):
@@ -50,7 +36,7 @@ class Progress(NamedTuple):
     done: int
     """Cells finished, those of an earlier run too."""
     total: int
-    unit: dict[str, int | float]
+    unit: dict[str, int | float | str]
     """The unit just finished, by the value of its axes; empty at the start."""
 
 
@@ -60,41 +46,77 @@ def sweep(
     *,
     out: str | pathlib.Path | None = None,
     memory: int = 2 << 30,
+    group: int | None = None,
+    shard: tuple[int, int] | None = None,
+    executor: Executor | None = None,
     on_unit: Callable[[Progress], None] | None = None,
 ) -> xr.Dataset:
     """Train and measure every cell of ``spec``.
 
-    ``measures`` are names of :data:`sims.measures.MEASURES` or functions ``(params, data, spec) -> array`` of any
-    shape, named by their ``__name__`` (default :data:`sims.measures.DEFAULT`). With ``out`` each unit is written when
-    finished, and the same call resumes; without, results stay in memory. ``memory`` bounds the temporaries of a
-    compiled program, in bytes: cells are split into groups that fit. Returns one variable a measure over the dimensions
-    of ``spec.shape``; a custom measure's own dimensions come last. ``ValueError`` for unknown measures and for what the
-    spec, the data set or the store refuse. Cells that diverge are NaN or infinite, and stay so.
+    Args:
+        spec: the experiment.
+        measures: names of :data:`sims.measures.MEASURES` or functions ``(params, data, spec) -> array`` of any shape,
+            named by their ``__name__`` (default :data:`sims.measures.DEFAULT`).
+        out: folder where each unit is written when finished; the same call resumes. Without, results stay in memory.
+        memory: bound on the temporaries of a compiled program on each device, in bytes: cells are split into groups
+            that fit.
+        group: cells of a group, if not as many as is fastest: results are equal bit for bit on any number of devices
+            and processes where it is the same.
+        shard: (I, N), to compute only every N-th unit, from the I-th, counted from 1.
+        executor: computes the units instead of this process (:mod:`sims.cluster`).
+        on_unit: called at the start and after each unit.
+
+    Returns one variable a measure over the dimensions of ``spec.shape``; a custom measure's own dimensions come last,
+    and axes of one value that are no dimension are scalar coordinates. Over several processes
+    (:mod:`sims.processes`) all must call this alike; the first one writes, and the others return what they computed.
+    ``ValueError`` for unknown or failing measures and for what the spec, the data set or the store refuse. Cells that
+    diverge are NaN or infinite, and stay so.
     """
     chosen = resolve_measures(measures)
-    world = make_world(spec)
-    template = _template(spec, world, chosen)
-    run_unit = _unit_runner(spec, world, chosen, memory)
-    total = spec.num_cells
-    cells = total // math.prod(spec.shape[axis] for axis in UNIT_AXES)
-    if out is None:
+    worlds = worlds_of(spec)
+    place = placement(memory=memory, group=group)
+    template = _template(spec, chosen, worlds)
+    dims = _unit_dims(spec)
+    cells = spec.cells_per_unit
+
+    def compute(places: Sequence[store.Unit]) -> Iterator[tuple[store.Unit, dict[str, np.ndarray], float]]:
+        where = {_unit(spec, place): place for place in places}
+        if executor is None:
+            found = run_units(spec, list(where), chosen, worlds, place)
+        else:
+            found = executor(spec, list(where), chosen)
+        for unit, values, wall_s in found:
+            yield where[unit], _shaped(spec, dims, values), wall_s
+
+    def report(done: int, total: int, place: store.Unit) -> None:
+        if on_unit is not None:
+            on_unit(Progress(done, total, {axis: template[axis].values[at].item() for axis, at in place.items()}))
+
+    every = _places(spec)
+    if shard is not None:
+        every = _shard(every, *shard)
+    total = cells * len(every)
+    if out is None or jax.process_index() != 0:
+        # Only the first process knows what an earlier run has finished.
+        todo = _agreed(every, every)
         results = template.map(lambda variable: variable.copy(data=np.array(variable)))
-        for done, unit in enumerate(_units(spec), 1):
-            for name, values in run_unit(unit).items():
-                results[name][unit] = values
-            _report(on_unit, done * cells, total, template, unit)
+        for done, (at, values, _) in enumerate(compute(todo), 1):
+            for name, value in values.items():
+                results[name][at] = value
+            report(done * cells, total, at)
         return results
     identity = {**spec.to_dict(), "measures": list(chosen)}
-    provenance = {**store.environment(), "data": world.facts}
-    with store.open_run(out, identity, template, dict.fromkeys(UNIT_AXES, 1), provenance) as run:
-        units = store.pending(run)
-        before = total - cells * len(units)
-        _report(on_unit, before, total, template, {})
-        for done, unit in enumerate(units, 1):
-            begin = time.perf_counter()
-            values = run_unit(unit)
-            store.write_chunk(run, unit, values, wall_s=time.perf_counter() - begin)
-            _report(on_unit, before + done * cells, total, template, unit)
+    described = [facts(worlds(*source), spec) for source in _sources(spec)]
+    with store.open_run(
+        out, identity, template, dict.fromkeys(dims, 1), {**store.environment(), "data": described}
+    ) as run:
+        pending = {_start(unit) for unit in store.pending(run)}
+        todo = _agreed(every, [at for at in every if _start(at) in pending])
+        before = total - cells * len(todo)
+        report(before, total, {})
+        for done, (at, values, wall_s) in enumerate(compute(todo), 1):
+            store.write_chunk(run, at, values, wall_s=wall_s)
+            report(before + done * cells, total, at)
     return store.load(out)
 
 
@@ -117,156 +139,96 @@ def resolve_measures(measures: Sequence[str | Measure] | None) -> dict[str, Meas
     return chosen
 
 
-def recipe_of(spec: Spec, width: int) -> Recipe:
-    """The static part of training a network of ``width`` units."""
-    return Recipe(
-        width=width,
-        optimizer=spec.optimizer,
-        schedule=spec.schedule,
-        steps=spec.steps,
-        batch_size=spec.batch_size,
-        tied=spec.tied,
-        weight_decay=spec.weight_decay,
-    )
+def worlds_of(spec: Spec) -> Worlds:
+    """The data sets of ``spec``, by name and separation; each is loaded when first asked for."""
+
+    @functools.cache
+    def load(dataset: str, separation: float | None) -> World:
+        return make_world(spec, dataset, separation)
+
+    return load
 
 
-def segments_of(spec: Spec) -> np.ndarray:
-    """Numbers of steps between records, int32."""
-    return np.diff(np.asarray(spec.record_steps, np.int32), prepend=np.int32(0))
+def _sources(spec: Spec) -> list[tuple[str, float | None]]:
+    return list(itertools.product(spec.dataset, spec.separation or (None,)))
 
 
-def fit_cell(
-    key: PRNGKey,
-    data: CellData,
-    numbers: Numbers,
-    recipe: Recipe,
-    segments: Int[Array, " r"],
-    evaluation: CellSpec,
-    measures: tuple[Measure, ...],
-) -> tuple[ReluDae, tuple[Array, ...]]:
-    """One experiment: train a network, and take ``measures`` after each of ``segments`` steps; pure, mapped by sweeps.
-
-    ``segments`` are the step counts between records; ``evaluation`` is completed with the cell's σ and λ. Returns the
-    network at the end and, for each measure, its values stacked along a leading axis of records.
-    """
-    init_key, step_key = jax.random.split(key)
-    dim = data.train.shape[1]
-    rates = {"learning_rate": numbers.learning_rate}
-    state = start(init_key, dim, recipe, init_scale=numbers.init_scale, dtype=data.train.dtype, **rates)
-    cell = evaluation._replace(sigma=numbers.sigma, penalty=numbers.penalty)
-
-    def record(state: Any, num_steps: Int[Array, ""]) -> tuple[Any, tuple[Array, ...]]:
-        state = advance(
-            state, step_key, data.train, num_steps, recipe, sigma=numbers.sigma, penalty=numbers.penalty, **rates
-        )
-        return state, tuple(jnp.asarray(measure(state.dae, data, cell)) for measure in measures)
-
-    state, values = jax.lax.scan(record, state, segments)
-    return state.dae, values
+def all_units(spec: Spec) -> list[Unit]:
+    """Every unit of a sweep, in the order in which they are computed."""
+    return [_unit(spec, place) for place in _places(spec)]
 
 
-def _units(spec: Spec) -> list[store.Unit]:
-    sizes = [range(spec.shape[axis]) for axis in UNIT_AXES]
-    return [dict(zip(UNIT_AXES, (slice(i, i + 1) for i in index), strict=True)) for index in itertools.product(*sizes)]
+def _places(spec: Spec) -> list[store.Unit]:
+    dims = _unit_dims(spec)
+    indices = itertools.product(*(range(spec.shape[axis]) for axis in dims))
+    return [dict(zip(dims, (slice(i, i + 1) for i in index), strict=True)) for index in indices]
 
 
-def _report(
-    on_unit: Callable[[Progress], None] | None, done: int, total: int, template: xr.Dataset, unit: store.Unit
-) -> None:
-    if on_unit is not None:
-        on_unit(Progress(done, total, {axis: template[axis].values[index].item() for axis, index in unit.items()}))
+def _unit_dims(spec: Spec) -> list[str]:
+    """Dimensions of the results along which the work is cut."""
+    return [axis for axis in spec.shape if axis in LOOP_AXES or axis == "seed"]
 
 
-def _template(spec: Spec, world: World, measures: Mapping[str, Measure]) -> xr.Dataset:
+def _unit(spec: Spec, place: store.Unit) -> Unit:
+    at = {axis: part.start for axis, part in place.items()}
+    values = {axis: getattr(spec, axis)[at.get(axis, 0)] for axis in LOOP_AXES if getattr(spec, axis)}
+    return Unit(**{"separation": None, **values}, seed=at["seed"])
+
+
+def _template(spec: Spec, measures: Mapping[str, Measure], worlds: Worlds) -> xr.Dataset:
     """The empty results: labels from the spec, shapes and types of the measures from an abstract run of the first
     cell."""
-    unit = _units(spec)[0]
-    values = jax.eval_shape(*_cells(spec, world, measures, unit))
-    coords = {axis: list(getattr(spec, axis)) for axis in (*SHAPE_AXES, *VALUE_AXES)}
+    unit = _unit(spec, {axis: slice(0, 1) for axis in _unit_dims(spec)})
+    for source in _sources(spec):
+        worlds(*source)
+    program, key, data = unit_program(spec, unit, worlds(unit.dataset, unit.separation))
+    cell = jax.tree.map(lambda axis: axis[0], grid_of(spec))
+    segments = segments_of(spec)
+    values = jax.eval_shape(
+        lambda key, data, cell: fit_cell(key, data, cell, program, segments, measures)[1], key, data, cell
+    )
+    coords: dict[str, Any] = {axis: list(getattr(spec, axis)) for axis in spec.shape if axis not in ("seed", "step")}
     coords |= {"seed": list(range(spec.seeds)), "step": list(spec.record_steps)}
     variables = {}
-    for (name, measure), value in zip(measures.items(), values, strict=True):
-        plain = {f"{name}_{i}": list(range(size)) for i, size in enumerate(value.shape[2:])}
+    for name, measure in measures.items():
+        shape = values[name].shape[1:]
+        plain = {f"{name}_{i}": list(range(size)) for i, size in enumerate(shape)}
         own = {dim: list(labels) for dim, labels in getattr(measure, "labels", plain).items()}
+        if tuple(map(len, own.values())) != shape:
+            raise ValueError(
+                f"measure {name!r} returns shape {shape}, but its labels have lengths "
+                f"{tuple(map(len, own.values()))}; correct its labels."
+            )
         coords |= own
         summary = (measure.__doc__ or name).strip().splitlines()[0]
-        variables[name] = ((*spec.shape, *own), value.dtype, {"long_name": summary})
-    return store.blank(coords, variables)
+        variables[name] = ((*spec.shape, *own), values[name].dtype, {"long_name": summary})
+    alone = {axis: getattr(spec, axis)[0] for axis in OPTIONAL_AXES if axis not in spec.shape and getattr(spec, axis)}
+    return store.blank(coords | alone, variables)
 
 
-def _unit_runner(
-    spec: Spec, world: World, measures: Mapping[str, Measure], memory: int
-) -> Callable[[store.Unit], dict[str, np.ndarray]]:
-    """A function that computes one unit; units of one shape share a program, and the last program is kept."""
-    axis_sizes = tuple(spec.shape[axis] for axis in VALUE_AXES)
-    latest: dict[tuple[int, ...], Callable[..., list[np.ndarray]]] = {}
-
-    def run_unit(unit: store.Unit) -> dict[str, np.ndarray]:
-        shape = tuple(unit[axis].start for axis in SHAPE_AXES)
-        function, numbers, key, data = _cells(spec, world, measures, unit)
-        if shape not in latest:
-            latest.clear()
-            latest[shape] = _compile(function, numbers, key, data, memory=memory)
-        values = latest[shape](numbers, key, data)
-        # (cells, records, ...): the unit's axes have length one, the value axes come apart.
-        return {
-            name: value.reshape(*(1,) * len(UNIT_AXES), *axis_sizes, *value.shape[1:])
-            for name, value in zip(measures, values, strict=True)
-        }
-
-    return run_unit
+def _shaped(spec: Spec, dims: Sequence[str], values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """From (cells, records, ...): the unit's axes have length one, the value axes come apart."""
+    front = (*(1 for _ in dims), *(spec.shape[axis] for axis in VALUE_AXES))
+    return {name: value.reshape(*front, *value.shape[1:]) for name, value in values.items()}
 
 
-def _cells(
-    spec: Spec, world: World, measures: Mapping[str, Measure], unit: store.Unit
-) -> tuple[Callable[..., tuple[Array, ...]], Numbers, PRNGKey, CellData]:
-    """A function of (numbers, key, data) that runs all cells of a unit, mapped over the numbers; and its arguments."""
-    num_samples, width = (getattr(spec, axis)[unit[axis].start] for axis in SHAPE_AXES)
-    key, data, identity = cell_data(world, spec, num_samples, unit["seed"].start)
-    recipe = recipe_of(spec, width)
-    evaluation = CellSpec(0.0, 0.0, spec.eval_samples, spec.eval_draws, identity)
-    segments = segments_of(spec)
-    grid = np.asarray(list(itertools.product(*(getattr(spec, axis) for axis in VALUE_AXES))), spec.dtype)
-
-    def run(numbers: Numbers, key: PRNGKey, data: CellData) -> tuple[Array, ...]:
-        def one(cell: Numbers) -> tuple[Array, ...]:
-            return fit_cell(key, data, cell, recipe, jnp.asarray(segments), evaluation, tuple(measures.values()))[1]
-
-        return jax.vmap(one)(numbers)
-
-    return run, Numbers(*grid.T), key, data
+def _shard(units: list[store.Unit], index: int, count: int) -> list[store.Unit]:
+    if not 1 <= index <= count:
+        raise ValueError(f"shard {index}/{count} does not exist: the first number counts from 1 to the second.")
+    mine = units[index - 1 :: count]
+    if not mine:
+        raise ValueError(f"shard {index}/{count} is empty: there are {len(units)} units of work; use fewer shards.")
+    return mine
 
 
-def _compile(
-    function: Callable[..., tuple[Array, ...]], numbers: Numbers, key: PRNGKey, data: CellData, *, memory: int
-) -> Callable[..., list[np.ndarray]]:
-    """``function`` compiled for the largest group of cells whose temporaries fit in ``memory`` bytes.
-
-    The last group is filled up by repeating its last cell. ``ValueError`` if a single cell does not fit.
-    """
-    total = size = len(jax.tree.leaves(numbers)[0])
-    while True:
-        program = jax.jit(function).lower(_some(numbers, np.arange(size)), key, data).compile()
-        analysis = program.memory_analysis()
-        # Backends that do not analyze memory give None: then all cells go in one group.
-        needed = 0 if analysis is None else analysis.temp_size_in_bytes
-        if needed <= memory:
-            break
-        if size == 1:
-            raise ValueError(f"one cell needs {needed:,} bytes, over the memory budget of {memory:,}; raise --memory.")
-        size = min(size - 1, max(1, size * memory // needed))
-    starts = range(0, total, size)
-
-    def run(numbers: Numbers, key: PRNGKey, data: CellData) -> list[np.ndarray]:
-        groups = []
-        for begin in starts:
-            rows = np.minimum(np.arange(begin, begin + size), total - 1)
-            groups.append(program(_some(numbers, rows), key, data))
-        host = jax.device_get(groups)
-        return [np.concatenate(parts)[:total] for parts in zip(*host, strict=True)]
-
-    return run
+def _start(unit: store.Unit) -> tuple[int, ...]:
+    return tuple(part.start for part in unit.values())
 
 
-def _some(numbers: Numbers, cells: np.ndarray) -> Numbers:
-    return jax.tree.map(lambda axis: axis[cells], numbers)
+def _agreed(every: Sequence[store.Unit], todo: Sequence[store.Unit]) -> list[store.Unit]:
+    """What the first process has to do, in every process."""
+    if jax.process_count() == 1:
+        return list(todo)
+    ours = {_start(unit) for unit in todo}
+    mask = multihost_utils.broadcast_one_to_all(np.asarray([_start(unit) in ours for unit in every]))
+    return [unit for unit, wanted in zip(every, np.asarray(mask), strict=True) if wanted]

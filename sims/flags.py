@@ -17,15 +17,19 @@ from typing import Any, TypeVar
 import numpy as np
 
 from sims.measures import DEFAULT, MEASURES
+from sims.shards import parse_shard
 from sims.spec import OPTIMIZERS, SCHEDULES, Spec
 
 __all__ = [
     "add_data_flags",
     "add_run_flags",
     "add_spec_flags",
+    "add_sweep_flags",
+    "parse_bools",
     "parse_bytes",
     "parse_floats",
     "parse_ints",
+    "parse_names",
     "spec_from_flags",
 ]
 
@@ -40,6 +44,19 @@ def parse_floats(text: str) -> tuple[float, ...]:
 def parse_ints(text: str) -> tuple[int, ...]:
     """As :func:`parse_floats`, rounded to integers; points of a range that round alike are merged."""
     return _parse_axis(text, int, lambda x: round(float(x)))
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """``adam,sgd`` as names; ``none`` is the empty name."""
+    return tuple("" if name == "none" else name for name in text.split(","))
+
+
+def parse_bools(text: str) -> tuple[bool, ...]:
+    """``true``, ``false`` or both with a comma between."""
+    try:
+        return tuple({"true": True, "false": False}[word] for word in text.lower().split(","))
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be true, false or false,true") from None
 
 
 def parse_bytes(text: str) -> int:
@@ -65,11 +82,19 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--spec", metavar="FILE", type=pathlib.Path, help="TOML or JSON file with any of the fields below; flags win")
     add(
         "--dataset",
-        help="digits; mixture:modes=4,dim=32,separation=3; idx:, cifar10:, npz:, images:, patches:PATH; or PATH",
+        action="append",
+        help="digits; mixture:modes=4,dim=32,separation=3; idx:, cifar10:, npz:, images:, patches:PATH; or PATH. Once "
+        "for each data set of an axis",
     )
+    add("--separation", type=parse_floats, metavar="S,...", help=f"norm of the modes of mixture: data sets: {AXIS}")
     add("--num-samples", type=parse_ints, metavar="N,...", help=f"training-set sizes n >= 1: {AXIS}")
-    add("--duplicates", metavar="KxM", help="K rows repeated M times each, beside --singles; replaces --num-samples")
-    add("--singles", type=int, metavar="N", help="rows that appear once, beside --duplicates")
+    add(
+        "--duplicates",
+        type=parse_names,
+        metavar="KxM,...",
+        help="of the n rows, K images M times each, the others once; a list, none for no repeats",
+    )
+    add("--singles", type=int, metavar="N", help="rows that appear once, beside one KxM: n = K M + N")
     add("--center", action=argparse.BooleanOptionalAction, default=None, help="subtract the mean of the training rows")
     add(
         "--separable",
@@ -91,12 +116,25 @@ def add_spec_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training and evaluation").add_argument
     add("--learning-rate", type=parse_floats, metavar="R,...", help=f"optimizer step size > 0: {AXIS}")
     add("--init-scale", type=parse_floats, metavar="C,...", help=f"norm of the columns at the start > 0: {AXIS}")
-    add("--optimizer", choices=OPTIMIZERS, help="update rule, with PyTorch's constants")
+    add(
+        "--optimizer",
+        type=parse_names,
+        metavar="NAME,...",
+        help=f"update rules with PyTorch's constants, of {', '.join(OPTIMIZERS)}",
+    )
     add("--schedule", choices=SCHEDULES, help="learning rate over the run: constant, or cosine to zero")
-    add("--batch-size", type=int, metavar="B", help="rows a step, drawn with replacement; 0: all of them")
+    add("--batch-size", type=parse_ints, metavar="B,...", help=f"rows a step, with replacement; 0: all of them: {AXIS}")
     add("--steps", type=int, help="optimizer steps >= 1")
     add("--record-steps", type=parse_ints, metavar="T,...", help=f"measure after these steps, in [0, steps]: {AXIS}")
-    add("--tied", action=argparse.BooleanOptionalAction, default=None, help="one parameter for W1 and W2")
+    add(
+        "--tied",
+        nargs="?",
+        type=parse_bools,
+        const=(True,),
+        metavar="false,true",
+        help="one parameter for W1 and W2; as an axis both",
+    )
+    add("--no-tied", dest="tied", action="store_const", const=(False,), help="two parameters")
     add("--weight-decay", type=float, help="decoupled decay of adamw >= 0 (coupled decay is --penalty)")
     add("--seeds", type=int, metavar="K", help="repetitions >= 1, each with its own rows, start and noise")
     add("--seed", type=int, help="root of all randomness >= 0")
@@ -119,6 +157,21 @@ def add_run_flags(parser: argparse.ArgumentParser, *, default_out: str | None = 
     add("--quiet", action="store_true", help="no progress bar and no summary")
 
 
+def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which machines compute a sweep, and how it is reported."""
+    add = parser.add_argument_group("many machines").add_argument
+    add("--group", type=int, metavar="CELLS", help="cells that run together, the same on any number of devices")
+    add("--shard", type=parse_shard, metavar="I/N", help="every N-th unit of work from the I-th; merge joins them")
+    add("--scheduler", metavar="ADDRESS", help="compute on the Dask cluster of this scheduler, as tcp://host:8786")
+    add("--local-workers", type=int, default=0, metavar="N", help="compute on so many Dask workers started here")
+    add("--distributed", action="store_true", help="join the processes of a cluster, found in the environment (SLURM)")
+    add("--coordinator", metavar="HOST:PORT", help="join the processes that this one, the first, coordinates")
+    add("--num-processes", type=int, metavar="N", help="of --coordinator")
+    add("--process-id", type=int, metavar="I", help="of this process, from 0")
+    add("--dry-run", action="store_true", help="print cells, programs, memory and time, and stop")
+    add("--log", metavar="FILE", type=pathlib.Path, help="append a line for each unit of work to this file")
+
+
 def add_measures_flag(parser: argparse.ArgumentParser) -> None:
     """Add ``--measures``."""
     parser.add_argument(
@@ -135,14 +188,14 @@ def spec_from_flags(args: argparse.Namespace, **defaults: Any) -> Spec:
 
     ``ValueError`` for a file that cannot be read and for all that :class:`Spec` refuses.
     """
-    fields = dict(defaults)
-    if args.spec is not None:
-        fields |= _read_fields(args.spec)
+    given = {} if args.spec is None else _read_fields(args.spec)
     for field in dataclasses.fields(Spec):
         value = getattr(args, field.name, None)
         if value is not None:
-            fields[field.name] = value
-    return Spec.from_dict(fields)
+            given[field.name] = value
+    # Duplicates say how many rows there are; a default must not contradict them.
+    dropped = {"num_samples"} if "duplicates" in given else set()
+    return Spec.from_dict({name: value for name, value in defaults.items() if name not in dropped} | given)
 
 
 def _read_fields(path: pathlib.Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,21 +34,24 @@ def transition_table(
     return rows
 
 
-def summary(results: xr.Dataset, spec: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+def summary(results: xr.Dataset, spec: Mapping[str, Any], facts: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: what was run, how many cells finished, where the transition lies, and the ends of the main curves."""
     sizes = {dim: size for dim, size in results.sizes.items() if dim in spec or dim in ("seed", "step")}
     networks = math.prod(size for dim, size in sizes.items() if dim != "step")
-    diverged = int((~np.isfinite(results["train_error"].isel(step=-1))).sum()) if "train_error" in results else 0
+    last = results.isel(step=-1)
+    diverged = int((~np.isfinite(last["train_error"]) & last["done"]).sum()) if "train_error" in last else 0
+    missing = round(networks * float(1 - last["done"].mean()))
+    named = [f"{one['name']} (d = {one['dim']})" for one in facts]
     lines = [
         "# Summary",
         "",
-        f"{networks} networks on {facts.get('name', spec['dataset'])} (d = {facts.get('dim', '?')}): "
+        f"{networks} networks on {' and '.join(named)}: "
         + ", ".join(f"{size} {dim}" for dim, size in sizes.items() if size > 1)
         + ".",
-        f"Training: {spec['optimizer']}, {spec['steps']} steps, width {_listed(spec['width'])}, "
+        f"Training: {_listed(spec['optimizer'])}, {spec['steps']} steps, width {_listed(spec['width'])}, "
         f"penalty {_listed(spec['penalty'])}, learning rate {_listed(spec['learning_rate'])}, "
-        f"{'full batch' if not spec['batch_size'] else 'batch ' + str(spec['batch_size'])}.",
-        f"Diverged: {diverged} of {networks}.",
+        f"batch {_listed(size or 'full' for size in spec['batch_size'])}.",
+        f"Diverged: {diverged} of {networks}." + (f" Not computed yet: {missing}." if missing else ""),
         "",
     ]
     if "gap" in results and results.sizes["num_samples"] > 1:
@@ -70,7 +73,7 @@ def _transition_lines(results: xr.Dataset) -> list[str]:
         "|" + "---|" * (len(axes) + 2),
     ]
     for row in rows:
-        cells = [f"{row[axis]:g}" for axis in axes]
+        cells = [_shown(row[axis]) for axis in axes]
         found = f"{row['estimate']:.3g}" if math.isfinite(row["estimate"]) else "outside the grid"
         interval = f"{row['low']:.3g} to {row['high']:.3g}" if math.isfinite(row["low"]) else "-"
         lines.append("| " + " | ".join([*cells, found, interval]) + " |")
@@ -119,5 +122,9 @@ def _mean_and_error(values: np.ndarray) -> str:
     return f"{finite.mean():.3g} ± {finite.std(ddof=1) / math.sqrt(finite.size):.1g}"
 
 
-def _listed(values: Any) -> str:
-    return ", ".join(f"{value:g}" for value in values)
+def _listed(values: Iterable[Any]) -> str:
+    return ", ".join(_shown(value) for value in values)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value) or "none"

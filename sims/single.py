@@ -22,13 +22,14 @@ from jaxtyping import Array, Int
 
 from dae_theory import ReluDae
 from sims import store
-from sims.engine import recipe_of, resolve_measures, segments_of
+from sims.engine import resolve_measures
 from sims.files import replace_file, write_text
-from sims.measures import CellData, CellSpec, Measure
+from sims.measures import CellData, Measure
+from sims.programs import segments_of, single_unit, unit_program
 from sims.provenance import environment
-from sims.spec import SHAPE_AXES, VALUE_AXES, Spec
+from sims.spec import Spec
 from sims.train import TrainState, advance, start
-from sims.worlds import cell_data, make_world
+from sims.worlds import facts, make_world
 
 __all__ = ["load_dae", "run", "save_dae"]
 
@@ -48,16 +49,13 @@ def run(
     called after each record. ``ValueError`` if an axis has more than one value, or ``out`` holds something else.
     """
     out = pathlib.Path(out)
-    for axis in (*SHAPE_AXES, *VALUE_AXES):
-        if len(getattr(spec, axis)) != 1:
-            raise ValueError(f"a single run needs one {axis}, got {getattr(spec, axis)}; use sweep for several.")
+    unit, numbers = single_unit(spec)
     chosen = resolve_measures(measures)
     world = make_world(spec)
-    key, data, identity = cell_data(world, spec, spec.num_samples[0], 0)
+    program, key, data = unit_program(spec, unit, world)
     init_key, step_key = jax.random.split(key)
-    recipe = recipe_of(spec, spec.width[0])
-    penalty, learning_rate, init_scale, sigma = (getattr(spec, axis)[0] for axis in VALUE_AXES)
-    cell = CellSpec(sigma, penalty, spec.eval_samples, spec.eval_draws, identity)
+    recipe, (penalty, learning_rate, init_scale, sigma) = program.recipe, numbers
+    cell = program.evaluation._replace(sigma=sigma, penalty=penalty)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def go(state: TrainState, data: CellData, num_steps: Int[Array, ""]) -> tuple[TrainState, tuple[Array, ...]]:
@@ -66,7 +64,7 @@ def run(
         return state, tuple(jnp.asarray(measure(state.dae, data, cell)) for measure in chosen.values())
 
     with store.locked(out):
-        _claim(out, {"single": {**spec.to_dict(), "measures": list(chosen)}}, world.facts)
+        _claim(out, {"single": {**spec.to_dict(), "measures": list(chosen)}}, [facts(world, spec)])
         state = start(
             init_key,
             data.train.shape[1],
@@ -106,7 +104,7 @@ def load_dae(path: str | pathlib.Path) -> ReluDae:
     return ReluDae(jnp.asarray(tensors["w1"]), jnp.asarray(tensors["w2"]))
 
 
-def _claim(out: pathlib.Path, identity: dict[str, Any], facts: dict[str, Any]) -> None:
+def _claim(out: pathlib.Path, identity: dict[str, Any], facts: list[dict[str, Any]]) -> None:
     """Write what is run, or check that it is what the folder holds."""
     path = out / "spec.json"
     if not path.exists():

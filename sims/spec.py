@@ -19,17 +19,22 @@ from sims.datasets import parse_duplicates
 if TYPE_CHECKING:
     Integers = tuple[int, ...]
     Numbers = tuple[float, ...]
+    Names = tuple[str, ...]
+    Switches = tuple[bool, ...]
 else:
     # A single value or a list becomes a tuple at construction, so what __init__ takes is checked there.
-    Integers = Numbers = Any
+    Integers = Numbers = Names = Switches = Any
 
-__all__ = ["FORMAT", "OPTIMIZERS", "SCHEDULES", "SHAPE_AXES", "VALUE_AXES", "Spec"]
+__all__ = ["FORMAT", "LOOP_AXES", "OPTIMIZERS", "OPTIONAL_AXES", "SCHEDULES", "VALUE_AXES", "Spec"]
 
-FORMAT = 1
-"""Version of the serialized form; a newer one is refused."""
+FORMAT = 2
+"""Version of the serialized form; a newer one is refused. Version 1 had fewer axes, one value for each other field."""
 
-SHAPE_AXES = ("num_samples", "width")
-"""Axes that change array shapes: one compiled program for each combination."""
+OPTIONAL_AXES = ("dataset", "separation", "duplicates", "optimizer", "batch_size", "tied")
+"""Axes that are dimensions of the results only where they have more than one value."""
+
+LOOP_AXES = (*OPTIONAL_AXES, "num_samples", "width")
+"""Axes that change the data, the shapes or the program: they loop, and cells that share a program compile once."""
 
 VALUE_AXES = ("penalty", "learning_rate", "init_scale", "sigma")
 """Axes of numbers: all combinations are mapped inside one compiled program."""
@@ -44,24 +49,27 @@ class Spec:
     range."""
 
     # Data.
-    dataset: str = "digits"
-    """What :func:`sims.datasets.load` understands: ``digits``, ``mixture:...`` or a path."""
+    dataset: Names = ("digits",)
+    """What :func:`sims.datasets.load` understands: ``digits``, ``mixture:...`` or a path; an axis."""
+    separation: Numbers = ()
+    """Norm of the modes of ``mixture:`` data sets, an axis; empty: what their names say."""
     center: bool = False
     """Subtract the mean of the training rows (from held-out rows too)."""
     separable: int = 0
     """Keep only a greedy subset of this many rows with pairwise negative cosines; 0 keeps all."""
-    duplicates: str = ""
-    """``KxM``: K rows repeated M times each, beside ``singles`` rows once. Replaces ``num_samples``."""
+    duplicates: Names = ("",)
+    """``KxM``: K rows repeated M times each, the others once; an axis, with ``""`` for none."""
     singles: int = 0
-    """Rows that appear once, beside ``duplicates``."""
+    """Rows that appear once, beside one value of ``duplicates``: the same as ``num_samples`` = K M + ``singles``."""
     held_out: float | int = 0.2
     """Rows never trained on: a fraction of the data set below 1, or a count from 1."""
     split_seed: int = 0
     """Seed of the split into training pool and held-out rows."""
 
     # Axes.
-    num_samples: Integers = (2, 8, 32, 128, 512)
-    """Training-set sizes n; sets are nested in n at each seed."""
+    num_samples: Integers = None  # pyright: ignore[reportAssignmentType] - replaced at construction
+    """Training-set sizes n, repeated rows counted as often as they occur; distinct rows are nested in n at each seed.
+    Default: 2, 8, 32, 128, 512, or K M + ``singles`` beside ``duplicates``."""
     width: Integers = (64,)
     """Hidden units p."""
     penalty: Numbers = (1e-3,)
@@ -76,15 +84,16 @@ class Spec:
     """Repetitions, each with its own training set, start and noise."""
 
     # Training.
-    optimizer: str = "adam"
+    optimizer: Names = ("adam",)
+    """Update rules; an axis."""
     schedule: str = "constant"
-    batch_size: int = 0
-    """Rows a step, drawn with replacement; 0, or more than n, is the full batch."""
+    batch_size: Integers = (0,)
+    """Rows a step, drawn with replacement; 0, or more than n, is the full batch; an axis."""
     steps: int = 2000
     record_steps: Integers = ()
     """Steps after which measures are taken; empty: after the last only."""
-    tied: bool = False
-    """One parameter for W₁ and W₂."""
+    tied: Switches = (False,)
+    """One parameter for W₁ and W₂; an axis."""
     weight_decay: float | int = 0.0
     """Decoupled decay of adamw, which does not minimize the paper's objective; coupled decay is ``penalty``."""
 
@@ -98,34 +107,38 @@ class Spec:
     """Root of all randomness."""
 
     def __post_init__(self) -> None:
-        for name in (*SHAPE_AXES, *VALUE_AXES, "record_steps"):
+        for name in (*OPTIONAL_AXES, "width", *VALUE_AXES, "record_steps"):
             object.__setattr__(self, name, _as_axis(name, getattr(self, name)))
-        for name in SHAPE_AXES:
+        self._check_data()
+        for name in ("num_samples", "width"):
             for value in getattr(self, name):
                 check_integer(name, value, minimum=1)
         for name in ("sigma", "learning_rate", "init_scale"):
             for value in getattr(self, name):
                 _check_number(name, value, positive=True)
-        for value in self.penalty:
-            _check_number("penalty", value, positive=False)
+        for name in ("penalty", "separation"):
+            for value in getattr(self, name):
+                _check_number(name, value, positive=False)
         _check_number("held_out", self.held_out, positive=True)
         _check_number("weight_decay", self.weight_decay, positive=False)
         for name in ("seeds", "steps", "eval_samples", "eval_draws"):
             check_integer(name, getattr(self, name), minimum=1)
-        for name in ("batch_size", "separable", "singles", "split_seed", "seed"):
+        for name in ("separable", "split_seed", "seed"):
             check_integer(name, getattr(self, name), minimum=0)
-        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        for value in self.batch_size:
+            check_integer("batch_size", value, minimum=0)
+        for value in self.tied:
+            if not isinstance(value, bool):
+                raise ValueError(f"tied must be true or false, got {value!r}.")
+        for value in self.optimizer:
+            _check_choice("optimizer", value, OPTIMIZERS)
         _check_choice("schedule", self.schedule, SCHEDULES)
         _check_choice("dtype", self.dtype, ("float32", "float64"))
-        if self.weight_decay and self.optimizer != "adamw":
+        if self.weight_decay and self.optimizer != ("adamw",):
             raise ValueError(
                 f"weight_decay = {self.weight_decay} means the decoupled decay of adamw; with optimizer "
-                f"{self.optimizer!r} use penalty (sims.train.penalty_from_weight_decay converts)."
+                f"{', '.join(self.optimizer)} use penalty (sims.train.penalty_from_weight_decay converts)."
             )
-        if self.singles and not self.duplicates:
-            raise ValueError(f"singles = {self.singles} needs duplicates, such as duplicates='20x60'.")
-        if self.duplicates:
-            object.__setattr__(self, "num_samples", (len(self.identity(0)),))
         for step in self.record_steps:
             check_integer("record_steps", step, minimum=0, maximum=self.steps)
         if list(self.record_steps) != sorted(set(self.record_steps)):
@@ -133,12 +146,50 @@ class Spec:
         if not self.record_steps:
             object.__setattr__(self, "record_steps", (self.steps,))
 
+    def _check_data(self) -> None:
+        """Find ``num_samples`` where it is left out, and refuse axes that contradict one another."""
+        check_integer("singles", self.singles, minimum=0)
+        if self.singles and (len(self.duplicates) > 1 or "" in self.duplicates):
+            raise ValueError(
+                f"singles = {self.singles} needs duplicates, one value such as 20x60; else give num_samples, and rows "
+                "that are not duplicates appear once."
+            )
+        for name in self.dataset:
+            if not isinstance(name, str) or not name:
+                raise ValueError(f"dataset must be a name, such as digits or mixture:modes=4; got {name!r}.")
+            if self.separation and (not name.startswith("mixture:") or "separation" in name):
+                raise ValueError(
+                    f"separation is an axis of mixture: data sets that do not give it themselves, not of {name!r}."
+                )
+        repeated = {name: math.prod(parse_duplicates(name)) if name else 0 for name in self.duplicates}
+        if self.num_samples is None:
+            if len(repeated) > 1:
+                raise ValueError("several duplicates need num_samples: the rows of a training set, repeated ones too.")
+            (rows,) = repeated.values()
+            object.__setattr__(self, "num_samples", (rows + self.singles,) if rows else (2, 8, 32, 128, 512))
+        object.__setattr__(self, "num_samples", _as_axis("num_samples", self.num_samples))
+        for name, rows in repeated.items():
+            for n in self.num_samples:
+                check_integer("num_samples", n, minimum=1)
+                if n < rows or (self.singles and n != rows + self.singles):
+                    single = f" and singles = {self.singles} make {rows + self.singles}" if self.singles else " alone"
+                    raise ValueError(
+                        f"num_samples = {n} contradicts duplicates = {name}: {rows} rows{single}. Leave out one, or "
+                        "change it."
+                    )
+
     @property
     def shape(self) -> dict[str, int]:
         """Length of each dimension of the results, in their order."""
-        axes = {name: len(getattr(self, name)) for name in (*SHAPE_AXES,)}
+        dims = [name for name in OPTIONAL_AXES if len(getattr(self, name)) > 1]
+        loops = {name: len(getattr(self, name)) for name in (*dims, "num_samples", "width")}
         values = {name: len(getattr(self, name)) for name in VALUE_AXES}
-        return {**axes, "seed": self.seeds, **values, "step": len(self.record_steps)}
+        return {**loops, "seed": self.seeds, **values, "step": len(self.record_steps)}
+
+    @property
+    def cells_per_unit(self) -> int:
+        """Combinations of the value axes: networks that share a training set, a start and noise."""
+        return math.prod(len(getattr(self, name)) for name in VALUE_AXES)
 
     @property
     def num_cells(self) -> int:
@@ -150,17 +201,24 @@ class Spec:
         """``held_out`` as :func:`sims.datasets.load` takes it, for which a whole number is a count."""
         return int(self.held_out) if self.held_out >= 1 else self.held_out
 
-    def identity(self, num_samples: int) -> tuple[int, ...]:
+    def identity(self, num_samples: int, duplicates: str | None = None) -> tuple[int, ...]:
         """For each row of a training set of ``num_samples`` the index of the distinct row that it is.
 
-        0, 1, 2, ... without duplicates; with ``duplicates="KxM"`` the first K indices stand M times each and
-        ``singles`` follow, whatever ``num_samples`` is.
+        0, 1, 2, ... without duplicates; with ``"KxM"`` (default: the first of the axis) the first K indices stand M
+        times each, and others once.
         """
-        if not self.duplicates:
+        name = self.duplicates[0] if duplicates is None else duplicates
+        if not name:
             return tuple(range(num_samples))
-        count, times = parse_duplicates(self.duplicates)
+        count, times = parse_duplicates(name)
         repeated = [i for i in range(count) for _ in range(times)]
-        return (*repeated, *range(count, count + self.singles))
+        return (*repeated, *range(count, count + num_samples - len(repeated)))
+
+    def source(self, dataset: str, separation: float | None = None) -> str:
+        """The name of a data set with its separation, as :func:`sims.datasets.load` takes it."""
+        if separation is None:
+            return dataset
+        return f"{dataset}{'' if dataset.endswith(':') else ','}separation={separation!r}"
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as JSON-able values, with its format number."""
@@ -175,8 +233,10 @@ class Spec:
         """
         values = dict(values)
         version = values.pop("format", FORMAT)
-        if version != FORMAT:
-            raise ValueError(f"this spec has format {version}; this version reads format {FORMAT}. Update dae-theory.")
+        if version not in range(1, FORMAT + 1):
+            raise ValueError(
+                f"this spec has format {version}; this version reads formats 1 to {FORMAT}. Update dae-theory."
+            )
         known = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in known:
@@ -188,7 +248,7 @@ class Spec:
 
 def _as_axis(name: str, value: Any) -> tuple[Any, ...]:
     axis = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    if not axis and name != "record_steps":
+    if not axis and name not in ("record_steps", "separation"):
         raise ValueError(f"axis {name} is empty; give it at least one value.")
     if len(set(axis)) < len(axis):
         raise ValueError(f"axis {name} repeats a value: {axis}; list each once (repetitions are seeds).")

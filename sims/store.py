@@ -40,6 +40,7 @@ __all__ = [
     "Run",
     "StoreError",
     "Unit",
+    "attached",
     "blank",
     "count_finite",
     "environment",
@@ -49,6 +50,7 @@ __all__ = [
     "pending",
     "progress",
     "read_spec",
+    "template_of",
     "write_chunk",
 ]
 
@@ -79,7 +81,6 @@ class Count(NamedTuple):
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Be the one process that writes in ``path``, made if need be; ``StoreError`` if another one does."""
     """Hold the folder ``path``, made if need be, as its only writer; a kill lets go of it.
 
     ``StoreError`` if another process holds it, or it cannot be written.
@@ -155,8 +156,7 @@ def load(out: str | os.PathLike[str]) -> xr.Dataset:
     Besides the template's variables it has ``done`` and ``wall_s`` (seconds) over the chunked dimensions. Safe while
     another process writes. ``StoreError`` if the folder holds no run, one of a newer format, or a damaged one.
     """
-    path = Path(out)
-    run = _attach(path, _found(path), "r")
+    run = attached(out)
     finished = on_disk.finished(run)
     dataset = on_disk.labels(run)
     for name, array in run.arrays.items():
@@ -165,6 +165,23 @@ def load(out: str | os.PathLike[str]) -> xr.Dataset:
             values[on_disk.region(array, unit)] = on_disk.read_chunk(run, name, unit)
         dataset[name] = xr.Variable(on_disk.dims(array), values, dict(array.attrs))
     return dataset
+
+
+def attached(out: str | os.PathLike[str]) -> Run:
+    """The run at ``out``, to read from; ``StoreError`` as :func:`load`."""
+    path = Path(out)
+    return _attach(path, _found(path), "r")
+
+
+def template_of(out: str | os.PathLike[str]) -> xr.Dataset:
+    """The template that the run at ``out`` was begun with; ``StoreError`` as :func:`load`."""
+    run = attached(out)
+    found = on_disk.labels(run)
+    arrays = {name: array for name, array in run.arrays.items() if name not in BOOKKEEPING}
+    variables = {name: (on_disk.dims(array), array.dtype, dict(array.attrs)) for name, array in arrays.items()}
+    return blank({str(name): label for name, label in found.coords.items()}, variables).assign_attrs(
+        {name: value for name, value in found.attrs.items() if name != "record"}
+    )
 
 
 def read_spec(out: str | os.PathLike[str]) -> dict[str, Any]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import os
+import pathlib
 import sys
 from collections.abc import Callable
 
 from tqdm import tqdm
 
-__all__ = ["Bar", "guarded"]
+__all__ = ["Bar", "Log", "guarded"]
 
 
 def guarded(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], int]:
@@ -53,3 +55,28 @@ class Bar:
             self._bar.initial = done
         self._bar.set_postfix_str(label, refresh=False)
         self._bar.update(done - self._bar.n)
+
+
+class Log:
+    """Lines with the time, appended to a file; none without a file. ``ValueError`` if it cannot be written."""
+
+    def __init__(self, path: pathlib.Path | None) -> None:
+        self._path = path
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.write("finished" if error is None else f"ended: {type(error).__name__} {error}".rstrip())
+
+    def write(self, line: str) -> None:
+        """Append one line."""
+        if self._path is None:
+            return
+        stamp = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(f"{stamp} {line}\n")
+        except OSError as error:
+            raise ValueError(f"cannot write the log {self._path}: {error.strerror}; choose another file.") from error

@@ -19,7 +19,7 @@ from sims import datasets
 from sims.measures import CellData
 from sims.spec import Spec
 
-__all__ = ["World", "cell_data", "make_world"]
+__all__ = ["World", "cell_data", "facts", "make_world"]
 
 
 class World(NamedTuple):
@@ -31,52 +31,63 @@ class World(NamedTuple):
     """Rows never trained on, (m, d)."""
     population: GaussianMixture
     """The law of the data: exact for synthetic mixtures, else one mode a label, fitted to the pool."""
-    facts: dict[str, Any]
-    """What to record of the data, as JSON values."""
+    image_shape: tuple[int, int, int] | None
+    """(height, width, channels) of a row, if rows are images."""
+    data: datasets.Dataset
+    """What it was made of."""
 
 
-def make_world(spec: Spec) -> World:
-    """Load the data that ``spec`` names; ``ValueError`` if it is missing, damaged, or smaller than the largest n."""
+def make_world(spec: Spec, dataset: str | None = None, separation: float | None = None) -> World:
+    """Load one of the data sets that ``spec`` names (default: its first, at its first separation).
+
+    ``ValueError`` if it is missing, damaged, or smaller than the largest n.
+    """
+    dataset = spec.dataset[0] if dataset is None else dataset
+    if separation is None and spec.separation:
+        separation = spec.separation[0]
     data = datasets.load(
-        spec.dataset,
+        spec.source(dataset, separation),
         held_out=spec.held_out_size,
         seed=spec.split_seed,
         center=spec.center and bool(spec.separable),
         separable=spec.separable,
         dtype=np.dtype(spec.dtype),
     )
-    needed = max(max(spec.identity(n)) + 1 for n in spec.num_samples)
+    needed = max(max(spec.identity(n, repeats)) + 1 for n in spec.num_samples for repeats in spec.duplicates)
     if needed > len(data.train):
         raise ValueError(
             f"{needed} distinct training rows are asked for, but {data.name} has {len(data.train)} beside "
             f"{len(data.held_out)} held out; ask for fewer, or lower held_out."
         )
     population = data.mixture or mx.fit(jnp.asarray(data.train), data.train_labels, ridge=1e-3)
-    world = World(data.train, data.held_out, population, {})
-    return world._replace(facts=_facts(world, spec, data))
+    return World(data.train, data.held_out, population, data.image_shape, data)
 
 
-def _facts(world: World, spec: Spec, data: datasets.Dataset) -> dict[str, Any]:
-    """The data in numbers: sizes, norms, and at seed 0 for each n the largest cosine β between distinct rows."""
+def facts(world: World, spec: Spec) -> dict[str, Any]:
+    """What to record of the data, as JSON values: sizes, norms, and at seed 0 for each n the largest cosine β between
+    distinct rows."""
     betas = []
     for num_samples in spec.num_samples:
         _, cell, identity = cell_data(world, spec, num_samples, 0)
         distinct = np.unique(identity, return_index=True)[1]
         betas.append(datasets.max_cosine(np.asarray(cell.train)[distinct]))
-    most = max(spec.num_samples)
+    most, data = max(spec.num_samples), world.data
     used = data._replace(train=data.train[:most], train_labels=data.train_labels[:most])
     return {**datasets.describe(used), "pool": len(data.train), "beta_by_num_samples": betas}
 
 
-def cell_data(world: World, spec: Spec, num_samples: int, seed: int) -> tuple[PRNGKey, CellData, tuple[int, ...]]:
+def cell_data(
+    world: World, spec: Spec, num_samples: int, seed: int, duplicates: str | None = None
+) -> tuple[PRNGKey, CellData, tuple[int, ...]]:
     """The key of training, the rows of a cell, and for each training row the index of the distinct row it repeats.
 
-    Depends on ``seed`` and, through the length of a prefix, on ``num_samples``; on no other axis.
+    Depends on ``seed`` and, through the length of a prefix and its repeats, on ``num_samples`` and ``duplicates``; on
+    no other axis.
     """
     seed_key = jax.random.fold_in(jax.random.key(spec.seed), seed)
     rows_key, train_key, eval_key = jax.random.split(seed_key, 3)
     order = np.asarray(jax.random.permutation(rows_key, len(world.pool)))
-    identity = np.asarray(spec.identity(num_samples))
+    identity = np.asarray(spec.identity(num_samples, duplicates))
     train = world.pool[order[identity]]
     mean = train.mean(axis=0) if spec.center and not spec.separable else np.zeros(train.shape[1], train.dtype)
     population = world.population._replace(means=world.population.means - mean[None, :])

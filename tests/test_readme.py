@@ -9,6 +9,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", TEXT, flags=re.S)
+(GRID,) = re.findall(r"```toml\n(.*?)```", TEXT, flags=re.S)
 COMMANDS = [
     line.split("#")[0].strip()
     for block in re.findall(r"```bash\n(.*?)```", TEXT, flags=re.S)
@@ -28,7 +29,9 @@ def test_python_blocks_run(number, capsys):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_parse(command):
+def test_commands_parse(command, tmp_path, monkeypatch):
+    (tmp_path / "grid.toml").write_text(GRID)
+    monkeypatch.chdir(tmp_path)
     import paper_figs.__main__
     import scaling.__main__
     import sims.__main__

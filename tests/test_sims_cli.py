@@ -37,7 +37,7 @@ def test_demo_writes_results_and_a_summary(demo, capsys):
     assert "## Where memorization ends" in printed.out
     assert (demo / "summary.md").read_text() in printed.out
     assert "8/8" in printed.err
-    facts = store.read_spec(demo)["sessions"][0]["data"]
+    (facts,) = store.read_spec(demo)["sessions"][0]["data"]
     assert facts["name"] == "digits"
     assert len(facts["beta_by_num_samples"]) == 2
     results = store.load(demo)
@@ -131,6 +131,8 @@ def test_sweep_and_train(tmp_path, capsys):
             "raise --memory",
         ),
         (["train", "--out", "OUT"], "a single run needs one num_samples"),
+        (["sweep", "--duplicates", "9x9", "--num-samples", "8", "--out", "OUT"], "contradicts duplicates = 9x9"),
+        (["sweep", "--optimizer", "lion", "--out", "OUT"], "optimizer must be one of"),
         (["certify", "--num-samples", "2,4", "--out", "OUT"], "only sigma may vary"),
         (["certify", "--sigma", "0", "--out", "OUT"], "sigma must be positive"),
         (["show", "OUT"], "holds no run"),

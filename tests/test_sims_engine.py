@@ -7,11 +7,11 @@ import pytest
 import xarray as xr
 
 import sims
-from sims import engine, store
-from sims.engine import Numbers, fit_cell, recipe_of, segments_of
-from sims.measures import MEASURES, CellSpec
+from sims import engine, programs, store
+from sims.measures import MEASURES
+from sims.programs import Numbers, fit_cell, segments_of, unit_program
 from sims.spec import Spec
-from sims.worlds import cell_data, make_world
+from sims.worlds import make_world
 
 SPEC = Spec(
     num_samples=(3, 6), width=4, sigma=(0.3, 0.6), penalty=(1e-3, 1e-2), seeds=2, steps=6, record_steps=(2, 6),
@@ -43,34 +43,80 @@ def test_the_result_is_labeled_by_the_axes(results):
 )
 def test_a_cell_equals_the_single_experiment(results, where):
     world = make_world(SPEC)
-    key, data, identity = cell_data(world, SPEC, where["num_samples"], where["seed"])
+    unit = next(u for u in engine.all_units(SPEC) if (u.num_samples, u.seed) == (where["num_samples"], where["seed"]))
+    program, key, data = unit_program(SPEC, unit, world)
     numbers = Numbers(*(jnp.float32(x) for x in (where["penalty"], 3e-3, 0.1, where["sigma"])))
-    evaluation = CellSpec(0.0, 0.0, 5, 2, identity)
-    _, (alone,) = fit_cell(
-        key, data, numbers, recipe_of(SPEC, 4), jnp.asarray(segments_of(SPEC)), evaluation, (MEASURES["train_error"],)
-    )
+    measures = {"train_error": MEASURES["train_error"]}
+    _, alone = fit_cell(key, data, numbers, program, jnp.asarray(segments_of(SPEC)), measures)
     together = results.train_error.sel(where).squeeze()
     # Float32 sums in another order, over six steps.
-    np.testing.assert_allclose(together, alone, rtol=2e-5)
+    np.testing.assert_allclose(together, alone["train_error"], rtol=2e-5)
 
 
 @pytest.mark.slow
-def test_grouping_by_memory_changes_nothing_but_rounding(results):
-    seen = []
-    with pytest.MonkeyPatch.context() as patch:
-        compiled = engine._compile
+def test_grouping_by_memory_changes_nothing_but_rounding(results, monkeypatch):
+    groups = []
+    compile_job = programs.compile_job
 
-        def spy(function, numbers, key, data, *, memory):
-            run = compiled(function, numbers, key, data, memory=memory)
-            seen.append(numbers.sigma.shape)
-            return run
+    def spy(*args):
+        found = compile_job(*args)
+        groups.append(found)
+        return found
 
-        patch.setattr(engine, "_compile", spy)
-        needed = []
-        for memory in (2 << 30, 60_000):
-            needed.append(sims.sweep(SPEC, NAMES, memory=memory))
-    np.testing.assert_allclose(needed[1].train_error, results.train_error, rtol=2e-5)
-    assert seen == [(4,)] * 4
+    monkeypatch.setattr(programs, "compile_job", spy)
+    sims.sweep(SPEC, NAMES)
+    budget = max(found.memory for found in groups) - 1
+    assert [found.group for found in groups] == [4, 4]
+    groups.clear()
+    small = sims.sweep(SPEC, NAMES, memory=budget)
+    assert groups[-1].group < 4
+    assert all(found.memory <= budget for found in groups)
+    np.testing.assert_allclose(small.train_error, results.train_error, rtol=2e-5)
+
+
+def test_groups_of_three_of_four_cells_are_filled_up_and_cut(results):
+    found = sims.sweep(SPEC, NAMES, group=3)
+    np.testing.assert_allclose(found.train_error, results.train_error, rtol=2e-5)
+
+
+@pytest.mark.slow
+def test_every_axis_is_swept():
+    """Cells of a grid over all axes equal those of sweeps of one axis at a time."""
+    base = {"seeds": 1, "steps": 3, "eval_samples": 4, "eval_draws": 1, "held_out": 40, "width": 3, "sigma": 0.4}
+    axes = {
+        "separation": (1.0, 2.0), "duplicates": ("", "2x2"), "optimizer": ("adam", "sgd"), "batch_size": (0, 3),
+        "tied": (False, True), "num_samples": (5, 7), "penalty": (1e-3, 0.1), "learning_rate": (1e-3, 1e-2),
+        "init_scale": (0.1, 0.5),
+    }  # fmt: skip
+    whole = sims.sweep(Spec(dataset="mixture:modes=2,dim=3", **base, **axes), ("train_error",)).train_error
+    at = {name: values[1] for name, values in axes.items()}
+    for name, values in axes.items():
+        line = Spec(dataset="mixture:modes=2,dim=3", **base, **at | {name: values})
+        found = sims.sweep(line, ("train_error",)).train_error.squeeze()
+        np.testing.assert_allclose(
+            whole.sel({axis: value for axis, value in at.items() if axis != name}).squeeze(), found, rtol=2e-5
+        )
+        assert len(np.unique(found)) == 2
+
+
+def test_axes_of_one_value_stay_as_labels(results, tmp_path):
+    assert results.optimizer == "adam"
+    assert not results.tied
+    stored = sims.sweep(SPEC, NAMES, out=tmp_path / "run")
+    assert stored.optimizer == "adam"
+    with xr.open_zarr(tmp_path / "run" / "results.zarr") as plain:
+        assert plain.optimizer == "adam"
+
+
+def test_shards_partition_the_work(results):
+    parts = [sims.sweep(SPEC, NAMES, shard=(i, 3)).train_error for i in (1, 2, 3)]
+    finite = np.stack([np.isfinite(part) for part in parts])
+    assert np.all(finite.sum(0) == 1)
+    np.testing.assert_array_equal(np.where(finite, np.stack(parts), 0).sum(0), results.train_error)
+    with pytest.raises(ValueError, match="shard 9/9 is empty: there are 4 units"):
+        sims.sweep(SPEC, NAMES, shard=(9, 9))
+    with pytest.raises(ValueError, match="shard 0/2 does not exist"):
+        sims.sweep(SPEC, NAMES, shard=(0, 2))
 
 
 def test_a_budget_too_small_for_one_cell_says_so():
@@ -144,6 +190,17 @@ def test_divergence_is_kept_as_such():
     assert not np.isfinite(found.sel(learning_rate=1e3))
 
 
+def failing(params, data, spec):
+    raise RuntimeError("no such thing")
+
+
+def mislabeled(params, data, spec):
+    return params.w1[0]
+
+
+mislabeled.labels = {"which": ["a", "b"]}
+
+
 @pytest.mark.parametrize(
     ("measures", "message"),
     [
@@ -151,6 +208,8 @@ def test_divergence_is_kept_as_such():
         (["gap", "gap"], "listed twice"),
         ([], "no measures"),
         ([lambda params, data, spec: 0.0], "needs a name"),
+        ([failing], "measure 'failing' failed: no such thing"),
+        ([mislabeled], r"returns shape \(4,\), but its labels have lengths \(2,\)"),
     ],
 )
 def test_bad_measures_are_refused(measures, message):
@@ -159,7 +218,8 @@ def test_bad_measures_are_refused(measures, message):
 
 
 def test_a_unit_lowers_for_accelerators():
-    function, *arguments = engine._cells(
-        SPEC, make_world(SPEC), {n: MEASURES[n] for n in NAMES}, engine._units(SPEC)[0]
-    )
-    assert jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu", "cuda")).as_text()
+    program, key, data = unit_program(SPEC, engine.all_units(SPEC)[0], make_world(SPEC))
+    measures, segments = {name: MEASURES[name] for name in NAMES}, segments_of(SPEC)
+    numbers = jax.tree.map(lambda axis: axis[0], programs.grid_of(SPEC))
+    function = jax.jit(lambda *args: fit_cell(*args, program, segments, measures)[1])
+    assert function.trace(key, data, numbers).lower(lowering_platforms=("tpu", "cuda")).as_text()

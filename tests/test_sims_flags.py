@@ -65,8 +65,24 @@ def test_every_field_of_the_spec_has_a_flag():
     )
     default = Spec()
     same = {name for name in vars(default) if getattr(spec, name) == getattr(default, name)}
-    assert same == {"dataset", "duplicates", "singles"}
+    assert same == {"dataset", "separation", "duplicates", "singles"}
     assert flags.spec_from_flags(parse("--duplicates", "2x3", "--singles", "1")).num_samples == (7,)
+
+
+def test_axes_of_names_are_lists():
+    spec = flags.spec_from_flags(
+        parse(
+            *"--dataset mixture:modes=2 --dataset mixture:modes=3,dim=4 --separation 1,2 --tied false,true".split(),
+            *"--duplicates none,2x3 --num-samples 9 --optimizer adam,sgd --batch-size 0,4".split(),
+        )
+    )
+    assert spec.dataset == ("mixture:modes=2", "mixture:modes=3,dim=4")
+    assert spec.separation == (1.0, 2.0)
+    assert (spec.duplicates, spec.optimizer) == (("", "2x3"), ("adam", "sgd"))
+    assert (spec.tied, spec.batch_size) == ((False, True), (0, 4))
+    assert flags.spec_from_flags(parse("--no-tied")).tied == (False,)
+    with pytest.raises(argparse.ArgumentTypeError, match="'maybe' must be true, false"):
+        flags.parse_bools("maybe")
 
 
 @pytest.mark.parametrize("suffix", [".toml", ".json"])

@@ -65,7 +65,7 @@ def test_axes_of_several_values_are_refused(tmp_path):
 
 def test_another_run_and_other_folders_are_refused(finished, tmp_path):
     out, _ = finished
-    with pytest.raises(ValueError, match="batch_size is 2 there, 0 here"):
+    with pytest.raises(ValueError, match=r"batch_size is \[2\] there, \[0\] here"):
         single.run(Spec.from_dict(SPEC.to_dict() | {"batch_size": 0}), NAMES, out)
     (tmp_path / "spec.json").write_text("{}")
     with pytest.raises(ValueError, match="something other than a single run"):

@@ -62,6 +62,10 @@ def test_axes_accept_single_values_and_lists():
         ("weight_decay", 0.1, "decoupled decay of adamw"),
         ("record_steps", (5000,), "record_steps must be at most 2000"),
         ("record_steps", (5, 3), "record_steps must increase"),
+        ("optimizer", ("adam", "adam"), "repeats a value"),
+        ("tied", (0,), "tied must be true or false"),
+        ("dataset", (), "axis dataset is empty"),
+        ("separation", (2.0,), "separation is an axis of mixture"),
         ("duplicates", "20", "KxM"),
         ("duplicates", "0x3", "KxM"),
         ("singles", 5, "needs duplicates"),
@@ -85,6 +89,34 @@ def test_duplicates_fix_the_training_set():
     assert spec.num_samples == (8,)
     assert spec.identity(8) == (0, 0, 0, 1, 1, 1, 2, 3)
     assert Spec().identity(3) == (0, 1, 2)
+    assert Spec(duplicates=("", "2x3"), num_samples=8).identity(8, "2x3") == (0, 0, 0, 1, 1, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"duplicates": ("", "4x3"), "num_samples": (16, 8)}, "num_samples = 8 contradicts duplicates = 4x3: 12 rows"),
+        ({"duplicates": "4x3", "singles": 2, "num_samples": 15}, "12 rows and singles = 2 make 14"),
+        ({"duplicates": ("", "4x3")}, "several duplicates need num_samples"),
+        ({"duplicates": ("2x2", "4x3"), "singles": 2}, "needs duplicates, one value"),
+        ({"dataset": "mixture:modes=2,separation=1", "separation": 2.0}, "that do not give it themselves"),
+        ({"optimizer": ("adam", "adamw"), "weight_decay": 0.1}, "decoupled decay of adamw"),
+    ],
+)
+def test_contradictory_axes_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Spec(**fields)
+
+
+def test_axes_of_one_value_are_no_dimension_but_those_of_numbers():
+    spec = Spec(num_samples=8, sigma=0.1, optimizer=("adam", "sgd"), tied=(False, True), duplicates=("", "2x2", "3x2"))
+    assert list(spec.shape.items())[:3] == [("duplicates", 3), ("optimizer", 2), ("tied", 2)]
+    assert spec.num_cells == 12 * spec.seeds
+
+
+def test_a_spec_of_format_one_is_read():
+    old = {"format": 1, "dataset": "digits", "optimizer": "sgd", "tied": True, "batch_size": 4, "num_samples": [3]}
+    assert Spec.from_dict(old) == Spec(optimizer="sgd", tied=True, batch_size=4, num_samples=3)
 
 
 def test_specs_are_frozen_and_hashable():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from sims.spec import Spec
-from sims.worlds import cell_data, make_world
+from sims.worlds import cell_data, facts, make_world
 
 SMALL = {"num_samples": (4, 9), "seeds": 2, "steps": 1, "dtype": "float64"}
 
@@ -56,7 +56,7 @@ def test_separable_rows_keep_negative_cosines():
     train = np.asarray(cell_data(world, spec, 8, 0)[1].train)
     units = train / np.linalg.norm(train, axis=1, keepdims=True)
     assert np.max((units @ units.T)[~np.eye(8, dtype=bool)]) < 0
-    assert world.facts["beta_by_num_samples"][0] < 0
+    assert facts(world, spec)["beta_by_num_samples"][0] < 0
 
 
 def test_duplicates_repeat_rows_and_say_which():
@@ -66,6 +66,21 @@ def test_duplicates_repeat_rows_and_say_which():
     distinct = np.unique(data.train, axis=0)
     assert len(distinct) == 4
     np.testing.assert_array_equal(data.train[0], data.train[2])
+
+
+def test_duplication_keeps_the_distinct_rows_and_their_order():
+    """Along an axis of duplicates the images are the same, as far as the training set has room for them."""
+    spec = Spec(num_samples=8, duplicates=("", "2x3"), seeds=1, dtype="float64")
+    world = make_world(spec)
+    plain, repeated = (cell_data(world, spec, 8, 0, name)[1].train for name in ("", "2x3"))
+    np.testing.assert_array_equal(repeated[np.array([0, 3, 6, 7])], plain[:4])
+
+
+def test_separation_moves_the_modes_of_a_mixture():
+    spec = Spec(dataset="mixture:modes=2,dim=3", separation=(1.0, 5.0), num_samples=4, seeds=1, held_out=50)
+    for separation in spec.separation:
+        means = make_world(spec, spec.dataset[0], separation).population.means
+        np.testing.assert_allclose(np.linalg.norm(means, axis=1), separation, rtol=1e-6)
 
 
 def test_a_synthetic_population_is_exact():
@@ -85,8 +100,9 @@ def test_too_few_rows_are_named():
 def test_facts_are_json_and_record_beta():
     import json
 
-    facts = make_world(Spec(**SMALL)).facts
-    json.dumps(facts, allow_nan=False)
-    assert facts["dim"] == 64
-    assert len(facts["beta_by_num_samples"]) == 2
-    assert 0 < facts["beta_by_num_samples"][0] <= facts["beta_by_num_samples"][1] < 1
+    spec = Spec(**SMALL)
+    found = facts(make_world(spec), spec)
+    json.dumps(found, allow_nan=False)
+    assert found["dim"] == 64
+    assert len(found["beta_by_num_samples"]) == 2
+    assert 0 < found["beta_by_num_samples"][0] <= found["beta_by_num_samples"][1] < 1

@@ -1,0 +1,136 @@
+"""What a sweep will take, before it is run: cells, programs, memory and time.
+
+The cheapest and the dearest program are compiled and run for a few steps; time is taken to be linear in the operations
+of a step between them. An estimate, within some tens of percent on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from sims.engine import all_units, resolve_measures, worlds_of
+from sims.measures import Measure
+from sims.programs import Job, Numbers, Placement, alike_jobs, compile_job, grid_of, placement, segments_of
+from sims.spec import Spec
+
+__all__ = ["Plan", "as_text", "plan"]
+
+PROBE_STEPS = 20
+
+
+class Plan(NamedTuple):
+    """An estimate; seconds and bytes."""
+
+    cells: int
+    units: int
+    """Pieces of work that are computed and written whole."""
+    programs: int
+    group: int
+    """Cells that run together, in the dearest program."""
+    memory: int
+    """Temporaries of that program on each device."""
+    compile_s: float
+    run_s: float
+    results: int
+    """Of the finished store."""
+
+
+class _Probe(NamedTuple):
+    work: float
+    group: int
+    memory: int
+    compile_s: float
+    launch_s: float
+    """Start and measures of one unit."""
+    step_s: float
+    """One step of all cells of a unit."""
+
+
+def plan(
+    spec: Spec,
+    measures: Sequence[str | Measure] | None = None,
+    *,
+    memory: int = 2 << 30,
+    group: int | None = None,
+) -> Plan:
+    """Estimate a sweep of ``spec`` on this machine; arguments and errors as :func:`sims.engine.sweep`."""
+    chosen, place = resolve_measures(measures), placement(memory=memory, group=group)
+    kinds = list(alike_jobs(spec, all_units(spec), worlds_of(spec)))
+    kinds.sort(key=lambda jobs: _work(jobs[0]))
+    least, most = (_probe(spec, kinds[end][0], chosen, place) for end in (0, -1))
+    cells = spec.cells_per_unit
+    run_s = 0.0
+    for jobs in kinds:
+        share = (_work(jobs[0]) - least.work) / max(most.work - least.work, 1.0)
+        launch_s, step_s = (
+            low + share * (high - low) for low, high in ((least.launch_s, most.launch_s), (least.step_s, most.step_s))
+        )
+        # Devices without work wait for the others.
+        rounds = -(-len(jobs) // len(place.devices))
+        run_s += rounds * (launch_s + spec.steps * step_s)
+    units = sum(map(len, kinds))
+    return Plan(
+        cells=cells * units,
+        units=units,
+        programs=len(kinds),
+        group=most.group,
+        memory=max(least.memory, most.memory),
+        compile_s=len(kinds) * (least.compile_s + most.compile_s) / 2,
+        run_s=run_s,
+        results=cells * units * len(spec.record_steps) * len(chosen) * np.dtype(spec.dtype).itemsize,
+    )
+
+
+def as_text(found: Plan) -> str:
+    """The estimate in words."""
+    return (
+        f"{found.cells:,} cells in {found.units:,} units of work; {found.programs} compiled programs, "
+        f"{found.group} cells at a time.\n"
+        f"Memory: about {_bytes(found.memory)} of temporaries on each device; results about {_bytes(found.results)}.\n"
+        f"Time: about {_duration(found.compile_s)} to compile and {_duration(found.run_s)} to run.\n"
+    )
+
+
+def _work(job: Job) -> float:
+    """Multiplications of a step, up to a factor."""
+    recipe, (rows, dim) = job.program.recipe, job.data.train.shape
+    return float(min(recipe.batch_size or rows, rows) * dim * recipe.width)
+
+
+def _probe(spec: Spec, job: Job, measures: Mapping[str, Measure], place: Placement) -> _Probe:
+    begin = time.perf_counter()
+    compiled = compile_job(spec, job, measures, place)
+    compile_s = time.perf_counter() - begin
+    cells = spec.cells_per_unit
+    groups = -(-cells // compiled.group)
+    some = Numbers(*(axis[: compiled.group] for axis in grid_of(spec)))
+
+    def seconds(steps: int) -> float:
+        segments = np.zeros_like(segments_of(spec))
+        segments[0] = steps
+        began = time.perf_counter()
+        compiled.launch([(job, some)], segments)
+        return time.perf_counter() - began
+
+    seconds(1)
+    still, moving = (min(seconds(steps) for _ in range(3)) for steps in (0, PROBE_STEPS))
+    step_s = max(0.0, moving - still) / PROBE_STEPS
+    return _Probe(_work(job), compiled.group, compiled.memory, compile_s, groups * still, groups * step_s)
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    raise AssertionError
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,361 @@
+"""Compiled programs of a sweep: all cells of a shape in groups, the groups side by side on all devices.
+
+A unit of work is the rows, the start and the noise of one training set, and the cells that share them: one for each
+combination of the value axes. Cells are mapped in groups of one size, so that a unit is one or more groups, the last
+filled up by repeating its last cell; every device runs the same program on another group. What a cell computes depends
+on the size of its group by rounding alone, and on nothing else: not on its neighbors, the number of devices or of
+processes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int, UInt
+
+from dae_theory import ReluDae
+from dae_theory.types import PRNGKey
+from sims.measures import CellData, CellSpec, Measure
+from sims.spec import LOOP_AXES, VALUE_AXES, Spec
+from sims.train import Recipe, advance, start
+from sims.worlds import World, cell_data
+
+__all__ = [
+    "Compiled",
+    "Finished",
+    "Job",
+    "Numbers",
+    "Placement",
+    "Program",
+    "Unit",
+    "Worlds",
+    "alike_jobs",
+    "compile_job",
+    "fit_cell",
+    "grid_of",
+    "group_function",
+    "placement",
+    "preferred_group",
+    "recipe_of",
+    "run_units",
+    "segments_of",
+    "single_unit",
+    "unit_program",
+]
+
+AXIS = "groups"
+"""Name of the mesh axis along which groups lie."""
+
+
+class Numbers(NamedTuple):
+    """The traced numbers of a cell, scalars; or of many, vectors; of JAX or NumPy."""
+
+    penalty: Any
+    learning_rate: Any
+    init_scale: Any
+    sigma: Any
+
+
+class Unit(NamedTuple):
+    """One training set and the program that its cells share, by the values of their axes."""
+
+    dataset: str
+    separation: float | None
+    duplicates: str
+    optimizer: str
+    batch_size: int
+    tied: bool
+    num_samples: int
+    width: int
+    seed: int
+
+
+class Finished(NamedTuple):
+    """A unit with its results."""
+
+    unit: Unit
+    values: dict[str, np.ndarray]
+    """For each measure (cells, records, ...), cells in the order of :func:`grid_of`."""
+    wall_s: float
+
+
+class Program(NamedTuple):
+    """What the cells of a unit run: hashable, and with the shapes of the data all that decides the compiled code."""
+
+    recipe: Recipe
+    evaluation: CellSpec
+    """Without σ and λ, which are traced."""
+
+
+class Placement(NamedTuple):
+    """How cells lie on devices."""
+
+    devices: tuple[jax.Device, ...]
+    """Of all processes."""
+    memory: int
+    """Bytes that the temporaries of a program may take on each device."""
+    group: int | None
+    """Cells of a group; None: as many as :func:`preferred_group` and ``memory`` allow, but work for every device."""
+
+
+Worlds: TypeAlias = Callable[[str, float | None], World]
+"""Data sets by name and separation, each loaded once."""
+
+
+def placement(*, memory: int = 2 << 30, group: int | None = None) -> Placement:
+    """Every device that JAX sees, those of other processes too; ``ValueError`` unless memory and group are positive."""
+    for name, value in (("memory", memory), ("group", group)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    return Placement(tuple(jax.devices()), memory, group)
+
+
+def grid_of(spec: Spec) -> Numbers:
+    """The numbers of a unit's cells: every combination of the value axes, the last axis fastest."""
+    cells = itertools.product(*(getattr(spec, axis) for axis in VALUE_AXES))
+    return Numbers(*np.asarray(list(cells), spec.dtype).T)
+
+
+def recipe_of(spec: Spec, unit: Unit) -> Recipe:
+    """The static part of training the networks of a unit."""
+    return Recipe(
+        width=unit.width,
+        optimizer=unit.optimizer,
+        schedule=spec.schedule,
+        steps=spec.steps,
+        batch_size=unit.batch_size,
+        tied=unit.tied,
+        weight_decay=float(spec.weight_decay),
+    )
+
+
+def segments_of(spec: Spec) -> Int[np.ndarray, " r"]:
+    """Numbers of steps between records, int32."""
+    return np.diff(np.asarray(spec.record_steps, np.int32), prepend=np.int32(0))
+
+
+def single_unit(spec: Spec) -> tuple[Unit, Numbers]:
+    """The one unit and the one cell of a spec whose axes have one value each, at seed 0; ``ValueError`` otherwise."""
+    for axis in (*LOOP_AXES, *VALUE_AXES):
+        if len(getattr(spec, axis)) > 1:
+            raise ValueError(f"a single run needs one {axis}, got {getattr(spec, axis)}; use sweep for several.")
+    values = {axis: getattr(spec, axis)[0] for axis in LOOP_AXES if getattr(spec, axis)}
+    numbers = Numbers(*(jnp.asarray(getattr(spec, axis)[0], spec.dtype) for axis in VALUE_AXES))
+    return Unit(**{"separation": None, **values}, seed=0), numbers
+
+
+def unit_program(spec: Spec, unit: Unit, world: World) -> tuple[Program, PRNGKey, CellData]:
+    """What the cells of a unit run, and on what."""
+    key, data, identity = cell_data(world, spec, unit.num_samples, unit.seed, unit.duplicates)
+    evaluation = CellSpec(0.0, 0.0, spec.eval_samples, spec.eval_draws, identity)
+    return Program(recipe_of(spec, unit), evaluation), key, data
+
+
+def fit_cell(
+    key: PRNGKey,
+    data: CellData,
+    numbers: Numbers,
+    program: Program,
+    segments: Int[Array | np.ndarray, " r"],
+    measures: Mapping[str, Measure],
+) -> tuple[ReluDae, dict[str, Array]]:
+    """One experiment: train a network, and take ``measures`` after each of ``segments`` steps; pure, mapped by sweeps.
+
+    ``segments`` are the step counts between records. Returns the network at the end and, for each measure, its values
+    stacked along a leading axis of records.
+    """
+    init_key, step_key = jax.random.split(key)
+    dim, recipe = data.train.shape[1], program.recipe
+    rates = {"learning_rate": numbers.learning_rate}
+    state = start(init_key, dim, recipe, init_scale=numbers.init_scale, dtype=data.train.dtype, **rates)
+    cell = program.evaluation._replace(sigma=numbers.sigma, penalty=numbers.penalty)
+
+    def record(state: Any, num_steps: Int[Array, ""]) -> tuple[Any, dict[str, Array]]:
+        state = advance(
+            state, step_key, data.train, num_steps, recipe, sigma=numbers.sigma, penalty=numbers.penalty, **rates
+        )
+        return state, {name: _taken(name, measure, state.dae, data, cell) for name, measure in measures.items()}
+
+    state, values = jax.lax.scan(record, state, jnp.asarray(segments))
+    return state.dae, values
+
+
+def preferred_group(platform: str, cells: int, rows: int, dim: int, width: int) -> int:
+    """Cells that run fastest together, of ``cells`` that train on ``rows`` rows a step.
+
+    An accelerator takes them all; so does a CPU, until what a step touches no longer fits in its cache.
+    """
+    if platform != "cpu":
+        return cells
+    del rows, dim, width
+    return cells
+
+
+def run_units(
+    spec: Spec, units: Sequence[Unit], measures: Mapping[str, Measure], worlds: Worlds, place: Placement
+) -> Iterator[Finished]:
+    """Compute ``units`` in order, each yielded when it is finished; those next to each other that run the same program
+    on the same shapes share its compiled code and lie on devices side by side.
+
+    With several processes all of them must call this alike, and each gets every result. ``ValueError`` if a cell does
+    not fit in the memory.
+    """
+    numbers, segments = grid_of(spec), segments_of(spec)
+    for jobs in alike_jobs(spec, units, worlds):
+        compiled = compile_job(spec, jobs[0], measures, place)
+        parts = _groups(spec.cells_per_unit, compiled.group)
+        groups = [(job, _some(numbers, cells)) for job in jobs for cells in parts]
+        values: list[dict[str, np.ndarray]] = []
+        waiting, begin = list(jobs), time.perf_counter()
+        for first in range(0, len(groups), len(place.devices)):
+            values += compiled.launch(groups[first : first + len(place.devices)], segments)
+            ready = len(values) // len(parts)
+            wall_s = (time.perf_counter() - begin) / max(1, ready)
+            for job in waiting[:ready]:
+                mine, values = values[: len(parts)], values[len(parts) :]
+                joined = {name: np.concatenate([one[name] for one in mine])[: spec.cells_per_unit] for name in measures}
+                yield Finished(job.unit, joined, wall_s)
+            if ready:
+                waiting, begin = waiting[ready:], time.perf_counter()
+
+
+class Job(NamedTuple):
+    """A unit, ready to be computed: arrays of NumPy, and keys as their data."""
+
+    unit: Unit
+    program: Program
+    key: UInt[np.ndarray, " k"]
+    data: CellData
+
+
+def alike_jobs(spec: Spec, units: Sequence[Unit], worlds: Worlds) -> Iterator[list[Job]]:
+    """Runs of neighbors with equal programs and shapes; seeds are the last axis of units, so a run is at least
+    those."""
+
+    def same(unit: Unit) -> Unit:
+        # Data sets along an axis of separations have one shape; others need not.
+        return unit._replace(seed=0, separation=None if unit.separation is None else 0.0)
+
+    for _, neighbors in itertools.groupby(units, same):
+        yield [_job(spec, unit, worlds) for unit in neighbors]
+
+
+class Compiled(NamedTuple):
+    """Code for groups of cells."""
+
+    group: int
+    """Cells of a group."""
+    memory: int
+    """Bytes of temporaries on each device; 0 where the backend does not tell."""
+    launch: Callable[[Sequence[tuple[Job, Numbers]], Int[np.ndarray, " r"]], list[dict[str, np.ndarray]]]
+    """From groups, one for each device or fewer, and the segments to the groups' results."""
+
+
+def compile_job(spec: Spec, job: Job, measures: Mapping[str, Measure], place: Placement) -> Compiled:
+    """Code for all groups of the jobs that are like ``job``; ``ValueError`` if not even one cell fits in the memory."""
+    numbers, segments, devices = grid_of(spec), segments_of(spec), len(place.devices)
+    total, (num_rows, dim) = spec.cells_per_unit, job.data.train.shape
+    size = place.group
+    if size is None:
+        rows = min(job.program.recipe.batch_size or num_rows, num_rows)
+        size = preferred_group(place.devices[0].platform, total, rows, dim, job.program.recipe.width)
+        # Fewer groups than devices would leave some without work.
+        size = min(size, max(1, total * spec.seeds // devices))
+    size = min(size, total)
+    spread = jax.jit(group_function(job.program, measures, place))
+    while True:
+        example = (_some(numbers, np.zeros(size, int)), job.key, job.data)
+        compiled = spread.lower(*_on_devices(place, [example] * devices), segments).compile()
+        analysis = compiled.memory_analysis()
+        # Backends that do not analyze memory give None: then the size stands.
+        needed = 0 if analysis is None else int(analysis.temp_size_in_bytes)
+        if needed <= place.memory:
+            break
+        if size == 1:
+            raise ValueError(
+                f"one cell needs {needed:,} bytes, over the memory budget of {place.memory:,}; raise --memory."
+            )
+        size = min(size - 1, max(1, size * place.memory // needed))
+
+    def launch(groups: Sequence[tuple[Job, Numbers]], segments: Int[np.ndarray, " r"]) -> list[dict[str, np.ndarray]]:
+        # Devices without work repeat that of the last.
+        filled = [groups[min(i, len(groups) - 1)] for i in range(devices)]
+        found = _to_host(compiled(*_on_devices(place, [(cells, job.key, job.data) for job, cells in filled]), segments))
+        return [{name: value[i] for name, value in found.items()} for i in range(len(groups))]
+
+    return Compiled(size, needed, launch)
+
+
+def group_function(
+    program: Program, measures: Mapping[str, Measure], place: Placement
+) -> Callable[..., dict[str, Array]]:
+    """A function of (numbers, keys, data, segments) that runs a group of cells on each device.
+
+    All but the last have a leading axis of devices; keys, also in ``data``, are key data.
+    """
+
+    def run(numbers: Numbers, keys: UInt[Array, "1 k"], data: CellData, segments: Int[Array, " r"]) -> dict[str, Array]:
+        numbers, key, data = jax.tree.map(lambda x: x[0], (numbers, keys, data))
+        key, data = jax.random.wrap_key_data(key), data._replace(key=jax.random.wrap_key_data(data.key))
+
+        def one(cell: Numbers) -> dict[str, Array]:
+            return fit_cell(key, data, cell, program, segments, measures)[1]
+
+        return jax.tree.map(lambda x: x[None], jax.vmap(one)(numbers))
+
+    split = PartitionSpec(AXIS)
+    # A measure may be any function; whether it varies from device to device need not be known.
+    return jax.shard_map(
+        run, mesh=_mesh(place), in_specs=(split, split, split, PartitionSpec()), out_specs=split, check_vma=False
+    )
+
+
+def _taken(name: str, measure: Measure, dae: ReluDae, data: CellData, cell: CellSpec) -> Array:
+    try:
+        return jnp.asarray(measure(dae, data, cell))
+    # Whatever somebody's function raises, its name is what helps.
+    except Exception as error:
+        raise ValueError(f"measure {name!r} failed: {error}") from error
+
+
+def _job(spec: Spec, unit: Unit, worlds: Worlds) -> Job:
+    program, key, data = unit_program(spec, unit, worlds(unit.dataset, unit.separation))
+    host = jax.tree.map(np.asarray, data._replace(key=jax.random.key_data(data.key)))
+    return Job(unit, program, np.asarray(jax.random.key_data(key)), host)
+
+
+def _groups(cells: int, size: int) -> list[Int[np.ndarray, " g"]]:
+    return [np.minimum(np.arange(begin, begin + size), cells - 1) for begin in range(0, cells, size)]
+
+
+def _some(numbers: Numbers, cells: Int[np.ndarray, " g"]) -> Numbers:
+    return jax.tree.map(lambda axis: axis[cells], numbers)
+
+
+def _mesh(place: Placement) -> Mesh:
+    return Mesh(np.asarray(place.devices), (AXIS,))
+
+
+def _on_devices(place: Placement, items: Sequence[Any]) -> Any:
+    """One item for each device, as arrays over all devices."""
+    sharding = NamedSharding(_mesh(place), PartitionSpec(AXIS))
+
+    def over(*leaves: Any) -> Array:
+        whole = np.stack(leaves)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(over, *items)
+
+
+def _to_host(found: dict[str, Array]) -> dict[str, np.ndarray]:
+    if jax.process_count() == 1:
+        return jax.device_get(found)
+    return {name: np.asarray(multihost_utils.process_allgather(value, tiled=True)) for name, value in found.items()}
