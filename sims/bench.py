@@ -12,11 +12,20 @@ Rows of ``theory``:
 * ``exact_training``: 200 digits, 32 units, sigma 0.3, from an iterate of Adam to a gradient norm of 1e-10, with the
   course of the gradient norm over time for both. Adam, run on for as long, never gets there: the rival's time is none,
   and its floor is told.
+
+Rows of ``sweeps`` (:mod:`sims.bench_sweeps`), rivals in PyTorch where it is installed, times of a cell and step:
+
+* ``small_cells_n8``, ``small_cells_n64``, ``small_cells_n512``, ``small_cells_grid``: digits with 64 units, Adam, full
+  batch, 20 noise levels mapped, against one network at a time.
+* ``paper_step``: dimension 1024, 100 units, batches of 256; ``products_s`` and ``noise_s`` are the machine's limit.
+* ``time_to_objective``: exact training in the span of five rows, against the paper's loop to the same objective.
+* ``devices_2``: two CPU devices with half of the cells each, against one that may use both cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import pathlib
 import statistics
 import sys
@@ -36,7 +45,7 @@ from dae_theory import GaussianMixture, ReluDae, generalizing_minimizer, memoriz
 from dae_theory.certificate import certify
 from dae_theory.exact_training import minimize_exact_objective
 from dae_theory.risk import exact_objective, exact_risk, monte_carlo_estimate
-from sims import datasets
+from sims import bench_sweeps, datasets
 from sims.benchmarks import Row, row, seconds, table, write_json
 from sims.terminal import guarded
 from sims.train import Recipe, advance, start
@@ -189,6 +198,33 @@ def _paper_loop(
     return spent, steps, reached
 
 
+def _adam_loop(
+    rows: np.ndarray, width: int, sigma: float, penalty: float, batch_size: int, steps: int
+) -> Callable[[], object] | None:
+    """A call that trains one network on so many steps of the objective, in float32."""
+    try:
+        import torch  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    torch.manual_seed(0)
+    data = torch.tensor(rows, dtype=torch.float32)
+    first = 0.1 * torch.randn(rows.shape[1], width) / rows.shape[1] ** 0.5
+    w1, w2 = (first.clone().requires_grad_() for _ in range(2))
+    rule = torch.optim.Adam([w1, w2], lr=bench_sweeps.RATE)
+
+    def train() -> None:
+        for _ in range(steps):
+            x = data[torch.randint(len(data), (batch_size,))] if batch_size else data
+            y = x + sigma * torch.randn_like(x)
+            error = torch.square(torch.relu(y @ w1) @ w2.T - x).sum(-1).mean()
+            loss = error + penalty * (torch.square(w1).sum() + torch.square(w2).sum())
+            rule.zero_grad()
+            loss.backward()
+            rule.step()
+
+    return train
+
+
 def _exact_training(repeats: int, quick: bool) -> Row:
     del repeats
     n, p, steps = (12, 3, 200) if quick else (200, 32, 20_000)
@@ -235,7 +271,14 @@ GROUPS: dict[str, dict[str, Callable[[int, bool], Row]]] = {
         "exact_risk_memorizing": _exact_risk_memorizing,
         "memorizing_minimizer": _memorizing_minimizer,
         "exact_training": _exact_training,
-    }
+    },
+    "sweeps": {
+        **{f"small_cells_n{n}": functools.partial(bench_sweeps.small_cells, n, _adam_loop) for n in (8, 64, 512)},
+        "small_cells_grid": functools.partial(bench_sweeps.small_cells_grid, _adam_loop),
+        "paper_step": functools.partial(bench_sweeps.paper_step, _adam_loop),
+        "time_to_objective": functools.partial(bench_sweeps.time_to_objective, _paper_loop),
+        "devices_2": bench_sweeps.devices_2,
+    },
 }
 """Benchmarks by group and name: functions of the number of repeats and of ``quick``."""
 

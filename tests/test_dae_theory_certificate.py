@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dae_theory import ReluDae, block_minimizer, memorizing_minimizer, minimize_exact_objective
-from dae_theory.certificate import certify, residual_law
+from dae_theory import ReluDae, block_minimizer, certificate, memorizing_minimizer, minimize_exact_objective
+from dae_theory.certificate import certify, dead_direction, residual_law
 from dae_theory.exact_training import from_span, span_basis, to_span
 from dae_theory.risk import exact_objective
 
@@ -56,6 +56,30 @@ def test_the_least_curvature_is_the_rescalings_fourfold(certificates):
     curvatures = certificates[0.3].curvatures
     np.testing.assert_allclose(curvatures[:4], 4e-3, rtol=1e-6)
     assert float(curvatures[4]) > 1e-2
+
+
+def test_a_saddle_is_found_out():
+    """One unit for two samples, split in halves: stationary, but the halves would rather part."""
+    rows = jnp.array([[1.0, 0.3], [0.3, 1.0]]) * 2
+    unit = jnp.array([[1.0], [1.0]])
+    alone = minimize_exact_objective(ReluDae(unit, unit), rows, 0.2, 1e-2, method="products", tolerance=1e-12)
+    halves = ReluDae(*(jnp.concatenate([w, w], axis=1) / np.sqrt(2) for w in alone.dae))
+    c = certify(halves, rows, 0.2, 1e-2)
+    assert bool(c.converged)
+    assert float(c.distance_sq) < 1e-20
+    assert float(c.min_curvature_modulo_symmetry) < -1e-3
+    assert not bool(c.strict)
+
+
+def test_the_direction_of_a_new_unit_is_stationary_on_the_sphere():
+    """At a maximum of ‖g‖² over unit vectors its gradient is along the vector."""
+    rows = jnp.array([[2.0, 0.5, 0.1], [0.3, 1.5, -0.4], [-0.6, 0.2, 1.2]])
+    dae = memorizing_minimizer(rows[:1], 0.3, 1e-2, 1)
+    found = dead_direction(dae, rows, 0.3, 1e-2)
+    slope = jax.grad(lambda a: jnp.sum(jnp.square(certificate._pull(dae, rows, 0.3, a))))(found.encoder)
+    across = slope - (slope @ found.encoder) * found.encoder
+    # The climb stops when the value stands still to rounding, so its direction is exact to the root of that.
+    assert float(jnp.linalg.norm(across)) < 1e-6 * float(jnp.linalg.norm(slope))
 
 
 def test_live_directions_are_neutral_to_new_units(certificates):
@@ -116,6 +140,14 @@ def test_the_residual_vanishes_as_the_margin_says():
     np.testing.assert_allclose(law.margin_sq, 0.75, rtol=1e-12)
     # -γ² up to polynomial factors, which steepen the slope here.
     assert -1.0 < law.slope < -0.75
+
+
+def test_the_residuals_law_is_of_one_matrix():
+    law = residual_law(SIMPLEX, jnp.array([0.3, 0.4]), 1e-3)
+    for sigma, log_sq in zip((0.3, 0.4), law.log_residual_sq, strict=True):
+        closed = memorizing_minimizer(SIMPLEX, sigma, 1e-3, 4)
+        refined = certify(closed, SIMPLEX, sigma, 1e-3).refined
+        np.testing.assert_allclose(np.exp(log_sq), np.sum(np.square(refined.w1 - closed.w1)), rtol=1e-6)
 
 
 def test_training_finds_a_strict_minimum_from_a_random_start(key):

@@ -165,6 +165,13 @@ def test_norms_are_computed_in_float32_at_least(key, norm):
     np.testing.assert_allclose(out.astype(float), exact, rtol=2**-8, atol=2**-8)
 
 
+def test_a_constant_group_is_normalized_to_its_bias(key):
+    """Its variance is zero: epsilon keeps it finite."""
+    params = {"a.weight": draw(key, 4), "a.bias": jnp.arange(4.0)}
+    out = layers.group_norm(params, Tap(), "a", jnp.full((1, 2, 2, 4), 3.0), groups=2, eps=1e-5)
+    np.testing.assert_allclose(out, jnp.broadcast_to(jnp.arange(4.0), out.shape), atol=1e-12)
+
+
 def test_activations_have_their_definitions():
     x = jnp.linspace(-6, 6, 101)
     sigmoid = 1 / (1 + np.exp(-np.asarray(x)))

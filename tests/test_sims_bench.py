@@ -3,9 +3,13 @@
 import json
 import math
 
+import jax
 import pytest
 
-from sims import bench
+from dae_theory import memorizing_minimizer
+from dae_theory.risk import monte_carlo_estimate
+from sims import bench, bench_sweeps
+from sims.benchmarks import Row
 
 FIELDS = ["name", "ours_s", "rival_s", "ratio_median", "ratio_min", "ratio_max", "notes"]
 
@@ -33,6 +37,43 @@ def test_every_row_at_tiny_sizes(tmp_path, capsys):
     assert training["course"][-1][1] == training["gradient_norm"]
     assert all(math.isfinite(size) for _, size in training["course"] + training["course_of_adam"])
     assert "exact_training" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_every_row_of_sweeps_at_tiny_sizes(tmp_path):
+    assert run("--only", "sweeps", "--quick", "--repeats", 2, "--json", tmp_path / "rows.json") == 0
+    rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert list(rows) == list(bench.GROUPS["sweeps"])
+    assert all(list(row) == FIELDS and row["ours_s"] > 0 for row in rows.values())
+    limit = rows["paper_step"]["notes"]
+    assert limit["ours_by_limit"] == pytest.approx(
+        rows["paper_step"]["ours_s"] / (limit["products_s"] + limit["noise_s"])
+    )
+    assert rows["time_to_objective"]["notes"]["reached"]
+    # Both sides are processes of ours, so this row never lacks a rival.
+    devices = rows["devices_2"]
+    assert devices["ratio_min"] <= devices["ratio_median"] <= devices["ratio_max"]
+
+
+def test_a_sampler_is_charged_for_the_draws_that_its_precision_takes(monkeypatch):
+    """With every call a second long, the rival takes as many seconds as it needs runs of the draws timed."""
+    monkeypatch.setattr(bench, "seconds", lambda way: 1.0)
+    row = bench._exact_risk_memorizing(2, True)
+    key = jax.random.key(1)
+    data = 0.53 * jax.random.normal(jax.random.key(0), (6, 16))
+    dae = memorizing_minimizer(data, 0.2, 1e-3, 6)
+    found = monte_carlo_estimate(key, dae, data[:1], 0.2, num_draws=200, gram=False)
+    runs = (float(found.standard_error) / float(found.mean) / 1e-4) ** 2
+    assert row.rival_s == pytest.approx(runs, rel=1e-6)
+    assert row.notes["draws_needed"] == round(200 * runs)
+
+
+def test_times_of_calls_become_times_of_cell_steps():
+    found = bench_sweeps._per_unit(Row("a", 6.0, 8.0, 4 / 3, 1.0, 2.0, {}), 60, 4)
+    assert (found.ours_s, found.rival_s) == pytest.approx((0.1, 2.0))
+    assert (found.ratio_median, found.ratio_min, found.ratio_max) == pytest.approx((20.0, 15.0, 30.0))
+    alone = bench_sweeps._per_unit(Row("a", 6.0, None, None, None, None, {}), 60, 4)
+    assert alone == Row("a", 0.1, None, None, None, None, {})
 
 
 def test_one_row_by_name(capsys):

@@ -82,6 +82,9 @@ def test_certify_reports_what_fails_and_where_nothing_is_left(tmp_path):
     assert [entry["sigma"] for entry in found["certificates"]] == [0.3, 0.6]
     entry = found["certificates"][0]
     assert not all(row["holds"] for row in entry["conditions"])
+    told = [(row["holds"], row["slack"]) for row in entry["conditions"] if row["slack"] is not None]
+    assert all(holds == (slack >= 0) for holds, slack in told)
+    assert any(slack > 0 for _, slack in told)
     # Lanczos, for a limit so small. Two units with the same gates turn for nothing: converged or not, it is said.
     certificate = entry["certificate"]
     assert certificate["refined_gradient_norm"] < 1e-7 * certificate["gradient_norm"]

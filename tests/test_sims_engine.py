@@ -74,6 +74,11 @@ def test_grouping_by_memory_changes_nothing_but_rounding(results, monkeypatch):
     np.testing.assert_allclose(small.train_error, results.train_error, rtol=2e-5)
 
 
+def test_segments_are_the_steps_between_records():
+    assert segments_of(SPEC).tolist() == [2, 4]
+    assert segments_of(Spec(steps=9, record_steps=(0, 4, 9))).tolist() == [0, 4, 5]
+
+
 def test_groups_of_three_of_four_cells_are_filled_up_and_cut(results):
     found = sims.sweep(SPEC, NAMES, group=3)
     np.testing.assert_allclose(found.train_error, results.train_error, rtol=2e-5)

@@ -81,6 +81,13 @@ def test_the_closed_form_is_at_distance_zero_from_itself_and_its_symmetries(cell
     assert float(measures.distance_to_closed_form(identity_network(), data, spec)) > 1e-3
 
 
+def test_the_distance_to_the_closed_form_is_relative(cell):
+    """A network that does nothing is at distance 1."""
+    data, spec = cell
+    zero = ReluDae(jnp.zeros((3, 4)), jnp.zeros((3, 4)))
+    assert float(MEASURES["distance_to_closed_form"](zero, data, spec)) == pytest.approx(1.0, rel=1e-12)
+
+
 def test_duplicates_have_their_own_closed_form(cell):
     """Corollary 3.4: a row repeated m times shrinks as if λ were λ/m."""
     data, spec = cell

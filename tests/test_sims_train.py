@@ -56,6 +56,40 @@ def test_one_sgd_step_is_the_gradient_by_hand(key):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_update_rules_are_those_of_pytorch(schedule):
+    """Three steps of a parameter by hand, with the formulas and constants of torch.optim."""
+    gradients, rate, decay, eps = [1.0, -0.5, 2.0], 0.1, 0.3, 1e-8
+    rates = [rate * (0.5 * (1 + np.cos(np.pi * t / 10)) if schedule == "cosine" else 1.0) for t in range(3)]
+
+    def steps(name):
+        x, m, v = 1.0, 0.0, 0.0
+        for t, (g, r) in enumerate(zip(gradients, rates, strict=True), 1):
+            if name == "sgd":
+                update = g
+            elif name == "momentum":
+                m = update = 0.9 * m + g
+            elif name == "rmsprop":
+                v = 0.99 * v + 0.01 * g * g
+                update = g / (np.sqrt(v) + eps)
+            else:
+                m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+                update = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + eps)
+                update += decay * x if name == "adamw" else 0.0
+            x -= r * update
+        return x
+
+    for name in ("sgd", "momentum", "rmsprop", "adam", "adamw"):
+        recipe = Recipe(width=1, optimizer=name, schedule=schedule, steps=10, weight_decay=decay)
+        rule, x = train.optimizer(recipe, rate), jnp.ones(1)
+        with jax.numpy_dtype_promotion("standard"):
+            state = rule.init(x)
+            for g in gradients:
+                update, state = rule.update(jnp.full(1, g), state, x)
+                x = x + update
+        np.testing.assert_allclose(x[0], steps(name), rtol=1e-12, err_msg=name)
+
+
 def test_mini_batch_gradients_average_to_the_full_gradient(key):
     data, recipe = rows(key), Recipe(width=3, optimizer="sgd", batch_size=2)
     params = run(key, data, recipe, 0).params

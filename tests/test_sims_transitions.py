@@ -29,6 +29,20 @@ def test_no_passage_is_nan_and_nan_points_are_left_out():
     np.testing.assert_allclose(transitions.crossing(x, np.array([1.0, np.nan, 0.0]), 0.5), 2.0, rtol=1e-12)
 
 
+def test_the_interval_is_of_quantiles_of_the_curves_that_cross():
+    """Two seeds that cross at 2 and at 8: a quarter of the resamples are of one alone, the others at 4."""
+    x = np.array([1.0, 2.0, 4.0, 8.0, 16.0])
+    curves = 0.5 - (np.log2(x)[None, :] - np.array([1.0, 3.0])[:, None])
+    found = transitions.bootstrap_crossing(x, curves, 0.5, confidence=0.6)
+    np.testing.assert_allclose([found.low, found.estimate, found.high], [2.0, 4.0, 8.0], rtol=1e-12)
+    assert found.crossed == 1.0
+    # One that never comes down: resamples of it alone do not count, and nothing is found at 0.
+    never = np.stack([curves[0], np.full(5, 0.6)])
+    found = transitions.bootstrap_crossing(x, never, 0.5, confidence=0.99)
+    assert found.low >= 2.0
+    assert 0.7 < found.crossed < 0.8
+
+
 def test_the_interval_covers_the_truth_at_its_nominal_rate():
     rng = np.random.default_rng(3)
     x = np.geomspace(1, 100, 12)
