@@ -79,7 +79,8 @@ def _sweep(args: argparse.Namespace) -> None:
 
     spec = flags.spec_from_flags(args, **args.preset)
     _set_precision(spec.dtype)
-    if args.distributed or args.coordinator is not None:
+    told = (args.coordinator, args.num_processes, args.process_id)
+    if args.distributed or any(part is not None for part in told):
         first = processes.join(args.coordinator, num_processes=args.num_processes, process_id=args.process_id)[0] == 0
         args.quiet = args.quiet or not first
     if args.dry_run:

@@ -21,15 +21,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
+from sims.chunks import AGAIN
 from sims.engine import Executor, resolve_measures, worlds_of
 from sims.measures import MEASURES, Measure
-from sims.programs import Finished, Unit, placement, run_units
+from sims.programs import Compiled, Finished, Job, Placement, Unit, compile_job, placement, run_units
 from sims.spec import Spec
 
 __all__ = ["connected"]
@@ -69,46 +69,66 @@ def connected(
                 address = stack.enter_context(cluster).scheduler_address
             client = stack.enter_context(distributed.Client(address, timeout=timeout))
         except (OSError, ValueError) as error:
-            raise ValueError(f"no Dask scheduler answers at {address} ({error}); start one or correct it.") from error
+            raise ValueError(
+                f"no Dask scheduler answers at {address} ({error}); start one with `dask scheduler`, or correct the "
+                "address."
+            ) from error
         yield functools.partial(_compute, client, memory, group)
 
 
 def _compute(
     client: Any, memory: int, group: int | None, spec: Spec, units: Sequence[Unit], measures: Mapping[str, Measure]
 ) -> Iterator[Finished]:
+    import cloudpickle
     import distributed
 
     asked = [name if MEASURES.get(name) is measure else measure for name, measure in measures.items()]
-    task = functools.partial(_run, spec.to_dict(), bool(jax.config.jax_enable_x64), memory, group)
-    futures = client.map(task, list(units), measures=asked, retries=RETRIES, pure=False)
-    waiting = {future.key: unit for future, unit in zip(futures, units, strict=True)}
+    order = cloudpickle.dumps((spec.to_dict(), asked, bool(jax.config.jax_enable_x64), memory, group))
+    found = client.map(functools.partial(_run, order), list(units), retries=RETRIES, pure=False)
+    left = len(units)
     try:
-        for future, found in distributed.as_completed(futures, with_results=True):
-            del waiting[future.key]
-            yield found
-    except (OSError, distributed.CancelledError, distributed.KilledWorker) as error:
+        for future in distributed.as_completed(found):
+            result = future.result()
+            left -= 1
+            yield result
+    except distributed.KilledWorker as error:
         raise ValueError(
-            f"the Dask cluster was lost ({type(error).__name__}: {error}); {len(waiting)} units are left. Run the same "
-            "command again: finished units are kept."
+            f"a unit of work ended every worker that took it ({error}); {left} units are left. Give workers more "
+            f"memory, or a smaller --memory here, and {AGAIN}."
         ) from error
-    if waiting:
-        raise ValueError(f"the Dask cluster was lost; {len(waiting)} units are left. Run the same command again.")
+    except (OSError, distributed.CancelledError) as error:
+        raise ValueError(
+            f"the Dask cluster was lost ({type(error).__name__}); {left} units are left. Start it again, or leave it "
+            f"out, and {AGAIN}."
+        ) from error
+    except ImportError as error:
+        raise ValueError(
+            f"a worker of the Dask cluster fails: {error}. Install the same packages on all of its members; a measure "
+            "must be importable there, or defined in the script that is run."
+        ) from error
 
 
-def _run(
-    spec: dict[str, Any],
-    double: bool,
-    memory: int,
-    group: int | None,
-    unit: Unit,
-    measures: Iterable[str | Measure],
-) -> Finished:
+def _run(order: bytes, unit: Unit) -> Finished:
     """One unit, in a worker."""
-    asked = Spec.from_dict(spec)
-    place = placement(memory=memory, group=group)
-    with jax.enable_x64(double):
-        (found,) = run_units(asked, [unit], resolve_measures(tuple(measures)), _worlds(asked), place)
-    return found._replace(values={name: np.asarray(value) for name, value in found.values.items()})
+    (found,) = _prepared(order)(unit)
+    return found
 
 
-_worlds = functools.lru_cache(maxsize=4)(worlds_of)
+@functools.lru_cache(maxsize=4)
+def _prepared(order: bytes) -> Callable[[Unit], Iterator[Finished]]:
+    """What a worker does for every unit of a sweep: data sets are loaded and programs compiled once."""
+    import cloudpickle
+
+    fields, asked, double, memory, group = cloudpickle.loads(order)
+    jax.config.update("jax_enable_x64", double)
+    spec, measures = Spec.from_dict(fields), resolve_measures(asked)
+    compiled: dict[Any, Compiled] = {}
+
+    def compile_once(spec: Spec, job: Job, measures: Mapping[str, Measure], place: Placement) -> Compiled:
+        key = job.program, tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(job.data))
+        if key not in compiled:
+            compiled[key] = compile_job(spec, job, measures, place)
+        return compiled[key]
+
+    place, worlds = placement(memory=memory, group=group), worlds_of(spec)
+    return lambda unit: run_units(spec, [unit], measures, worlds, place, compile_once)

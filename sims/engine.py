@@ -7,6 +7,7 @@ units are computed, in which order, or how cells are grouped.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import pathlib
@@ -20,7 +21,18 @@ from jax.experimental import multihost_utils
 
 from sims import store
 from sims.measures import DEFAULT, MEASURES, Measure
-from sims.programs import Finished, Unit, Worlds, fit_cell, grid_of, placement, run_units, segments_of, unit_program
+from sims.programs import (
+    Finished,
+    Unit,
+    Worlds,
+    fit_cell,
+    grid_of,
+    others_alive,
+    placement,
+    run_units,
+    segments_of,
+    unit_program,
+)
 from sims.spec import LOOP_AXES, OPTIONAL_AXES, VALUE_AXES, Spec
 from sims.worlds import World, facts, make_world
 
@@ -107,9 +119,13 @@ def sweep(
         return results
     identity = {**spec.to_dict(), "measures": list(chosen)}
     described = [facts(worlds(*source), spec) for source in _sources(spec)]
-    with store.open_run(
-        out, identity, template, dict.fromkeys(dims, 1), {**store.environment(), "data": described}
-    ) as run:
+    with contextlib.ExitStack() as stack:
+        try:
+            provenance = {**store.environment(), "data": described}
+            run = stack.enter_context(store.open_run(out, identity, template, dict.fromkeys(dims, 1), provenance))
+        except ValueError:
+            _agreed(every, None)
+            raise
         pending = {_start(unit) for unit in store.pending(run)}
         todo = _agreed(every, [at for at in every if _start(at) in pending])
         before = total - cells * len(todo)
@@ -225,10 +241,14 @@ def _start(unit: store.Unit) -> tuple[int, ...]:
     return tuple(part.start for part in unit.values())
 
 
-def _agreed(every: Sequence[store.Unit], todo: Sequence[store.Unit]) -> list[store.Unit]:
-    """What the first process has to do, in every process."""
+def _agreed(every: Sequence[store.Unit], todo: Sequence[store.Unit] | None) -> list[store.Unit]:
+    """What the first process has to do, in every process; ``ValueError`` in the others if it cannot, with None."""
     if jax.process_count() == 1:
-        return list(todo)
-    ours = {_start(unit) for unit in todo}
-    mask = multihost_utils.broadcast_one_to_all(np.asarray([_start(unit) in ours for unit in every]))
-    return [unit for unit, wanted in zip(every, np.asarray(mask), strict=True) if wanted]
+        return list(todo or ())
+    ours = {_start(unit) for unit in todo or ()}
+    told = np.asarray([todo is not None, *(_start(unit) in ours for unit in every)])
+    with others_alive():
+        able, *mask = np.asarray(multihost_utils.broadcast_one_to_all(told)).tolist()
+    if not able and jax.process_index() != 0:
+        raise ValueError("the first process cannot go on; see what it says.")
+    return [unit for unit, wanted in zip(every, mask, strict=True) if wanted]

@@ -6,6 +6,7 @@ of a step between them. An estimate, within some tens of percent on a machine th
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -42,12 +43,16 @@ class Plan(NamedTuple):
 class _Probe(NamedTuple):
     work: float
     group: int
+    parts: int
+    """Groups of a unit."""
     memory: int
     compile_s: float
     launch_s: float
-    """Start and measures of one unit."""
+    """Start and measures of one group."""
     step_s: float
-    """One step of all cells of a unit."""
+    """One step of a group."""
+    results: int
+    """Bytes of the results of a group."""
 
 
 def plan(
@@ -63,15 +68,17 @@ def plan(
     kinds.sort(key=lambda jobs: _work(jobs[0]))
     least, most = (_probe(spec, kinds[end][0], chosen, place) for end in (0, -1))
     cells = spec.cells_per_unit
+    devices = len(place.devices)
+
+    def seconds(probe: _Probe, units: int) -> float:
+        # Devices without work wait for the others.
+        return math.ceil(units * probe.parts / devices) * (probe.launch_s + spec.steps * probe.step_s)
+
     run_s = 0.0
     for jobs in kinds:
         share = (_work(jobs[0]) - least.work) / max(most.work - least.work, 1.0)
-        launch_s, step_s = (
-            low + share * (high - low) for low, high in ((least.launch_s, most.launch_s), (least.step_s, most.step_s))
-        )
-        # Devices without work wait for the others.
-        rounds = -(-len(jobs) // len(place.devices))
-        run_s += rounds * (launch_s + spec.steps * step_s)
+        low, high = seconds(least, len(jobs)), seconds(most, len(jobs))
+        run_s += low + share * (high - low)
     units = sum(map(len, kinds))
     return Plan(
         cells=cells * units,
@@ -81,7 +88,7 @@ def plan(
         memory=max(least.memory, most.memory),
         compile_s=len(kinds) * (least.compile_s + most.compile_s) / 2,
         run_s=run_s,
-        results=cells * units * len(spec.record_steps) * len(chosen) * np.dtype(spec.dtype).itemsize,
+        results=cells * units * most.results // most.group,
     )
 
 
@@ -105,8 +112,6 @@ def _probe(spec: Spec, job: Job, measures: Mapping[str, Measure], place: Placeme
     begin = time.perf_counter()
     compiled = compile_job(spec, job, measures, place)
     compile_s = time.perf_counter() - begin
-    cells = spec.cells_per_unit
-    groups = -(-cells // compiled.group)
     some = Numbers(*(axis[: compiled.group] for axis in grid_of(spec)))
 
     def seconds(steps: int) -> float:
@@ -116,13 +121,21 @@ def _probe(spec: Spec, job: Job, measures: Mapping[str, Measure], place: Placeme
         compiled.launch([(job, some)], segments)
         return time.perf_counter() - began
 
-    seconds(1)
+    (found,) = compiled.launch([(job, some)], np.zeros_like(segments_of(spec)))
     still, moving = (min(seconds(steps) for _ in range(3)) for steps in (0, PROBE_STEPS))
-    step_s = max(0.0, moving - still) / PROBE_STEPS
-    return _Probe(_work(job), compiled.group, compiled.memory, compile_s, groups * still, groups * step_s)
+    return _Probe(
+        work=_work(job),
+        group=compiled.group,
+        parts=math.ceil(spec.cells_per_unit / compiled.group),
+        memory=compiled.memory,
+        compile_s=compile_s,
+        launch_s=still,
+        step_s=max(0.0, moving - still) / PROBE_STEPS,
+        results=sum(value.nbytes for value in found.values()),
+    )
 
 
-def _bytes(size: float) -> str:
+def _bytes(size: float | int) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024 or unit == "GiB":
             return f"{size:.3g} {unit}"
@@ -130,7 +143,7 @@ def _bytes(size: float) -> str:
     raise AssertionError
 
 
-def _duration(seconds: float) -> str:
+def _duration(seconds: float | int) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

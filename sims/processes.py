@@ -1,11 +1,14 @@
 """One sweep over the processes of a cluster, by ``jax.distributed``: every process runs the same command.
 
-Each process brings its devices; together they are one mesh (:mod:`sims.programs`). The first process writes the
-results, the others compute along and are silent. Who coordinates is told by flags, or found by JAX in the environment
-of SLURM, Open MPI, Kubernetes or a TPU pod.
+Each process brings its devices, all as many; groups of cells lie on all of them (:mod:`sims.programs`). The first
+process writes the results, the others compute along and are silent. Who coordinates is told by flags, or found by JAX
+in the environment of SLURM, Open MPI, Kubernetes or a TPU pod.
 """
 
 from __future__ import annotations
+
+import socket
+import time
 
 import jax
 
@@ -13,12 +16,16 @@ __all__ = ["join"]
 
 
 def join(
-    coordinator: str | None = None, *, num_processes: int | None = None, process_id: int | None = None
+    coordinator: str | None = None,
+    *,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    timeout: float = 300.0,
 ) -> tuple[int, int]:
     """Join the other processes, before anything else of JAX is used; returns this process's number and their count.
 
-    ``coordinator`` is HOST:PORT of the first process; all three None: found in the environment. ``ValueError`` if a
-    part is missing or out of range, or nobody answers.
+    ``coordinator`` is HOST:PORT of the first process; all three None: found in the environment. The others may start
+    ``timeout`` seconds apart. ``ValueError`` if a part is missing or out of range, or nobody answers.
     """
     told = (coordinator, num_processes, process_id)
     if any(part is not None for part in told):
@@ -26,12 +33,34 @@ def join(
             raise ValueError("give --coordinator, --num-processes and --process-id together, or none of them.")
         if not 0 <= process_id < num_processes:
             raise ValueError(f"--process-id must lie in [0, {num_processes}), got {process_id}.")
+        host, _, port = coordinator.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise ValueError(f"--coordinator must be HOST:PORT, such as node1:8476; got {coordinator!r}.")
+        if process_id > 0:
+            # JAX would abort this process, without an exception.
+            _await(host.strip("[]"), int(port), timeout)
     try:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=round(timeout))
     except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"cannot join the other processes: {error}. Check that the coordinator runs and can be reached, or name it "
-            "with --coordinator HOST:PORT --num-processes N --process-id I."
-        ) from error
+        raise ValueError(f"cannot join the other processes: {error}. {ADVICE}") from error
     return jax.process_index(), jax.process_count()
+
+
+ADVICE = (
+    "Check that the first process runs and can be reached, or name it with --coordinator HOST:PORT --num-processes N "
+    "--process-id I."
+)
+
+
+def _await(host: str, port: int, timeout: float) -> None:
+    """Return when the first process listens."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=timeout).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ValueError(f"nobody answers at {host}:{port} ({error}). {ADVICE}") from error
+        time.sleep(0.1)

@@ -9,16 +9,17 @@ processes.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, UInt
 
 from dae_theory import ReluDae
@@ -42,6 +43,7 @@ __all__ = [
     "fit_cell",
     "grid_of",
     "group_function",
+    "others_alive",
     "placement",
     "preferred_group",
     "recipe_of",
@@ -50,9 +52,6 @@ __all__ = [
     "single_unit",
     "unit_program",
 ]
-
-AXIS = "groups"
-"""Name of the mesh axis along which groups lie."""
 
 
 class Numbers(NamedTuple):
@@ -111,11 +110,20 @@ Worlds: TypeAlias = Callable[[str, float | None], World]
 
 
 def placement(*, memory: int = 2 << 30, group: int | None = None) -> Placement:
-    """Every device that JAX sees, those of other processes too; ``ValueError`` unless memory and group are positive."""
+    """Every device that JAX sees, those of other processes too.
+
+    ``ValueError`` unless memory and group are positive and every process has as many devices.
+    """
     for name, value in (("memory", memory), ("group", group)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
-    return Placement(tuple(jax.devices()), memory, group)
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    if len(devices) != jax.local_device_count() * jax.process_count():
+        raise ValueError(
+            f"{len(devices)} devices on {jax.process_count()} processes, of which this one has "
+            f"{jax.local_device_count()}; give every process as many."
+        )
+    return Placement(tuple(devices), memory, group)
 
 
 def grid_of(spec: Spec) -> Numbers:
@@ -200,17 +208,23 @@ def preferred_group(platform: str, cells: int, rows: int, dim: int, width: int) 
 
 
 def run_units(
-    spec: Spec, units: Sequence[Unit], measures: Mapping[str, Measure], worlds: Worlds, place: Placement
+    spec: Spec,
+    units: Sequence[Unit],
+    measures: Mapping[str, Measure],
+    worlds: Worlds,
+    place: Placement,
+    compiling: Callable[[Spec, Job, Mapping[str, Measure], Placement], Compiled] | None = None,
 ) -> Iterator[Finished]:
     """Compute ``units`` in order, each yielded when it is finished; those next to each other that run the same program
-    on the same shapes share its compiled code and lie on devices side by side.
+    on the same shapes share its compiled code and lie on devices side by side. ``compiling`` may remember code from
+    call to call.
 
     With several processes all of them must call this alike, and each gets every result. ``ValueError`` if a cell does
     not fit in the memory.
     """
     numbers, segments = grid_of(spec), segments_of(spec)
     for jobs in alike_jobs(spec, units, worlds):
-        compiled = compile_job(spec, jobs[0], measures, place)
+        compiled = (compiling or compile_job)(spec, jobs[0], measures, place)
         parts = _groups(spec.cells_per_unit, compiled.group)
         groups = [(job, _some(numbers, cells)) for job in jobs for cells in parts]
         values: list[dict[str, np.ndarray]] = []
@@ -270,11 +284,16 @@ def compile_job(spec: Spec, job: Job, measures: Mapping[str, Measure], place: Pl
         # Fewer groups than devices would leave some without work.
         size = min(size, max(1, total * spec.seeds // devices))
     size = min(size, total)
-    spread = jax.jit(group_function(job.program, measures, place))
+    here = [i for i, device in enumerate(place.devices) if device.process_index == jax.process_index()]
+    function = jax.jit(group_function(job.program, measures))
+
+    def lowered(i: int) -> jax.stages.Lowered:
+        cells = _some(numbers, np.zeros(size, int))
+        return function.lower(*jax.device_put((cells, job.key, job.data, segments), place.devices[i]))
+
     while True:
-        example = (_some(numbers, np.zeros(size, int)), job.key, job.data)
-        compiled = spread.lower(*_on_devices(place, [example] * devices), segments).compile()
-        analysis = compiled.memory_analysis()
+        first = lowered(here[0]).compile()
+        analysis = first.memory_analysis()
         # Backends that do not analyze memory give None: then the size stands.
         needed = 0 if analysis is None else int(analysis.temp_size_in_bytes)
         if needed <= place.memory:
@@ -284,38 +303,32 @@ def compile_job(spec: Spec, job: Job, measures: Mapping[str, Measure], place: Pl
                 f"one cell needs {needed:,} bytes, over the memory budget of {place.memory:,}; raise --memory."
             )
         size = min(size - 1, max(1, size * place.memory // needed))
+    # Every device runs the program of a single one: XLA fuses, and so rounds, one that spans devices another way.
+    others = [lowered(i) for i in here[1:]]
+    with futures.ThreadPoolExecutor() as pool:
+        compiled = [first, *pool.map(jax.stages.Lowered.compile, others)]
 
     def launch(groups: Sequence[tuple[Job, Numbers]], segments: Int[np.ndarray, " r"]) -> list[dict[str, np.ndarray]]:
-        # Devices without work repeat that of the last.
-        filled = [groups[min(i, len(groups) - 1)] for i in range(devices)]
-        found = _to_host(compiled(*_on_devices(place, [(cells, job.key, job.data) for job, cells in filled]), segments))
-        return [{name: value[i] for name, value in found.items()} for i in range(len(groups))]
+        # Devices of other processes: those without work repeat that of the last, so that all give results to gather.
+        mine = groups if jax.process_count() == 1 else [groups[min(i, len(groups) - 1)] for i in here]
+        running = [
+            run(*jax.device_put((cells, job.key, job.data, segments), place.devices[i]))
+            for i, run, (job, cells) in zip(here, compiled, mine, strict=False)
+        ]
+        return _gathered(jax.device_get(running))[: len(groups)]
 
     return Compiled(size, needed, launch)
 
 
-def group_function(
-    program: Program, measures: Mapping[str, Measure], place: Placement
-) -> Callable[..., dict[str, Array]]:
-    """A function of (numbers, keys, data, segments) that runs a group of cells on each device.
+def group_function(program: Program, measures: Mapping[str, Measure]) -> Callable[..., dict[str, Array]]:
+    """A function of (numbers, key, data, segments) that runs a group of cells on one device; keys, also in ``data``,
+    are key data."""
 
-    All but the last have a leading axis of devices; keys, also in ``data``, are key data.
-    """
+    def run(numbers: Numbers, key: UInt[Array, " k"], data: CellData, segments: Int[Array, " r"]) -> dict[str, Array]:
+        typed, rows = jax.random.wrap_key_data(key), data._replace(key=jax.random.wrap_key_data(data.key))
+        return jax.vmap(lambda cell: fit_cell(typed, rows, cell, program, segments, measures)[1])(numbers)
 
-    def run(numbers: Numbers, keys: UInt[Array, "1 k"], data: CellData, segments: Int[Array, " r"]) -> dict[str, Array]:
-        numbers, key, data = jax.tree.map(lambda x: x[0], (numbers, keys, data))
-        key, data = jax.random.wrap_key_data(key), data._replace(key=jax.random.wrap_key_data(data.key))
-
-        def one(cell: Numbers) -> dict[str, Array]:
-            return fit_cell(key, data, cell, program, segments, measures)[1]
-
-        return jax.tree.map(lambda x: x[None], jax.vmap(one)(numbers))
-
-    split = PartitionSpec(AXIS)
-    # A measure may be any function; whether it varies from device to device need not be known.
-    return jax.shard_map(
-        run, mesh=_mesh(place), in_specs=(split, split, split, PartitionSpec()), out_specs=split, check_vma=False
-    )
+    return run
 
 
 def _taken(name: str, measure: Measure, dae: ReluDae, data: CellData, cell: CellSpec) -> Array:
@@ -340,22 +353,22 @@ def _some(numbers: Numbers, cells: Int[np.ndarray, " g"]) -> Numbers:
     return jax.tree.map(lambda axis: axis[cells], numbers)
 
 
-def _mesh(place: Placement) -> Mesh:
-    return Mesh(np.asarray(place.devices), (AXIS,))
+@contextlib.contextmanager
+def others_alive() -> Iterator[None]:
+    """Turn the end of another process, which what is inside waits for, into a ``ValueError``."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"another process has ended ({error}); see what it says, and run all of them again: what is finished is "
+            "kept."
+        ) from error
 
 
-def _on_devices(place: Placement, items: Sequence[Any]) -> Any:
-    """One item for each device, as arrays over all devices."""
-    sharding = NamedSharding(_mesh(place), PartitionSpec(AXIS))
-
-    def over(*leaves: Any) -> Array:
-        whole = np.stack(leaves)
-        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
-
-    return jax.tree.map(over, *items)
-
-
-def _to_host(found: dict[str, Array]) -> dict[str, np.ndarray]:
+def _gathered(mine: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+    """The results of every device from those of this process."""
     if jax.process_count() == 1:
-        return jax.device_get(found)
-    return {name: np.asarray(multihost_utils.process_allgather(value, tiled=True)) for name, value in found.items()}
+        return mine
+    with others_alive():
+        whole = multihost_utils.process_allgather(jax.tree.map(lambda *leaves: np.stack(leaves), *mine), tiled=True)
+    return [{name: value[i] for name, value in whole.items()} for i in range(jax.device_count())]

@@ -195,6 +195,18 @@ def test_too_few_steps_are_an_outcome(method):
     assert np.isfinite(found.objective)
 
 
+@pytest.mark.parametrize("method", ["dense", "products"])
+def test_the_gradient_norm_told_is_that_of_the_weights(method):
+    """Not that in the metric of the method, whatever it stops at."""
+    start = ReluDae(*(w + 0.1 for w in memorizing_minimizer(SIMPLEX, 0.5, 1e-3, 4)))
+    found = minimize_exact_objective(
+        start, SIMPLEX, 0.5, 1e-3, method=method, max_rough=0, max_newton=1, tolerance=1e-2
+    )
+    gradient = jax.grad(exact_objective)(found.dae, SIMPLEX, 0.5, 1e-3)
+    norm = float(jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in gradient)))
+    np.testing.assert_allclose(found.gradient_norm, norm, rtol=1e-6)
+
+
 def test_bad_input_is_refused(key):
     closed = memorizing_minimizer(SIMPLEX, 0.3, 1e-3, 4)
     with pytest.raises(ValueError, match="all columns"):
