@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import app, logging
 from absl.flags import argparse_flags
@@ -133,7 +134,7 @@ def _summarize(out: pathlib.Path, quiet: bool) -> None:
     from sims import report, store
 
     record = store.read_spec(out)
-    text = report.summary(store.load(out), record["spec"], record["sessions"][-1]["data"])
+    text = report.summary(store.load(out), record["spec"], _facts(record))
     write_text(out / "summary.md", text)
     if not quiet:
         print(text)
@@ -186,7 +187,12 @@ def _show(args: argparse.Namespace) -> None:
     from sims import report, store
 
     record = store.read_spec(args.run_dir)
-    print(report.summary(store.load(args.run_dir), record["spec"], record["sessions"][-1]["data"]))
+    print(report.summary(store.load(args.run_dir), record["spec"], _facts(record)))
+
+
+def _facts(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the last session recorded of the data; nothing where the record was lost and made anew."""
+    return record["sessions"][-1]["data"] if record["sessions"] else []
 
 
 def _set_precision(dtype: str) -> None:

@@ -175,9 +175,11 @@ def _per_unit(found: Row, ours: int, rival: int) -> Row:
     """Times and ratios for one of the ``ours`` and ``rival`` cell steps that a call makes."""
     if found.rival_s is None:
         return found._replace(ours_s=found.ours_s / ours)
-    ratios = (found.ratio_median, found.ratio_min, found.ratio_max)
-    scaled = [None if ratio is None else ratio * ours / rival for ratio in ratios]
-    return Row(found.name, found.ours_s / ours, found.rival_s / rival, *scaled, found.notes)
+    median, least, most = (
+        None if ratio is None else ratio * ours / rival
+        for ratio in (found.ratio_median, found.ratio_min, found.ratio_max)
+    )
+    return Row(found.name, found.ours_s / ours, found.rival_s / rival, median, least, most, found.notes)
 
 
 def _in_subprocess(devices: int, quick: bool) -> float:

@@ -63,8 +63,12 @@ def connected(
     with contextlib.ExitStack() as stack:
         try:
             if address is None:
-                cluster = distributed.LocalCluster(
-                    n_workers=local_workers, threads_per_worker=1, processes=True, dashboard_address=None
+                # Its annotations know neither a cluster without dashboard nor one that is not awaited.
+                cluster: Any = distributed.LocalCluster(
+                    n_workers=local_workers,
+                    threads_per_worker=1,
+                    processes=True,
+                    dashboard_address=None,  # pyright: ignore[reportArgumentType]
                 )
                 address = stack.enter_context(cluster).scheduler_address
             client = stack.enter_context(distributed.Client(address, timeout=timeout))
@@ -83,7 +87,7 @@ def _compute(
     import distributed
 
     asked = [name if MEASURES.get(name) is measure else measure for name, measure in measures.items()]
-    order = cloudpickle.dumps((spec.to_dict(), asked, bool(jax.config.jax_enable_x64), memory, group))
+    order = cloudpickle.dumps((spec.to_dict(), asked, bool(jax.config.read("jax_enable_x64")), memory, group))
     found = client.map(functools.partial(_run, order), list(units), retries=RETRIES, pure=False)
     left = len(units)
     try:

@@ -122,7 +122,10 @@ def _probe(spec: Spec, job: Job, measures: Mapping[str, Measure], place: Placeme
         return time.perf_counter() - began
 
     (found,) = compiled.launch([(job, some)], np.zeros_like(segments_of(spec)))
-    still, moving = (min(seconds(steps) for _ in range(3)) for steps in (0, PROBE_STEPS))
+    still, steps = min(seconds(0) for _ in range(3)), PROBE_STEPS
+    # Measures may take far longer than a step: make steps enough to be seen beside them.
+    while (moving := seconds(steps)) < 1.5 * still and steps < spec.steps:
+        steps *= 4
     return _Probe(
         work=_work(job),
         group=compiled.group,
@@ -130,7 +133,7 @@ def _probe(spec: Spec, job: Job, measures: Mapping[str, Measure], place: Placeme
         memory=compiled.memory,
         compile_s=compile_s,
         launch_s=still,
-        step_s=max(0.0, moving - still) / PROBE_STEPS,
+        step_s=max(0.0, moving - still) / steps,
         results=sum(value.nbytes for value in found.values()),
     )
 

@@ -277,13 +277,13 @@ def compile_job(spec: Spec, job: Job, measures: Mapping[str, Measure], place: Pl
     """Code for all groups of the jobs that are like ``job``; ``ValueError`` if not even one cell fits in the memory."""
     numbers, segments, devices = grid_of(spec), segments_of(spec), len(place.devices)
     total, (num_rows, dim) = spec.cells_per_unit, job.data.train.shape
-    size = place.group
-    if size is None:
+    if place.group is None:
         rows = min(job.program.recipe.batch_size or num_rows, num_rows)
-        size = preferred_group(place.devices[0].platform, total, rows, dim, job.program.recipe.width)
+        preferred = preferred_group(place.devices[0].platform, total, rows, dim, job.program.recipe.width)
         # Fewer groups than devices would leave some without work.
-        size = min(size, max(1, total * spec.seeds // devices))
-    size = min(size, total)
+        size = min(preferred, max(1, total * spec.seeds // devices))
+    else:
+        size = min(place.group, total)
     here = [i for i, device in enumerate(place.devices) if device.process_index == jax.process_index()]
     function = jax.jit(group_function(job.program, measures))
 

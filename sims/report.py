@@ -45,7 +45,7 @@ def summary(results: xr.Dataset, spec: Mapping[str, Any], facts: Sequence[Mappin
     lines = [
         "# Summary",
         "",
-        f"{networks} networks on {' and '.join(named)}: "
+        f"{networks} networks on {' and '.join(named) or 'data without a record'}: "
         + ", ".join(f"{size} {dim}" for dim, size in sizes.items() if size > 1)
         + ".",
         f"Training: {_listed(spec['optimizer'])}, {spec['steps']} steps, width {_listed(spec['width'])}, "

@@ -49,7 +49,7 @@ def merge(out: str | pathlib.Path, *, on_unit: Callable[[int, int], None] | None
             raise store.StoreError(f"{part} and {parts[0]} hold different experiments; move one of them away.")
     template = store.template_of(parts[0])
     sessions = [session for record in records for session in record["sessions"]]
-    provenance = {**store.environment(), "data": sessions[-1]["data"], "shards": sessions}
+    provenance = {**store.environment(), "data": sessions[-1]["data"] if sessions else [], "shards": sessions}
     with store.open_run(out, first["spec"], template, first["chunks"], provenance) as run:
         for part in parts:
             source = store.attached(part)

@@ -231,6 +231,38 @@ def test_ctrl_c_exits_with_130_and_the_same_command_resumes(tmp_path):
     assert 0 < kept < 160
 
 
+@pytest.mark.slow
+def test_a_sweep_killed_twenty_times_ends_as_the_undisturbed_one(tmp_path):
+    argv = (
+        "--num-samples 6 --width 4 --sigma 0.3,0.6 --seeds 60 --steps 1000 --eval-samples 4 --eval-draws 1 "
+        "--measures train_error --quiet"
+    ).split()
+    rng = np.random.default_rng(0)
+
+    def begin(out):
+        command = [sys.executable, "-m", "sims", "sweep", *argv, "--out", str(out)]
+        return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"JAX_ENABLE_X64": "0"})
+
+    begun = time.monotonic()
+    assert begin(tmp_path / "whole").wait(timeout=300) == 0
+    length = time.monotonic() - begun
+    done, kept = tmp_path / "cut" / "results.zarr" / "done" / "c", []
+    for _ in range(20):
+        process = begin(tmp_path / "cut")
+        try:
+            # From before the imports are done to after the last unit would be.
+            process.wait(timeout=rng.uniform(0.1, 1.2) * length)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        kept.append(sum(file.is_file() for file in done.rglob("*")) if done.exists() else 0)
+    assert kept == sorted(kept)
+    assert begin(tmp_path / "cut").wait(timeout=300) == 0
+    whole, cut = store.load(tmp_path / "whole"), store.load(tmp_path / "cut")
+    assert bool(cut.done.all())
+    np.testing.assert_array_equal(cut.train_error, whole.train_error)
+
+
 def test_the_module_runs_as_a_program():
     shown = subprocess.run(
         [sys.executable, "-m", "sims", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
