@@ -45,7 +45,6 @@ __all__ = [
     "group_function",
     "others_alive",
     "placement",
-    "preferred_group",
     "recipe_of",
     "run_units",
     "segments_of",
@@ -102,7 +101,7 @@ class Placement(NamedTuple):
     memory: int
     """Bytes that the temporaries of a program may take on each device."""
     group: int | None
-    """Cells of a group; None: as many as :func:`preferred_group` and ``memory`` allow, but work for every device."""
+    """Cells of a group; None: as many as ``memory`` allows, but work for every device."""
 
 
 Worlds: TypeAlias = Callable[[str, float | None], World]
@@ -196,17 +195,6 @@ def fit_cell(
     return state.dae, values
 
 
-def preferred_group(platform: str, cells: int, rows: int, dim: int, width: int) -> int:
-    """Cells that run fastest together, of ``cells`` that train on ``rows`` rows a step.
-
-    An accelerator takes them all; so does a CPU, until what a step touches no longer fits in its cache.
-    """
-    if platform != "cpu":
-        return cells
-    del rows, dim, width
-    return cells
-
-
 def run_units(
     spec: Spec,
     units: Sequence[Unit],
@@ -275,15 +263,9 @@ class Compiled(NamedTuple):
 
 def compile_job(spec: Spec, job: Job, measures: Mapping[str, Measure], place: Placement) -> Compiled:
     """Code for all groups of the jobs that are like ``job``; ``ValueError`` if not even one cell fits in the memory."""
-    numbers, segments, devices = grid_of(spec), segments_of(spec), len(place.devices)
-    total, (num_rows, dim) = spec.cells_per_unit, job.data.train.shape
-    if place.group is None:
-        rows = min(job.program.recipe.batch_size or num_rows, num_rows)
-        preferred = preferred_group(place.devices[0].platform, total, rows, dim, job.program.recipe.width)
-        # Fewer groups than devices would leave some without work.
-        size = min(preferred, max(1, total * spec.seeds // devices))
-    else:
-        size = min(place.group, total)
+    numbers, segments, total = grid_of(spec), segments_of(spec), spec.cells_per_unit
+    # All at once, but fewer groups than devices would leave some without work.
+    size = min(total, place.group or max(1, total * spec.seeds // len(place.devices)))
     here = [i for i, device in enumerate(place.devices) if device.process_index == jax.process_index()]
     function = jax.jit(group_function(job.program, measures))
 
