@@ -211,6 +211,7 @@ def test_a_scheduler_that_vanishes_keeps_finished_units(vanishing, tmp_path):
     assert_equal(found, sims.sweep(spec, [slow_to_trace]), ("slow_to_trace",))
 
 
+@pytest.mark.slow
 def test_local_workers_from_the_command_line_leave_nothing_behind(results, tmp_path):
     argv = "--dataset mixture:modes=2,dim=3 --num-samples 3 --sigma 0.3,0.6 --seeds 2 --width 4 --steps 6".split()
     argv += "--eval-samples 5 --eval-draws 2 --held-out 20 --measures train_error,gap --local-workers 1 --quiet".split()
