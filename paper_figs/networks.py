@@ -33,7 +33,7 @@ def train(spec: Spec) -> Trained:
     program, key, data = unit_program(spec, unit, world)
     segments = segments_of(spec)
     dae, _ = jax.jit(lambda key, data: fit_cell(key, data, numbers, program, segments, {}))(key, data)
-    shape = image_shape(world.image_shape, data.train.shape[1])
+    shape = image_shape(world.data.image_shape, data.train.shape[1])
     return Trained(dae, np.asarray(data.train), np.asarray(data.held_out), shape)
 
 

@@ -149,9 +149,7 @@ def _memorizing_minimizer(repeats: int, quick: bool) -> Row:
     sigma, decay = 0.2, 1e-2
     # Two free matrices under a loss that averages over pixels too: lambda = d wd / 2.
     penalty = d * decay / 2
-    rows = np.random.default_rng(0).standard_normal((n, d))
-    rows -= rows.mean(axis=0)
-    rows *= np.sqrt(0.3 * d) / np.linalg.norm(rows, axis=1, keepdims=True)
+    rows = bench_sweeps.separable_rows(n, d)
     data = jnp.asarray(rows)
     minimizer = jax.jit(lambda data: memorizing_minimizer(data, sigma, penalty, p))
     closed = minimizer(data)
@@ -179,8 +177,7 @@ def _paper_loop(
         return None
     torch.manual_seed(0)
     x = torch.tensor(rows, dtype=torch.float32)
-    first = 0.1 * torch.randn(rows.shape[1], width) / rows.shape[1] ** 0.5
-    w1, w2 = (first.clone().requires_grad_() for _ in range(2))
+    w1, w2 = _torch_weights(torch, rows.shape[1], width)
     rule = torch.optim.RMSprop([w1, w2], lr=1e-3, weight_decay=decay)
     objective = jax.jit(exact_objective)
     spent, steps, reached = 0.0, 0, False
@@ -208,8 +205,7 @@ def _adam_loop(
         return None
     torch.manual_seed(0)
     data = torch.tensor(rows, dtype=torch.float32)
-    first = 0.1 * torch.randn(rows.shape[1], width) / rows.shape[1] ** 0.5
-    w1, w2 = (first.clone().requires_grad_() for _ in range(2))
+    w1, w2 = _torch_weights(torch, rows.shape[1], width)
     rule = torch.optim.Adam([w1, w2], lr=bench_sweeps.RATE)
 
     def train() -> None:
@@ -223,6 +219,12 @@ def _adam_loop(
             rule.step()
 
     return train
+
+
+def _torch_weights(torch: Any, dim: int, width: int) -> tuple[Any, Any]:
+    """Two free matrices that start equal, with columns of norm about 0.1."""
+    first = 0.1 * torch.randn(dim, width) / dim**0.5
+    return first.clone().requires_grad_(), first.clone().requires_grad_()
 
 
 def _exact_training(repeats: int, quick: bool) -> Row:

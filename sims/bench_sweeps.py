@@ -29,6 +29,7 @@ __all__ = [
     "devices_2",
     "group_seconds",
     "paper_step",
+    "separable_rows",
     "small_cells",
     "small_cells_grid",
     "time_to_objective",
@@ -107,9 +108,7 @@ def time_to_objective(rival: PaperLoop, repeats: int, quick: bool) -> Row:
     n, d, p = (3, 16, 6) if quick else (5, 1024, 100)
     sigma, decay = 0.2, 1e-2
     penalty = d * decay / 2
-    rows = np.random.default_rng(0).standard_normal((n, d))
-    rows -= rows.mean(axis=0)
-    rows *= np.sqrt(0.3 * d) / np.linalg.norm(rows, axis=1, keepdims=True)
+    rows = separable_rows(n, d)
     data = jnp.asarray(rows)
     basis = span_basis(data)
     w = 0.1 * jax.random.normal(jax.random.key(0), (d, p), data.dtype) / d**0.5
@@ -127,6 +126,14 @@ def time_to_objective(rival: PaperLoop, repeats: int, quick: bool) -> Row:
         return row("time_to_objective", times, None, notes=notes)
     notes |= {"rival": "RMSprop in PyTorch", "rival_steps": theirs[1], "rival_reached": theirs[2]}
     return row("time_to_objective", times, [theirs[0]] * repeats, notes=notes)
+
+
+def separable_rows(n: int, d: int) -> np.ndarray:
+    """Centered random rows of one norm, sqrt(0.3 d): their cosines are negative where n is small."""
+    rows = np.random.default_rng(0).standard_normal((n, d))
+    rows -= rows.mean(axis=0)
+    rows *= np.sqrt(0.3 * d) / np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows
 
 
 def devices_2(repeats: int, quick: bool) -> Row:

@@ -51,6 +51,7 @@ def merge(out: str | pathlib.Path, *, on_unit: Callable[[int, int], None] | None
     sessions = [session for record in records for session in record["sessions"]]
     provenance = {**store.environment(), "data": sessions[-1]["data"] if sessions else [], "shards": sessions}
     with store.open_run(out, first["spec"], template, first["chunks"], provenance) as run:
+        done, total = store.progress(run)
         for part in parts:
             source = store.attached(part)
             for unit in on_disk.finished(source):
@@ -59,6 +60,7 @@ def merge(out: str | pathlib.Path, *, on_unit: Callable[[int, int], None] | None
                     wall_s = float(values.pop("wall_s").item())
                     del values["done"]
                     store.write_chunk(run, unit, values, wall_s=wall_s)
+                    done += 1
                     if on_unit is not None:
-                        on_unit(*store.progress(run))
-        return store.progress(run)
+                        on_unit(done, total)
+        return store.Progress(done, total)

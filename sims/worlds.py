@@ -31,8 +31,6 @@ class World(NamedTuple):
     """Rows never trained on, (m, d)."""
     population: GaussianMixture
     """The law of the data: exact for synthetic mixtures, else one mode a label, fitted to the pool."""
-    image_shape: tuple[int, int, int] | None
-    """(height, width, channels) of a row, if rows are images."""
     data: datasets.Dataset
     """What it was made of."""
 
@@ -60,7 +58,7 @@ def make_world(spec: Spec, dataset: str | None = None, separation: float | None 
             f"{len(data.held_out)} held out; ask for fewer, or lower held_out."
         )
     population = data.mixture or mx.fit(jnp.asarray(data.train), data.train_labels, ridge=1e-3)
-    return World(data.train, data.held_out, population, data.image_shape, data)
+    return World(data.train, data.held_out, population, data)
 
 
 def facts(world: World, spec: Spec) -> dict[str, Any]:
