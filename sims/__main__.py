@@ -81,11 +81,16 @@ def _sweep(args: argparse.Namespace) -> None:
     spec = flags.spec_from_flags(args, **args.preset)
     _set_precision(spec.dtype)
     told = (args.coordinator, args.num_processes, args.process_id)
-    if args.distributed or any(part is not None for part in told):
+    elsewhere = args.distributed or args.scheduler is not None or args.local_workers or any(map(_given, told))
+    if args.devices is not None or not elsewhere:
+        processes.split_cores(args.devices)
+    if args.distributed or any(map(_given, told)):
         first = processes.join(args.coordinator, num_processes=args.num_processes, process_id=args.process_id)[0] == 0
         args.quiet = args.quiet or not first
     if args.dry_run:
-        print(plan.as_text(plan.plan(spec, args.measures, memory=args.memory, group=args.group)), end="")
+        found = plan.plan(spec, args.measures, memory=args.memory, group=args.group, shard=args.shard)
+        if not args.quiet:
+            print(plan.as_text(found), end="")
         return
     args.out = pathlib.Path(args.out) if args.shard is None else shards.folder(args.out, args.shard)
     with contextlib.ExitStack() as stack:
@@ -93,10 +98,10 @@ def _sweep(args: argparse.Namespace) -> None:
         log = stack.enter_context(Log(args.log))
         executor = None
         if args.scheduler is not None or args.local_workers:
-            found = cluster.connected(
+            workers = cluster.connected(
                 args.scheduler, local_workers=args.local_workers, memory=args.memory, group=args.group
             )
-            executor = stack.enter_context(found)
+            executor = stack.enter_context(workers)
 
         def on_unit(progress: engine.Progress) -> None:
             label = ", ".join(f"{axis} {value}" for axis, value in progress.unit.items())
@@ -117,6 +122,10 @@ def _sweep(args: argparse.Namespace) -> None:
         _summarize(args.out, args.quiet)
 
 
+def _given(value: object) -> bool:
+    return value is not None
+
+
 def _merge(args: argparse.Namespace) -> None:
     from sims import shards
 
@@ -134,7 +143,7 @@ def _summarize(out: pathlib.Path, quiet: bool) -> None:
     from sims import report, store
 
     record = store.read_spec(out)
-    text = report.summary(store.load(out), record["spec"], _facts(record))
+    text = report.summary(store.load(out), record["spec"], _facts(record), record["sessions"])
     write_text(out / "summary.md", text)
     if not quiet:
         print(text)
@@ -187,7 +196,7 @@ def _show(args: argparse.Namespace) -> None:
     from sims import report, store
 
     record = store.read_spec(args.run_dir)
-    print(report.summary(store.load(args.run_dir), record["spec"], _facts(record)))
+    print(report.summary(store.load(args.run_dir), record["spec"], _facts(record), record["sessions"]))
 
 
 def _facts(record: dict[str, Any]) -> list[dict[str, Any]]:

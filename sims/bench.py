@@ -20,6 +20,7 @@ Rows of ``sweeps`` (:mod:`sims.bench_sweeps`), rivals in PyTorch where it is ins
 * ``paper_step``: dimension 1024, 100 units, batches of 256; ``products_s`` and ``noise_s`` are the machine's limit.
 * ``time_to_objective``: exact training in the span of five rows, against the paper's loop to the same objective.
 * ``devices_2``: two CPU devices with half of the cells each, against one that may use both cores.
+* ``linear_cells``: seconds per cell of a sweep of 10,000 cells against one of 10, and the memory of each.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from dae_theory.exact_training import minimize_exact_objective
 from dae_theory.risk import exact_objective, exact_risk, monte_carlo_estimate
 from sims import bench_sweeps, datasets
 from sims.benchmarks import Row, row, seconds, table, write_json
+from sims.processes import split_cores
 from sims.terminal import guarded
 from sims.train import Recipe, advance, start
 
@@ -75,6 +77,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _run(args: argparse.Namespace) -> None:
     jax.config.update("jax_enable_x64", True)
+    split_cores()
     every = {name: function for group in GROUPS.values() for name, function in group.items()}
     wanted = [name for asked in args.only for name in GROUPS.get(asked, [asked])]
     unknown = [name for name in wanted if name not in every]
@@ -280,6 +283,7 @@ GROUPS: dict[str, dict[str, Callable[[int, bool], Row]]] = {
         "paper_step": functools.partial(bench_sweeps.paper_step, _adam_loop),
         "time_to_objective": functools.partial(bench_sweeps.time_to_objective, _paper_loop),
         "devices_2": bench_sweeps.devices_2,
+        "linear_cells": bench_sweeps.linear_cells,
     },
 }
 """Benchmarks by group and name: functions of the number of repeats and of ``quick``."""

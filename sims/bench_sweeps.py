@@ -5,7 +5,9 @@ Rivals are given as functions, so that this module runs without them; a loop tha
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,13 +16,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
 
 from dae_theory import ReluDae, memorizing_minimizer
 from dae_theory.exact_training import minimize_exact_objective, span_basis
 from dae_theory.risk import exact_objective
 from sims import datasets
 from sims.benchmarks import Row, compare, row, seconds
+from sims.engine import all_units, worlds_of
+from sims.measures import MEASURES
+from sims.programs import Compiled, compile_job, job_of, placement, run_units
+from sims.spec import Spec
 from sims.train import Recipe, advance, start
 
 __all__ = [
@@ -28,6 +33,7 @@ __all__ = [
     "PaperLoop",
     "devices_2",
     "group_seconds",
+    "linear_cells",
     "paper_step",
     "separable_rows",
     "small_cells",
@@ -42,6 +48,8 @@ PaperLoop = Callable[[np.ndarray, float, float, float, int, float, int], tuple[f
 """From rows, sigma, weight decay, penalty, width, goal and most steps to seconds, steps and whether it got there."""
 
 RATE, PENALTY = 3e-3, 1e-3
+KIB = 1024
+"""Linux counts resident memory in these."""
 
 
 def small_cells(num_samples: int, rival: AdamLoop, repeats: int, quick: bool) -> Row:
@@ -136,6 +144,35 @@ def separable_rows(n: int, d: int) -> np.ndarray:
     return rows
 
 
+def linear_cells(repeats: int, quick: bool) -> Row:
+    """Seconds per cell of sweeps of more and more cells, in groups of five: the most cells (ours) beside the fewest
+    (as rival), compilation not counted."""
+    sizes = (1, 2) if quick else (1, 10, 100, 1000)
+    spec = Spec(dataset="digits", num_samples=8, sigma=_ladder(10), width=4 if quick else 64, steps=2 if quick else 200)
+    measures = {"objective": MEASURES["objective"]}
+    worlds, place = worlds_of(spec), placement(group=5)
+    compiled = compile_job(spec, job_of(spec, all_units(spec)[0], worlds), measures, place)
+
+    def sweep(seeds: int) -> Callable[[], object]:
+        many = dataclasses.replace(spec, seeds=seeds)
+        units = all_units(many)
+        # Results are looked at and dropped, as by a store.
+        return lambda: [done.wall_s for done in run_units(many, units, measures, worlds, place, compiled_once)]
+
+    def compiled_once(*_: object) -> Compiled:
+        return compiled
+
+    sweep(1)()
+    times, peaks = {}, {}
+    for seeds in sizes:
+        call = sweep(seeds)
+        times[10 * seeds] = [seconds(call) / (10 * seeds) for _ in range(repeats if seeds < 1000 else 1)]
+        peaks[10 * seeds] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
+    fewest, most = times[10 * sizes[0]], times[10 * sizes[-1]]
+    notes = {"per_cell_s": {cells: float(np.median(spent)) for cells, spent in times.items()}, "peak_bytes": peaks}
+    return row("linear_cells", most * len(fewest), fewest * len(most), notes=notes)
+
+
 def devices_2(repeats: int, quick: bool) -> Row:
     """One device that is free to use both cores (as rival) against two that train half of the cells each."""
     pairs = [(_in_subprocess(2, quick), _in_subprocess(1, quick)) for _ in range(repeats)]
@@ -146,16 +183,15 @@ def devices_2(repeats: int, quick: bool) -> Row:
 def group_seconds(quick: bool) -> float:
     """Seconds that all devices of this process take for 20 cells on 64 digits, split among them."""
     width, sigmas = _sizes(quick)
-    mesh = Mesh(np.asarray(jax.devices()), ("cells",))
-    train = _group(_digits(64), width, 3 if quick else 200)
-    cells = PartitionSpec("cells")
-    # The loop's counter starts unvarying and ends varying over the mesh, which the check refuses.
-    call = jax.jit(jax.shard_map(train, mesh=mesh, in_specs=cells, out_specs=cells, check_vma=False))
-    return compare("group", lambda: call(sigmas), None, 3).ours_s
+    return compare("group", _mapped(_digits(64), width, sigmas, 3 if quick else 200), None, 3).ours_s
 
 
 def _sizes(quick: bool) -> tuple[int, Any]:
-    return (4, jnp.asarray([0.1, 0.5], jnp.float32)) if quick else (64, jnp.geomspace(0.05, 2.0, 20, dtype=jnp.float32))
+    return (4, np.asarray(_ladder(2), np.float32)) if quick else (64, np.asarray(_ladder(20), np.float32))
+
+
+def _ladder(num: int) -> tuple[float, ...]:
+    return tuple(np.geomspace(0.05, 2.0, num).tolist())
 
 
 def _digits(num_samples: int) -> np.ndarray:
@@ -174,8 +210,11 @@ def _group(rows: np.ndarray, width: int, steps: int) -> Callable[[Any], Any]:
 
 
 def _mapped(rows: np.ndarray, width: int, sigmas: Any, steps: int) -> Callable[[], object]:
+    """As a sweep does it: every device runs the program of one device on its part of the cells."""
     program = jax.jit(_group(rows, width, steps))
-    return lambda: program(sigmas)
+    parts = np.array_split(sigmas, len(jax.devices()))
+    placed = [jax.device_put(part, device) for part, device in zip(parts, jax.devices(), strict=True)]
+    return lambda: [program(part) for part in placed]
 
 
 def _per_unit(found: Row, ours: int, rival: int) -> Row:

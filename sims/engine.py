@@ -104,9 +104,7 @@ def sweep(
         if on_unit is not None:
             on_unit(Progress(done, total, {axis: template[axis].values[at].item() for axis, at in place.items()}))
 
-    every = _places(spec)
-    if shard is not None:
-        every = _shard(every, *shard)
+    every = _places(spec, shard)
     total = cells * len(every)
     if out is None or jax.process_index() != 0:
         # Only the first process knows what an earlier run has finished.
@@ -169,15 +167,16 @@ def _sources(spec: Spec) -> list[tuple[str, float | None]]:
     return list(itertools.product(spec.dataset, spec.separation or (None,)))
 
 
-def all_units(spec: Spec) -> list[Unit]:
-    """Every unit of a sweep, in the order in which they are computed."""
-    return [_unit(spec, place) for place in _places(spec)]
+def all_units(spec: Spec, shard: tuple[int, int] | None = None) -> list[Unit]:
+    """The units of a sweep, or of one shard of it, in the order in which they are computed."""
+    return [_unit(spec, place) for place in _places(spec, shard)]
 
 
-def _places(spec: Spec) -> list[store.Unit]:
+def _places(spec: Spec, shard: tuple[int, int] | None) -> list[store.Unit]:
     dims = _unit_dims(spec)
     indices = itertools.product(*(range(spec.shape[axis]) for axis in dims))
-    return [dict(zip(dims, (slice(i, i + 1) for i in index), strict=True)) for index in indices]
+    every = [dict(zip(dims, (slice(i, i + 1) for i in index), strict=True)) for index in indices]
+    return every if shard is None else _shard(every, *shard)
 
 
 def _unit_dims(spec: Spec) -> list[str]:

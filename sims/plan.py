@@ -15,7 +15,7 @@ import numpy as np
 
 from sims.engine import all_units, resolve_measures, worlds_of
 from sims.measures import Measure
-from sims.programs import Job, Numbers, Placement, alike_jobs, compile_job, grid_of, placement, segments_of
+from sims.programs import Job, Numbers, Placement, alike_units, compile_job, grid_of, job_of, placement, segments_of
 from sims.spec import Spec
 
 __all__ = ["Plan", "as_text", "plan"]
@@ -61,11 +61,14 @@ def plan(
     *,
     memory: int = 2 << 30,
     group: int | None = None,
+    shard: tuple[int, int] | None = None,
 ) -> Plan:
-    """Estimate a sweep of ``spec`` on this machine; arguments and errors as :func:`sims.engine.sweep`."""
+    """Estimate a sweep of ``spec`` on this machine, or one shard of it; arguments and errors as
+    :func:`sims.engine.sweep`."""
     chosen, place = resolve_measures(measures), placement(memory=memory, group=group)
-    kinds = list(alike_jobs(spec, all_units(spec), worlds_of(spec)))
-    kinds.sort(key=lambda jobs: _work(jobs[0]))
+    worlds = worlds_of(spec)
+    kinds = [(job_of(spec, alike[0], worlds), len(alike)) for alike in alike_units(all_units(spec, shard))]
+    kinds.sort(key=lambda kind: _work(kind[0]))
     least, most = (_probe(spec, kinds[end][0], chosen, place) for end in (0, -1))
     cells = spec.cells_per_unit
     devices = len(place.devices)
@@ -75,11 +78,11 @@ def plan(
         return math.ceil(units * probe.parts / devices) * (probe.launch_s + spec.steps * probe.step_s)
 
     run_s = 0.0
-    for jobs in kinds:
-        share = (_work(jobs[0]) - least.work) / max(most.work - least.work, 1.0)
-        low, high = seconds(least, len(jobs)), seconds(most, len(jobs))
+    for job, count in kinds:
+        share = (_work(job) - least.work) / max(most.work - least.work, 1.0)
+        low, high = seconds(least, count), seconds(most, count)
         run_s += low + share * (high - low)
-    units = sum(map(len, kinds))
+    units = sum(count for _, count in kinds)
     return Plan(
         cells=cells * units,
         units=units,
@@ -112,16 +115,17 @@ def _probe(spec: Spec, job: Job, measures: Mapping[str, Measure], place: Placeme
     begin = time.perf_counter()
     compiled = compile_job(spec, job, measures, place)
     compile_s = time.perf_counter() - begin
-    some = Numbers(*(axis[: compiled.group] for axis in grid_of(spec)))
+    # As many as run at once: devices of one machine share its cores and its memory.
+    some = [(job, Numbers(*(axis[: compiled.group] for axis in grid_of(spec))))] * len(place.devices)
 
     def seconds(steps: int) -> float:
         segments = np.zeros_like(segments_of(spec))
         segments[0] = steps
         began = time.perf_counter()
-        compiled.launch([(job, some)], segments)
+        compiled.launch(some, segments)
         return time.perf_counter() - began
 
-    (found,) = compiled.launch([(job, some)], np.zeros_like(segments_of(spec)))
+    found, *_ = compiled.launch(some, np.zeros_like(segments_of(spec)))
     still, steps = min(seconds(0) for _ in range(3)), PROBE_STEPS
     # Measures may take far longer than a step: make steps enough to be seen beside them.
     while (moving := seconds(steps)) < 1.5 * still and steps < spec.steps:

@@ -38,11 +38,12 @@ __all__ = [
     "Program",
     "Unit",
     "Worlds",
-    "alike_jobs",
+    "alike_units",
     "compile_job",
     "fit_cell",
     "grid_of",
     "group_function",
+    "job_of",
     "others_alive",
     "placement",
     "recipe_of",
@@ -211,20 +212,21 @@ def run_units(
     not fit in the memory.
     """
     numbers, segments = grid_of(spec), segments_of(spec)
-    for jobs in alike_jobs(spec, units, worlds):
-        compiled = (compiling or compile_job)(spec, jobs[0], measures, place)
+    for alike in alike_units(units):
+        compiled = (compiling or compile_job)(spec, job_of(spec, alike[0], worlds), measures, place)
         parts = _groups(spec.cells_per_unit, compiled.group)
-        groups = [(job, _some(numbers, cells)) for job in jobs for cells in parts]
+        # Rows are drawn when their turn comes, and not kept: memory does not grow with the number of units.
+        groups = ((job, _some(numbers, cells)) for job in (job_of(spec, u, worlds) for u in alike) for cells in parts)
         values: list[dict[str, np.ndarray]] = []
-        waiting, begin = list(jobs), time.perf_counter()
-        for first in range(0, len(groups), len(place.devices)):
-            values += compiled.launch(groups[first : first + len(place.devices)], segments)
+        waiting, begin = list(alike), time.perf_counter()
+        while some := list(itertools.islice(groups, len(place.devices))):
+            values += compiled.launch(some, segments)
             ready = len(values) // len(parts)
             wall_s = (time.perf_counter() - begin) / max(1, ready)
-            for job in waiting[:ready]:
+            for unit in waiting[:ready]:
                 mine, values = values[: len(parts)], values[len(parts) :]
                 joined = {name: np.concatenate([one[name] for one in mine])[: spec.cells_per_unit] for name in measures}
-                yield Finished(job.unit, joined, wall_s)
+                yield Finished(unit, joined, wall_s)
             if ready:
                 waiting, begin = waiting[ready:], time.perf_counter()
 
@@ -238,7 +240,7 @@ class Job(NamedTuple):
     data: CellData
 
 
-def alike_jobs(spec: Spec, units: Sequence[Unit], worlds: Worlds) -> Iterator[list[Job]]:
+def alike_units(units: Sequence[Unit]) -> Iterator[list[Unit]]:
     """Runs of neighbors with equal programs and shapes; seeds are the last axis of units, so a run is at least
     those."""
 
@@ -247,7 +249,14 @@ def alike_jobs(spec: Spec, units: Sequence[Unit], worlds: Worlds) -> Iterator[li
         return unit._replace(seed=0, separation=None if unit.separation is None else 0.0)
 
     for _, neighbors in itertools.groupby(units, same):
-        yield [_job(spec, unit, worlds) for unit in neighbors]
+        yield list(neighbors)
+
+
+def job_of(spec: Spec, unit: Unit, worlds: Worlds) -> Job:
+    """A unit with the rows that it trains on."""
+    program, key, data = unit_program(spec, unit, worlds(unit.dataset, unit.separation))
+    host = jax.tree.map(np.asarray, data._replace(key=jax.random.key_data(data.key)))
+    return Job(unit, program, np.asarray(jax.random.key_data(key)), host)
 
 
 class Compiled(NamedTuple):
@@ -319,12 +328,6 @@ def _taken(name: str, measure: Measure, dae: ReluDae, data: CellData, cell: Cell
     # Whatever somebody's function raises, its name is what helps.
     except Exception as error:
         raise ValueError(f"measure {name!r} failed: {error}") from error
-
-
-def _job(spec: Spec, unit: Unit, worlds: Worlds) -> Job:
-    program, key, data = unit_program(spec, unit, worlds(unit.dataset, unit.separation))
-    host = jax.tree.map(np.asarray, data._replace(key=jax.random.key_data(data.key)))
-    return Job(unit, program, np.asarray(jax.random.key_data(key)), host)
 
 
 def _groups(cells: int, size: int) -> list[Int[np.ndarray, " g"]]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-__all__ = ["environment"]
+__all__ = ["differences", "environment"]
 
 PACKAGES = ("dae-theory", "jax", "jaxlib", "optax", "numpy", "xarray", "zarr")
 
@@ -29,6 +30,19 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "host": platform.node(),
     }
+
+
+def differences(sessions: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """What changed between ``sessions`` that recorded :func:`environment`: each name with its values, in order."""
+    seen: dict[str, list[str]] = {}
+    for session in sessions:
+        named = {"host": session.get("host"), "commit": session.get("commit"), **session.get("versions", {})}
+        named |= {f"device {name}": value for name, value in session.get("device", {}).items()}
+        for name, value in named.items():
+            values = seen.setdefault(name, [])
+            if str(value) not in values:
+                values.append(str(value))
+    return {name: values for name, values in seen.items() if len(values) > 1}
 
 
 def _version(package: str) -> str | None:

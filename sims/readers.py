@@ -31,7 +31,9 @@ __all__ = [
     "cifar10",
     "digits",
     "idx",
+    "image_files",
     "images",
+    "kind_of",
     "mixture",
     "npy",
     "npz",
@@ -70,7 +72,7 @@ def read(name: str) -> Source:
         raise ValueError(
             f"there is no {path!r}; a data set is a path, or one of {', '.join(READERS)} as in images:PATH."
         )
-    kind = kind or _kind_of(Path(path))
+    kind = kind or kind_of(Path(path))
     source = _call(READERS[kind], kind, (Path(path),), options.split("&"))
     if 0 in source.rows.shape:
         raise ValueError(f"{path} holds no data: its shape is {source.rows.shape}.")
@@ -218,7 +220,7 @@ def images(path: Path, *, resize: str = "", gray: bool = False) -> Source:
     its center to the new shape and resampled.
     """
     size = _sides(resize) if resize else None
-    files, classes = _image_files(path)
+    files, classes = image_files(path)
     pictures = [read_image(file, gray=gray, size=size) for file in files]
     for file, picture in zip(files, pictures, strict=True):
         if picture.shape != pictures[0].shape:
@@ -237,7 +239,7 @@ def patches(path: Path, *, size: int = 8, stride: int = 0, gray: bool = False) -
     """
     check_integer("patch size", size, minimum=1)
     stride = check_integer("patch stride", stride, minimum=0) or size
-    files, classes = _image_files(path)
+    files, classes = image_files(path)
     cut: list[np.ndarray] = []
     for file in files:
         picture = read_image(file, gray=gray)
@@ -280,7 +282,8 @@ def _parsed(name: str, text: str, kind: type) -> object:
         raise ValueError(f"{name} must be {article}, got {text!r}.") from None
 
 
-def _kind_of(path: Path) -> str:
+def kind_of(path: Path) -> str:
+    """Which of :data:`READERS` reads what lies at ``path``; ``ValueError`` if that cannot be told."""
     if path.is_dir():
         if any(path.glob("*images*idx3*")):
             return "idx"
@@ -350,7 +353,7 @@ def _of_arrays(path: Path, array: np.ndarray, labels: np.ndarray | None, values:
     return Source(array.reshape(len(array), math.prod(array.shape[1:])), classes.astype(np.int64), shape, span)
 
 
-def _image_files(path: Path) -> tuple[list[Path], np.ndarray]:
+def image_files(path: Path) -> tuple[list[Path], np.ndarray]:
     """The images under a folder in order of name, and the class of each."""
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder of images.")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from sims.provenance import differences
 from sims.transitions import transition
 
 __all__ = ["summary", "transition_table"]
@@ -34,8 +35,16 @@ def transition_table(
     return rows
 
 
-def summary(results: xr.Dataset, spec: Mapping[str, Any], facts: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: what was run, how many cells finished, where the transition lies, and the ends of the main curves."""
+def summary(
+    results: xr.Dataset,
+    spec: Mapping[str, Any],
+    facts: Sequence[Mapping[str, Any]],
+    sessions: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """Markdown: what was run, how many cells finished, where the transition lies, and the ends of the main curves.
+
+    ``sessions`` that computed parts of one run on other machines, versions or devices are told apart.
+    """
     sizes = {dim: size for dim, size in results.sizes.items() if dim in spec or dim in ("seed", "step")}
     networks = math.prod(size for dim, size in sizes.items() if dim != "step")
     last = results.isel(step=-1)
@@ -52,12 +61,24 @@ def summary(results: xr.Dataset, spec: Mapping[str, Any], facts: Sequence[Mappin
         f"penalty {_listed(spec['penalty'])}, learning rate {_listed(spec['learning_rate'])}, "
         f"batch {_listed(size or 'full' for size in spec['batch_size'])}.",
         f"Diverged: {diverged} of {networks}." + (f" Not computed yet: {missing}." if missing else ""),
+        *_mixture_lines(sessions),
         "",
     ]
     if "gap" in results and results.sizes["num_samples"] > 1:
         lines += _transition_lines(results)
     lines += _ends_lines(results)
     return "\n".join(lines) + "\n"
+
+
+def _mixture_lines(sessions: Sequence[Mapping[str, Any]]) -> list[str]:
+    found = differences([session for session in sessions if session.get("chunks")])
+    if not found:
+        return []
+    listed = "; ".join(f"{name}: {', '.join(values)}" for name, values in found.items())
+    return [
+        f"Cells of this run were computed under different conditions ({listed}): they are equal to rounding only. For "
+        "equal bits, compute the run again in one place."
+    ]
 
 
 def _transition_lines(results: xr.Dataset) -> list[str]:

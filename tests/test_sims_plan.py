@@ -36,9 +36,10 @@ def known_machine(monkeypatch):
             rows, size = len(job.data.train), min(place.group, spec.cells_per_unit)
 
             def launch(groups, segments):
-                for _, numbers in groups:
-                    launches.append((rows, len(numbers.sigma), int(segments.sum())))
-                    now[0] += START + STEP * rows * len(numbers.sigma) * int(segments.sum())
+                assert len(groups) == len(place.devices)
+                (cells,) = {len(numbers.sigma) for _, numbers in groups}
+                launches.append((rows, cells, int(segments.sum())))
+                now[0] += START + STEP * rows * cells * int(segments.sum())
                 return [{"gap": np.zeros((size, len(segments)), np.float32)} for _ in groups]
 
             return programs.Compiled(size, 100 * rows, launch)
@@ -120,6 +121,14 @@ def test_a_dry_run_prints_and_writes_nothing(tmp_path, capsys):
     assert lines[1].startswith("Memory: about ")
     assert lines[2].startswith("Time: about ")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_of_a_shard_plans_that_shard(known_machine):
+    known_machine(1, 6)
+    whole, mine = plan(SPEC, ["gap"], group=6), plan(SPEC, ["gap"], group=6, shard=(2, 5))
+    # Units 2 and 7 of ten: a seed of either n.
+    assert (whole.units, mine.units, mine.cells) == (10, 2, 12)
+    assert mine.run_s == pytest.approx(sum(START + STEP * n * 6 * SPEC.steps for n in SPEC.num_samples))
 
 
 @pytest.mark.parametrize(

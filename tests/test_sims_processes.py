@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -23,11 +24,12 @@ TINY = (
 NAMES = ("train_error", "gap")
 
 
-def begin(out, *argv, devices=1):
+def begin(out, *argv, devices=1, env=None):
     command = [sys.executable, "-m", "sims", "sweep", *TINY, "--out", str(out), *map(str, argv)]
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    env = os.environ | {"XLA_FLAGS": flags, "JAX_NUM_CPU_DEVICES": str(devices)}
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command += ["--devices", str(devices)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | (env or {}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def ended(process, timeout=180):
@@ -83,6 +85,44 @@ def test_any_number_of_devices_gives_the_same_bits(single, tmp_path, devices):
     assert ended(begin(tmp_path, devices=devices)) == (0, "")
     assert_same(tmp_path, single)
     assert store.read_spec(tmp_path)["sessions"][0]["device"]["count"] == devices
+
+
+def test_a_cpu_becomes_one_device_a_core_unless_the_environment_has_its_say():
+    code = "from sims.processes import split_cores; split_cores(); import jax; print(jax.device_count())"
+    env = {name: value for name, value in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
+    cores = min(8, len(os.sched_getaffinity(0)))
+    for told, expected in (
+        ({}, cores),
+        ({"JAX_NUM_CPU_DEVICES": "3"}, 3),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}, 5),
+    ):
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env | told, capture_output=True, text=True)
+        assert (done.returncode, done.stdout.strip()) == (0, str(expected)), done.stderr
+
+
+def test_devices_that_cannot_be_had_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="--devices must be at least 1, got 0"):
+        processes.split_cores(0)
+    jax.devices()
+    with pytest.raises(ValueError, match="must be given before JAX starts"):
+        processes.split_cores(2)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    with pytest.raises(ValueError, match="XLA_FLAGS says how many"):
+        processes.split_cores(2)
+
+
+@pytest.mark.slow
+def test_two_processes_that_slurm_started_find_each_other(single, tmp_path):
+    """Told by the variables that srun sets, and by nothing else."""
+    job = {"SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    job |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "0"}
+    both = [
+        begin(tmp_path, "--distributed", env=job | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}) for i in (0, 1)
+    ]
+    assert [ended(process) for process in both] == [(0, ""), (0, "")]
+    assert_same(tmp_path, single)
+    (session,) = store.read_spec(tmp_path)["sessions"]
+    assert session["device"]["count"] == 2
 
 
 @pytest.mark.slow

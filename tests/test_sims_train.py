@@ -207,3 +207,28 @@ def test_lowers_for_accelerators():
 
     traced = jax.jit(go).trace(jax.ShapeDtypeStruct((5, 4), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32))
     assert traced.lower(lowering_platforms=("tpu", "cuda")).as_text()
+
+
+@pytest.mark.parametrize("batch_size", [0, 3])
+def test_cells_in_turn_and_side_by_side_take_the_same_steps(key, batch_size, monkeypatch):
+    """Both ways of mapping are those of cells alone, to rounding; which one is taken is seen in the program."""
+    data, recipe = rows(key), Recipe(width=4, batch_size=batch_size)
+    sigmas = jnp.asarray([0.1, 0.3, 0.9])
+    found = {}
+    for turn in (False, True):
+        monkeypatch.setattr(train, "in_turn", lambda *_, turn=turn: turn)
+        mapped = jax.jit(jax.vmap(lambda sigma: run(key, data, recipe, 20, sigma=sigma).dae))
+        found[turn] = mapped(sigmas)
+        # The loop over steps, and in it that over cells.
+        assert mapped.lower(sigmas).as_text().count("stablehlo.while") == 1 + turn
+    alone = [run(key, data, recipe, 20, sigma=float(sigma)).dae for sigma in sigmas]
+    for dae in found.values():
+        for i, one in enumerate(alone):
+            np.testing.assert_allclose(dae.w1[i], one.w1, rtol=1e-11, atol=1e-13)
+            np.testing.assert_allclose(dae.w2[i], one.w2, rtol=1e-11, atol=1e-13)
+
+
+def test_large_cells_go_in_turn_where_a_cache_bounds_them():
+    assert not train.in_turn(64, 64, 64, "cpu")
+    assert train.in_turn(1024, 64, 64, "cpu")
+    assert not train.in_turn(1024, 64, 64, "gpu")
