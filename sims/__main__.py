@@ -81,10 +81,9 @@ def _sweep(args: argparse.Namespace) -> None:
     spec = flags.spec_from_flags(args, **args.preset)
     _set_precision(spec.dtype)
     told = (args.coordinator, args.num_processes, args.process_id)
-    elsewhere = args.distributed or args.scheduler is not None or args.local_workers or any(map(_given, told))
-    if args.devices is not None or not elsewhere:
+    if args.devices is not None:
         processes.split_cores(args.devices)
-    if args.distributed or any(map(_given, told)):
+    if args.distributed or any(part is not None for part in told):
         first = processes.join(args.coordinator, num_processes=args.num_processes, process_id=args.process_id)[0] == 0
         args.quiet = args.quiet or not first
     if args.dry_run:
@@ -120,10 +119,6 @@ def _sweep(args: argparse.Namespace) -> None:
         )
     if "done" in results:
         _summarize(args.out, args.quiet)
-
-
-def _given(value: object) -> bool:
-    return value is not None
 
 
 def _merge(args: argparse.Namespace) -> None:

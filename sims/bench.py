@@ -26,7 +26,9 @@ Rows of ``sweeps`` (:mod:`sims.bench_sweeps`), rivals in PyTorch where it is ins
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import os
 import pathlib
 import statistics
 import sys
@@ -48,7 +50,6 @@ from dae_theory.exact_training import minimize_exact_objective
 from dae_theory.risk import exact_objective, exact_risk, monte_carlo_estimate
 from sims import bench_sweeps, datasets
 from sims.benchmarks import Row, row, seconds, table, write_json
-from sims.processes import split_cores
 from sims.terminal import guarded
 from sims.train import Recipe, advance, start
 
@@ -77,7 +78,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _run(args: argparse.Namespace) -> None:
     jax.config.update("jax_enable_x64", True)
-    split_cores()
+    with contextlib.suppress(RuntimeError):
+        # Where JAX has started already its devices stay as they are.
+        jax.config.update("jax_num_cpu_devices", os.cpu_count())
     every = {name: function for group in GROUPS.values() for name, function in group.items()}
     wanted = [name for asked in args.only for name in GROUPS.get(asked, [asked])]
     unknown = [name for name in wanted if name not in every]

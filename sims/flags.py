@@ -160,7 +160,7 @@ def add_run_flags(parser: argparse.ArgumentParser, *, default_out: str | None = 
 def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say which machines compute a sweep, and how it is reported."""
     add = parser.add_argument_group("many machines").add_argument
-    add("--devices", type=int, metavar="N", help="devices to make of this machine's cores (one a core, at most 8)")
+    add("--devices", type=int, metavar="N", help="devices to make of a CPU's cores (one)")
     add("--group", type=int, metavar="CELLS", help="cells that run together, the same on any number of devices")
     add("--shard", type=parse_shard, metavar="I/N", help="every N-th unit of work from the I-th; merge joins them")
     add("--scheduler", metavar="ADDRESS", help="compute on the Dask cluster of this scheduler, as tcp://host:8786")

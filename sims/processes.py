@@ -15,30 +15,29 @@ import jax
 
 __all__ = ["join", "split_cores"]
 
-MOST_DEVICES = 8
-"""Each needs memory of its own, and compiles for itself."""
+WORKERS = 4
+"""For each device that a CPU is split into."""
 
 
-def split_cores(devices: int | None = None) -> None:
-    """Make of a CPU so many devices, before anything else of JAX is used; None: one a core, at most 8.
+def split_cores(devices: int) -> None:
+    """Make of a CPU so many devices, before anything else of JAX is used.
 
-    Small operations keep one core busy, so cells side by side on as many devices are faster than one device that is
-    free to use all cores (``python -m sims.bench --only devices_2``). Where the environment has a say
-    (``JAX_NUM_CPU_DEVICES``, ``XLA_FLAGS``), None leaves it. Accelerators are devices as they are. ``ValueError``
-    unless ``devices`` is positive, or if JAX has started.
+    Small operations keep one core busy, so cells side by side on as many devices as cores are faster than one device
+    that is free to use all cores (``python -m sims.bench --only devices_2``). Accelerators are devices as they are.
+    ``ValueError`` unless ``devices`` is positive, where the environment says another number, or if JAX has started.
     """
-    if devices is not None and devices < 1:
+    if devices < 1:
         raise ValueError(f"--devices must be at least 1, got {devices}.")
-    told = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if devices is None and (told or jax.config.jax_num_cpu_devices > 0):
-        return
-    if devices is not None and told:
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         raise ValueError("XLA_FLAGS says how many devices a CPU has; leave --devices out, or that flag.")
+    # The devices of a CPU share a pool of workers, as many as cores, and batched linear algebra holds a worker while it
+    # waits for others (jaxlib 0.10): with as many devices as workers all may wait for ever. More workers, which this
+    # variable asks for, keep some free.
+    os.environ.setdefault("NPROC", str(WORKERS * devices))
     try:
-        jax.config.update("jax_num_cpu_devices", devices or min(MOST_DEVICES, _cores()))
+        jax.config.update("jax_num_cpu_devices", devices)
     except RuntimeError as error:
-        if devices is not None:
-            raise ValueError(f"--devices must be given before JAX starts: {error}") from error
+        raise ValueError(f"--devices must be given before JAX starts: {error}") from error
 
 
 def join(
@@ -71,11 +70,6 @@ def join(
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"cannot join the other processes: {error}. {ADVICE}") from error
     return jax.process_index(), jax.process_count()
-
-
-def _cores() -> int:
-    """Those that this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 ADVICE = (

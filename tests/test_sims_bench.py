@@ -50,6 +50,9 @@ def test_every_row_of_sweeps_at_tiny_sizes(tmp_path):
         rows["paper_step"]["ours_s"] / (limit["products_s"] + limit["noise_s"])
     )
     assert rows["time_to_objective"]["notes"]["reached"]
+    per_cell = rows["linear_cells"]["notes"]["per_cell_s"]
+    assert list(per_cell) == ["10", "20"]
+    assert per_cell["20"] == rows["linear_cells"]["ours_s"]
     # Both sides are processes of ours, so this row never lacks a rival.
     devices = rows["devices_2"]
     assert devices["ratio_min"] <= devices["ratio_median"] <= devices["ratio_max"]

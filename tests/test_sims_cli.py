@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,6 +53,22 @@ def test_show_and_transitions_read_a_run(demo, capsys, tmp_path):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split("\t") == ["sigma", "estimate", "low", "high", "crossed"]
     assert [row["sigma"] for row in json.loads((tmp_path / "rows.json").read_text())] == [0.3, 0.6]
+
+
+def test_a_run_that_another_host_went_on_with_says_so(demo, capsys, tmp_path):
+    shutil.copytree(demo, tmp_path / "run")
+    record = json.loads((demo / "spec.json").read_text())
+    (session,) = record["sessions"]
+    idle = session | {"host": "idle", "chunks": 0}
+    for sessions, told in (
+        ([session, idle], []),
+        ([session, session | {"host": "elsewhere"}], [f"host: {session['host']}, elsewhere", "equal to rounding only"]),
+    ):
+        (tmp_path / "run" / "spec.json").write_text(json.dumps(record | {"sessions": sessions}))
+        assert run("show", tmp_path / "run") == 0
+        printed = capsys.readouterr().out
+        assert all(words in printed for words in told)
+        assert ("different conditions" in printed) == bool(told)
 
 
 def test_certify_prints_and_writes_conditions_regime_and_certificate(tmp_path, capsys):

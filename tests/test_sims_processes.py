@@ -87,19 +87,6 @@ def test_any_number_of_devices_gives_the_same_bits(single, tmp_path, devices):
     assert store.read_spec(tmp_path)["sessions"][0]["device"]["count"] == devices
 
 
-def test_a_cpu_becomes_one_device_a_core_unless_the_environment_has_its_say():
-    code = "from sims.processes import split_cores; split_cores(); import jax; print(jax.device_count())"
-    env = {name: value for name, value in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
-    cores = min(8, len(os.sched_getaffinity(0)))
-    for told, expected in (
-        ({}, cores),
-        ({"JAX_NUM_CPU_DEVICES": "3"}, 3),
-        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}, 5),
-    ):
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env | told, capture_output=True, text=True)
-        assert (done.returncode, done.stdout.strip()) == (0, str(expected)), done.stderr
-
-
 def test_devices_that_cannot_be_had_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="--devices must be at least 1, got 0"):
         processes.split_cores(0)

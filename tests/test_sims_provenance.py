@@ -1,6 +1,5 @@
 """Provenance: what changed between the sessions of one run."""
 
-from sims import report, single, store
 from sims.provenance import differences, environment
 
 
