@@ -150,9 +150,8 @@ def linear_cells(repeats: int, quick: bool) -> Row:
     """Seconds per cell of sweeps of more and more cells, in groups of five: the most cells (ours) beside the fewest
     (as rival), compilation not counted."""
     sizes = (1, 2) if quick else (1, 10, 100, 1000)
-    spec = Spec(
-        dataset="digits", num_samples=8, sigma=_ladder(10), width=4 if quick else 64, steps=2 if quick else 1000
-    )
+    width, steps = (4, 2) if quick else (64, 1000)
+    spec = Spec(dataset=("digits",), num_samples=(8,), sigma=_ladder(10), width=(width,), steps=steps)
     measures = {"objective": MEASURES["objective"]}
     worlds, place = worlds_of(spec), placement(group=5)
     compiled = compile_job(spec, job_of(spec, all_units(spec)[0], worlds), measures, place)
