@@ -1,4 +1,4 @@
-"""``python -m scaling``: look into pretrained diffusion models, turn images into codes, and sample."""
+"""``python -m scaling``: look into diffusion models, turn images into codes, sample, and train small models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, get_args
 from absl import app, logging
 from absl.flags import argparse_flags
 
-from scaling import generation, representation
+from scaling import generation, jacobian_command, representation, train_command
 from scaling.bridge import Pipeline, load_pipeline, read_checkpoints
 from scaling.schedules import METHODS
 from sims.terminal import Bar, guarded
@@ -88,6 +88,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     sample.add_argument("--size", type=_sides, metavar="N|HxW", help="pixels, positive (the model's own)")
     _add_condition_flags(sample)
     _add_run_flags(sample, batch_size=4, batch="images")
+
+    jacobian = command("jacobian", jacobian_command.run, jacobian_command.SUMMARY)
+    jacobian_command.add_flags(jacobian)
+    _add_condition_flags(jacobian)
+    _add_run_flags(jacobian, batch_size=1, batch="images")
+
+    summary = train_command.SUMMARY
+    training = commands.add_parser("train", help=summary, description=summary, allow_abbrev=False)
+    training.set_defaults(run=guarded(train_command.run))
+    train_command.add_flags(training)
     return parser.parse_args(argv[1:])
 
 

@@ -11,6 +11,8 @@ row                 ours                                           rival
 ``attention_memory`` attention of 4096 tokens, 8 heads             the same with the whole matrix in memory
 ``sd14_forward``    the forward pass, batch 1, 64x64 latents       diffusers' in PyTorch
 ``sd14_extract``    one pass up to ``DETECTOR_TAP``                diffusers' full pass with a hook there
+``train_step``      one step of training a small UNet               diffusers' with torch.optim.Adam
+``jacobian_900``    a whole Jacobian, 900x900, of 20 convolutions  ``torch.func.jacrev`` in chunks
 =================== ============================================== ================================================
 
 The notes of a row hold what else was measured: peaks of memory, each in a process of its own, and bytes of temporaries.
@@ -41,7 +43,7 @@ import numpy as np
 from absl import app, logging
 from absl.flags import argparse_flags
 
-from scaling import Model, initialize, load_model, save_pretrained
+from scaling import Model, bench_jacobian, bench_training, initialize, load_model, save_pretrained
 from scaling.api import understand
 from scaling.models.config import jax_shape
 from scaling.models.layers import QUERY_CHUNK, attention
@@ -192,14 +194,29 @@ def extract(bench: Bench) -> Row:
     )
 
 
+def train_step(bench: Bench) -> Row:
+    """A small UNet of its own, see :mod:`scaling.bench_training`."""
+    return bench_training.training_step(bench.repeats, quick=bench.config is QUICK)
+
+
+def jacobian(bench: Bench) -> Row:
+    """A denoiser of 900 pixels of its own, see :mod:`scaling.bench_jacobian`."""
+    return bench_jacobian.jacobian_900(_torch_twin, bench.repeats, bench.config is QUICK)
+
+
 ROWS: dict[str, Callable[[Bench], Row]] = {
     "load": load,
     "compile": compilation,
     "attention_memory": attention_memory,
     "sd14_forward": forward,
     "sd14_extract": extract,
+    "train_step": train_step,
+    "jacobian_900": jacobian,
 }
 """The comparisons by name, in the order in which they run."""
+
+WITHOUT_WEIGHTS = {"compile", "attention_memory", "train_step", "jacobian_900"}
+"""Those that need no folder of the UNet."""
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -227,9 +244,10 @@ def _measured(args: argparse.Namespace) -> list[Row]:
     if args.repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {args.repeats}.")
     config, rows = QUICK if args.quick else SD14, []
-    check_room(config)
+    if set(args.only) - {"train_step", "jacobian_900"}:
+        check_room(config)
     with tempfile.TemporaryDirectory() as folder:
-        if set(args.only) - {"compile", "attention_memory"}:
+        if set(args.only) - WITHOUT_WEIGHTS:
             _apart(_write, pathlib.Path(folder), config)
         bench = Bench(pathlib.Path(folder), config, args.repeats)
         for name in [name for name in ROWS if name in args.only]:
@@ -360,6 +378,39 @@ def _torch_pass(module: Any, x: np.ndarray, t: np.ndarray, context: np.ndarray) 
 
     with torch.no_grad():
         return module(torch.from_numpy(x), torch.tensor(float(t)), torch.from_numpy(context)).sample
+
+
+def _torch_twin(kernels: Sequence[np.ndarray], y: np.ndarray) -> bench_jacobian.Twin | None:
+    """:func:`scaling.bench_jacobian.denoise` in PyTorch, and its Jacobian."""
+    if not _has_torch():
+        return None
+    import torch  # pyright: ignore[reportMissingImports]
+
+    torch.set_num_threads(_threads())
+    weights = [torch.from_numpy(np.ascontiguousarray(kernel.transpose(3, 2, 0, 1))) for kernel in kernels]
+    point, side = torch.from_numpy(y), math.isqrt(y.size)
+
+    def convolve(x: Any, kernel: Any) -> Any:
+        return torch.nn.functional.conv2d(x, kernel, padding=1)
+
+    def denoise(y: Any) -> Any:
+        x = y.reshape(1, 1, side, side)
+        for kernel in weights[:-1]:
+            x = torch.relu(convolve(x, kernel))
+        return y - convolve(x, weights[-1]).reshape(-1)
+
+    def row_by_row() -> Any:
+        leaf = point.clone().requires_grad_()
+        out = denoise(leaf)
+        return torch.stack([torch.autograd.grad(value, leaf, retain_graph=True)[0] for value in out])
+
+    def one_convolution(batch: int) -> Any:
+        with torch.no_grad():
+            return convolve(torch.ones(batch, weights[1].shape[1], side, side), weights[1])
+
+    return bench_jacobian.Twin(
+        lambda chunk: torch.func.jacrev(denoise, chunk_size=chunk)(point).numpy(), row_by_row, one_convolution
+    )
 
 
 if __name__ == "__main__":

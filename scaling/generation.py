@@ -135,12 +135,12 @@ def to_bytes(images: Float[np.ndarray, "n c h w"]) -> UInt8[np.ndarray, "n h w c
     return np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
-def contact_sheet(pictures: UInt8[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "H W c"]:
-    """All pictures on one white sheet, row by row, in about as many columns as rows; scaled if large, or tiny."""
+def contact_sheet(pictures: UInt8[np.ndarray, "n h w c"], columns: int | None = None) -> UInt8[np.ndarray, "H W c"]:
+    """All pictures on one white sheet, row by row, in ``columns`` (as many as rows); scaled if large, or tiny."""
     count, height, width, channels = pictures.shape
-    columns = math.ceil(math.sqrt(count))
+    columns = columns or math.ceil(math.sqrt(count))
     longest = max(height, width)
-    room = max(SHEET // columns - GAP, 1)
+    room = max(SHEET // max(columns, math.ceil(count / columns)) - GAP, 1)
     scale = min(1.0, room / longest) if longest >= TILE else max(1, min(TILE, room) // longest)
     tile = max(round(scale * height), 1), max(round(scale * width), 1)
     how = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS

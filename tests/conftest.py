@@ -14,8 +14,6 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 # One device, whichever test of a worker is the first to run a command in its process.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
-# Nearly all of the suite's time is compilation of programs that run once.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 import zlib
 

@@ -104,29 +104,80 @@ def test_attention_never_holds_more_than_a_chunk_of_the_matrix(derivative):
     assert memory < 0.2 * heads * tokens**2 * 4
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("padding", [None, (0, 1), (0, 0)])
-def test_im2col_is_convolution(key, plain, stride, padding):
-    x = draw(key, 2, 7, 6, 256)
-    weight, bias = draw(jax.random.fold_in(key, 1), 3, 3, 256, 256), draw(jax.random.fold_in(key, 2), 256)
-    params = {"a.weight": weight, "a.bias": bias}
-
-    def run(x):
-        return layers.conv(params, Tap(), "a", x, stride=stride, padding=padding)
-
-    def uses_xla(x):
-        return "conv_general_dilated" in str(jax.make_jaxpr(lambda x: run(x))(x))
-
-    assert not uses_xla(x)
-    assert plain(uses_xla, x)
-    np.testing.assert_allclose(run(x), plain(run, x), rtol=1e-10, atol=1e-10)
+ROUTES = {"native": layers._native, "product": layers._product, "derivatives": layers._native_product_derivatives}
 
 
-def test_large_or_thin_convolutions_are_left_to_xla(key):
-    for height, c_in, c_out in [(17, 256, 256), (8, 255, 256), (8, 256, 4)]:
-        params = {"a.weight": jnp.zeros((3, 3, c_in, c_out))}
-        jaxpr = jax.make_jaxpr(lambda x, p: layers.conv(p, Tap(), "a", x))(jnp.zeros((1, height, 16, c_in)), params)
-        assert "conv_general_dilated" in str(jaxpr)
+@pytest.mark.parametrize("route", ["product", "derivatives"])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "pad"),
+    [(3, 1, (1, 1)), (3, 1, (0, 0)), (3, 2, (1, 1)), (3, 2, (0, 1)), (3, 2, (0, 0)), (1, 2, (0, 0)), (4, 3, (2, 0))],
+)
+def test_convolution_by_products_and_its_derivatives(key, route, kernel, stride, pad):
+    """Values, gradients, forward mode, and second derivatives by forward over reverse, on odd sizes."""
+    x, w, dx, dw = (
+        draw(jax.random.fold_in(key, i), *shape) for i, shape in enumerate(2 * [(2, 7, 6, 3), (kernel, kernel, 3, 4)])
+    )
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def everything(route, x, w, dx, dw):
+        def gradient(x, w):
+            return jax.grad(lambda x, w: jnp.sum(jnp.sin(ROUTES[route](x, w, stride, pad))), argnums=(0, 1))(x, w)
+
+        value, along = jax.jvp(lambda x, w: ROUTES[route](x, w, stride, pad), (x, w), (dx, dw))
+        return value, along, *jax.jvp(gradient, (x, w), (dx, dw))
+
+    expected = everything("native", x, w, dx, dw)
+    # Sums of at most 48 products of size 1, and of the curvature 100 of those.
+    for ours, theirs in zip(*map(jax.tree.leaves, (everything(route, x, w, dx, dw), expected)), strict=True):
+        assert ours.shape == theirs.shape
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-11)
+
+
+def test_derivatives_are_products_even_where_values_are_not(key):
+    x, w = draw(key, 1, 5, 5, 3), draw(jax.random.fold_in(key, 1), 3, 3, 3, 4)
+
+    def run(x, w):
+        return layers._native_product_derivatives(x, w, 1, (1, 1))
+
+    def convolutions(function, *args):
+        text = str(jax.jit(function).trace(*args).lower().as_text())
+        return text.count("stablehlo.convolution")
+
+    assert convolutions(run, x, w) == 1
+    assert convolutions(jax.grad(lambda x, w: jnp.sum(run(x, w)), argnums=(0, 1)), x, w) == 0
+    # In x alone the columns of x are needed nowhere, so nothing but x and w is kept for the way back.
+    _, pullback = jax.vjp(lambda x: run(x, w), x)
+    assert sum(leaf.size for leaf in jax.tree.leaves(pullback)) <= x.size + w.size
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "route"),
+    [
+        # The small UNet of a training run; its output is thin.
+        ((64, 8, 8, 64), (3, 3, 64, 64), "product"),
+        ((64, 8, 8, 1), (3, 3, 1, 32), "product"),
+        ((64, 8, 8, 32), (3, 3, 32, 1), "product_derivatives"),
+        ((64, 16, 16, 64), (3, 3, 64, 64), "product_derivatives"),
+        ((1, 17, 16, 256), (3, 3, 256, 256), "product_derivatives"),
+        ((64, 32, 32, 64), (3, 3, 64, 64), "native"),
+        # Stable Diffusion at its lower and upper levels, and its autoencoder.
+        ((2, 16, 16, 1280), (3, 3, 1280, 1280), "product"),
+        ((2, 64, 64, 320), (3, 3, 320, 320), "native"),
+        ((1, 64, 64, 320), (3, 3, 320, 320), "product_derivatives"),
+        ((1, 512, 512, 128), (3, 3, 128, 128), "native"),
+    ],
+)
+def test_the_route_of_a_convolution_goes_by_its_shapes(x, weight, route, plain, monkeypatch):
+    assert layers.conv_route(x, weight, 1, (1, 1)) == route
+    assert plain(layers.conv_route, x, weight, 1, (1, 1)) == "native"
+
+    def run(x, weight):
+        return layers.conv({"a.weight": weight}, Tap(), "a", x)
+
+    shapes = jax.ShapeDtypeStruct(x, jnp.float32), jax.ShapeDtypeStruct(weight, jnp.float32)
+    text = str(jax.make_jaxpr(run)(*shapes))
+    assert ("conv_general_dilated" in text) == (route != "product")
+    assert ("custom_jvp" in text) == (route == "product_derivatives")
 
 
 def test_convolution_by_hand(key):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import dask
 import jax.numpy as jnp
 import numpy as np
 import psutil
@@ -25,6 +26,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 TINY = {"width": 4, "steps": 6, "eval_samples": 5, "eval_draws": 2, "held_out": 20}
 SPEC = Spec(dataset="mixture:modes=2,dim=3", num_samples=(3, 6), sigma=(0.3, 0.6), seeds=2, **TINY)
 NAMES = ("train_error", "gap")
+
+
+@pytest.fixture(autouse=True)
+def other_tests_read_without_a_cluster():
+    """A client makes its cluster the default of everything lazy, and does not take that back if the cluster is lost."""
+    yield
+    dask.config.config.pop("scheduler", None)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ and ends in ``tap(name, y)``. Images are (B, H, W, C), tokens (B, T, C). Normali
 least float32, products in the dtype of the parameters. Beside each layer stands the function that lists its parameters.
 
 Where the CPU's general routines are slow, :func:`cpu_aware` chooses others with the same result: attention in chunks,
-small convolutions as one matrix product.
+small convolutions, and the derivatives of larger ones, as one matrix product (:func:`conv_route`).
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from scaling.models.config import ParamSpec
@@ -31,6 +32,7 @@ __all__ = [
     "activation",
     "attention",
     "conv",
+    "conv_route",
     "conv_specs",
     "cpu_aware",
     "embedding_specs",
@@ -50,8 +52,11 @@ __all__ = [
 Params: TypeAlias = Mapping[str, Array]
 Specs: TypeAlias = dict[str, ParamSpec]
 
-# Measured on two cores: below this many output pixels and from this many channels one product beats the convolution.
-IM2COL_PIXELS, IM2COL_CHANNELS = 256, 256
+# Measured on two cores: up to this many output pixels one product beats the convolution, if channels are many or the
+# columns, of which there are kernel² as many as inputs, few, and the results not thin. See conv_route.
+COLUMNS_PIXELS, COLUMNS_CHANNELS, COLUMNS_ENTRIES, COLUMNS_WIDTH = 256, 256, 1 << 22, 16
+# Up to this many entries derivatives are worth the columns, which are kept for them.
+DERIVATIVE_ENTRIES = 1 << 24
 # Rows of one head's attention matrix that are alive at once on a CPU, and the entries from which on they are a part.
 QUERY_CHUNK, CHUNK_FROM = 256, 1 << 22
 
@@ -100,16 +105,32 @@ def conv(
 ) -> Float[Array, "b h2 w2 o"]:
     """A convolution; ``padding`` is zeros before and after each axis, by default what keeps the size at stride 1."""
     weight = params[f"{name}.weight"]
-    kernel, _, c_in, c_out = weight.shape
-    pads = [padding or ((kernel - 1) // 2, (kernel - 1) // 2)] * 2
-    height, width = ((n + sum(pad) - kernel) // stride + 1 for n, pad in zip(x.shape[1:3], pads, strict=True))
+    kernel = weight.shape[0]
+    pad = padding or ((kernel - 1) // 2, (kernel - 1) // 2)
     if kernel == stride == 1:
-        y = x @ weight[0, 0]
-    elif cpu_aware() and height * width <= IM2COL_PIXELS and min(c_in, c_out) >= IM2COL_CHANNELS:
-        y = _im2col(x, kernel, stride, pads, height, width) @ weight.reshape(-1, c_out)
-    else:
-        y = jax.lax.conv_general_dilated(x, weight, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return tap(name, _add_bias(params, name, x @ weight[0, 0]))
+    routes = {"native": _native, "product": _product, "product_derivatives": _native_product_derivatives}
+    y = routes[conv_route(x.shape, weight.shape, stride, pad)](x, weight, stride, pad)
     return tap(name, _add_bias(params, name, y))
+
+
+def conv_route(
+    x: Sequence[int], weight: Sequence[int], stride: int, pad: tuple[int, int]
+) -> Literal["native", "product", "product_derivatives"]:
+    r"""How to compute a convolution of these shapes, (B, H, W, I) and (K, K, I, O).
+
+    As one product :math:`\mathrm{columns}(x) W` of a (B H' W', K² I) matrix on a CPU if the image is small; else by
+    XLA's own, ``native``, whose derivatives are products on a CPU if the columns are not too many. XLA's derivatives
+    take 1 to 5 times as long there, and 10 to 25 times inside a loop such as that of a training run.
+    """
+    if not cpu_aware():
+        return "native"
+    pixels = math.prod(_out_size(n, weight[0], stride, pad) for n in x[1:3])
+    entries = x[0] * pixels * math.prod(weight[:3])
+    few = entries <= COLUMNS_ENTRIES and weight[3] >= COLUMNS_WIDTH
+    if pixels <= COLUMNS_PIXELS and (few or min(weight[2:]) >= COLUMNS_CHANNELS):
+        return "product"
+    return "product_derivatives" if entries <= DERIVATIVE_ENTRIES else "native"
 
 
 def norm_specs(name: str, channels: int) -> Specs:
@@ -124,12 +145,17 @@ def group_norm(
 
     .. math:: y = w \odot (x - \mu_g) / \sqrt{\sigma_g^2 + \epsilon} + b
     """
-    wide = widened(x)
-    grouped = wide.reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
-    mean = jnp.mean(grouped, axis=(1, 3), keepdims=True)
-    variance = jnp.mean(jnp.square(grouped - mean), axis=(1, 3), keepdims=True)
-    normal = ((grouped - mean) * jax.lax.rsqrt(variance + eps)).reshape(x.shape)
-    return tap(name, _affine(params, name, normal).astype(x.dtype))
+    batch, channels = x.shape[0], x.shape[-1]
+    wide = widened(x).reshape(batch, -1, channels)
+
+    def mean_of_group(x: Float[Array, "b s c"]) -> Float[Array, "b 1 c"]:
+        # Over the positions first: a last axis as short as a group's channels is slow in every pass.
+        mean = jnp.mean(jnp.mean(x, axis=1).reshape(batch, groups, -1), axis=-1, keepdims=True)
+        return jnp.broadcast_to(mean, (batch, groups, channels // groups)).reshape(batch, 1, channels)
+
+    centered = wide - mean_of_group(wide)
+    normal = centered * jax.lax.rsqrt(mean_of_group(jnp.square(centered)) + eps)
+    return tap(name, _affine(params, name, normal.reshape(x.shape)).astype(x.dtype))
 
 
 def layer_norm(params: Params, tap: Tap, name: str, x: Float[Array, "*b c"], *, eps: float) -> Float[Array, "*b c"]:
@@ -270,15 +296,60 @@ def _mix(
     return (mixed / jnp.sum(weights, axis=-1, keepdims=True)).astype(v.dtype)
 
 
-def _im2col(
-    x: Float[Array, "b h w i"], kernel: int, stride: int, pads: Sequence[tuple[int, int]], height: int, width: int
-) -> Float[Array, "b h2 w2 k"]:
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    # Columns, then rows: each slice is compiled by itself, and two times k are fewer than k².
-    for axis, size in ((2, width), (1, height)):
-        slices = [jax.lax.slice_in_dim(x, i, i + stride * (size - 1) + 1, stride, axis) for i in range(kernel)]
-        x = jnp.concatenate(slices, axis=-1)
+def _out_size(size: int, kernel: int, stride: int, pad: tuple[int, int]) -> int:
+    return (size + sum(pad) - kernel) // stride + 1
+
+
+def _native(
+    x: Float[Array, "b h w i"], weight: Float[Array, "k k i o"], stride: int, pad: tuple[int, int]
+) -> Float[Array, "b h2 w2 o"]:
+    return jax.lax.conv_general_dilated(
+        x, weight, (stride, stride), (pad, pad), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def _product(
+    x: Float[Array, "b h w i"], weight: Float[Array, "k k i o"], stride: int, pad: tuple[int, int]
+) -> Float[Array, "b h2 w2 o"]:
+    return _columns(x, weight.shape[0], stride, pad) @ weight.reshape(-1, weight.shape[-1])
+
+
+def _columns(x: Float[Array, "b h w i"], kernel: int, stride: int, pad: tuple[int, int]) -> Float[Array, "b h2 w2 n"]:
+    """The inputs of each output, side by side: kernel² times the channels."""
+    # Columns, then rows: two times k passes are fewer than k². Pads that also cut are faster than slices.
+    for axis in (2, 1):
+        size = x.shape[axis]
+        stop = stride * (_out_size(size, kernel, stride, pad) - 1) + 1
+        shifted = []
+        for i in range(kernel):
+            config = [(0, 0, 0)] * x.ndim
+            config[axis] = (pad[0] - i, stop - (size + pad[0] - i), 0)
+            whole = jax.lax.pad(x, jnp.zeros((), x.dtype), config)
+            shifted.append(jax.lax.slice_in_dim(whole, 0, stop, stride, axis))
+        x = jnp.concatenate(shifted, axis=-1)
     return x
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _native_product_derivatives(
+    x: Float[Array, "b h w i"], weight: Float[Array, "k k i o"], stride: int, pad: tuple[int, int]
+) -> Float[Array, "b h2 w2 o"]:
+    return _native(x, weight, stride, pad)
+
+
+@functools.partial(_native_product_derivatives.defjvp, symbolic_zeros=True)
+def _product_derivatives(
+    stride: int, pad: tuple[int, int], primals: tuple[Array, Array], tangents: tuple[Any, Any]
+) -> tuple[Array, Array]:
+    # Ordinary operations, so both modes and all orders are JAX's own. Zeros stay symbolic: without a derivative in the
+    # weights no columns are kept.
+    (x, weight), (dx, dw) = primals, tangents
+    terms = []
+    if not isinstance(dx, SymbolicZero):
+        terms.append(_product(dx, weight, stride, pad))
+    if not isinstance(dw, SymbolicZero):
+        terms.append(_product(x, dw, stride, pad))
+    return _native_product_derivatives(x, weight, stride, pad), functools.reduce(jnp.add, terms)
 
 
 def widened(x: Array) -> Array:
