@@ -48,8 +48,8 @@ def save_pipeline(pipeline: Pipeline, folder: str | Path) -> Path:
     """Write model_index.json, the scheduler and each network into ``folder``; returns it.
 
     ``load_pipeline(folder)`` gives the pipeline again, and so does ``from_pretrained(folder)`` of the class of
-    diffusers that is written down; parts that the class has and the pipeline lacks are null there, so that one without
-    an autoencoder gives its samples as latents. Tokenizers must be in ``folder`` already, under ``tokenizer`` and
+    diffusers that is written down, with ``vae=None`` where that class has an autoencoder and the pipeline none: it then
+    gives its samples as latents. Tokenizers must be in ``folder`` already, under ``tokenizer`` and
     ``tokenizer_2``: their files are not written. Raises ``ValueError`` if they are not, and as
     :func:`save_pretrained`.
     """

@@ -16,7 +16,6 @@ from torch_side import TOLERANCE, difference  # noqa: E402
 
 import scaling  # noqa: E402
 from scaling import training  # noqa: E402
-from scaling.models.config import to_jax  # noqa: E402
 from scaling.samplers import noise_at  # noqa: E402
 from scaling.trainer import TrainSpec, train  # noqa: E402
 
@@ -40,7 +39,8 @@ STEPS = 4
 def trained(request, tmp_path_factory):
     """A small model of each architecture after two steps, opened in both."""
     folder = train(dataclasses.replace(SPEC, arch=request.param), tmp_path_factory.mktemp(request.param))
-    theirs = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pixels = {} if request.param == "unet2d" else {"vae": None}
+    theirs = diffusers.DiffusionPipeline.from_pretrained(folder, **pixels)
     return request.param, folder, scaling.load_pipeline(folder), theirs
 
 
@@ -67,7 +67,7 @@ def test_samples_are_equal(trained, key):
     arch, folder, ours, theirs = trained
     if arch == "dit":
         pytest.skip("diffusers' pipeline decodes what it samples, and there is no autoencoder")
-    noise = torch.from_numpy(np.asarray(noise_at(key, 0, 0, (1, 1, 8, 8), jnp.float32)))
+    noise = torch.from_numpy(np.array(noise_at(key, 0, 0, (1, 1, 8, 8), jnp.float32)))
     init = jnp.asarray(noise.numpy())
     condition = None
     theirs.set_progress_bar_config(disable=True)
@@ -92,7 +92,7 @@ def test_samples_are_equal(trained, key):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_steps_are_those_of_pytorch(trained, key, prediction):
-    """Three steps of AdamW with clipping on the same batches: losses and weights."""
+    """Three steps of AdamW with clipping on the same batches: losses, and the networks afterwards."""
     arch, _, ours, theirs = trained
     if arch != "unet2d":
         pytest.skip("one architecture says it all")
@@ -120,8 +120,11 @@ def test_steps_are_those_of_pytorch(trained, key, prediction):
         assert norm > 0.05
         rule.step()
         np.testing.assert_allclose(loss, expected.item(), rtol=1e-4)
-    specs = ours.network.apply.parameters()
-    for name, value in module.state_dict().items():
-        moved = np.abs(np.asarray(state.params["network"][name]) - to_jax(specs[name].kind, value.numpy()))
-        # Where a gradient is as small as its rounding Adam may go either way, by 1e-3 a step: few weights at most.
-        assert np.mean(moved > 1e-5) < 0.02, name
+    # Not weight by weight: a bias before a norm of single channels has a gradient of rounding alone, and Adam takes
+    # its sign.
+    x, t = examples.images, jnp.full(6, 300)
+    before, after = (ours.network.apply(params, x, t)[0] for params in (ours.network.params, state.params["network"]))
+    with torch.no_grad():
+        expected = module(torch.from_numpy(np.array(x)), 300).sample
+    assert difference(after, expected) < 1e-4
+    assert difference(before, expected) > 1e-2
