@@ -89,16 +89,27 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     _add_condition_flags(sample)
     _add_run_flags(sample, batch_size=4, batch="images")
 
-    jacobian = command("jacobian", jacobian_command.run, jacobian_command.SUMMARY)
+    jacobian = command("jacobian", _telling(jacobian_command.run), jacobian_command.SUMMARY)
     jacobian_command.add_flags(jacobian)
     _add_condition_flags(jacobian)
     _add_run_flags(jacobian, batch_size=1, batch="images")
 
     summary = train_command.SUMMARY
     training = commands.add_parser("train", help=summary, description=summary, allow_abbrev=False)
-    training.set_defaults(run=guarded(train_command.run))
+    training.set_defaults(run=guarded(_telling(train_command.run)))
     train_command.add_flags(training)
     return parser.parse_args(argv[1:])
+
+
+def _telling(run: Callable[[argparse.Namespace], str]) -> Callable[[argparse.Namespace], None]:
+    """A command that prints what ``run`` has to tell, unless it is to be quiet."""
+
+    def told(args: argparse.Namespace) -> None:
+        text = run(args)
+        if not args.quiet:
+            print(text)
+
+    return told
 
 
 def _add_condition_flags(parser: argparse.ArgumentParser) -> None:

@@ -23,18 +23,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import importlib.util
 import itertools
 import math
-import multiprocessing
 import os
 import pathlib
-import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import jax
@@ -43,33 +39,16 @@ import numpy as np
 from absl import app, logging
 from absl.flags import argparse_flags
 
-from scaling import Model, bench_jacobian, bench_training, initialize, load_model, save_pretrained
+from scaling import Model, bench_jacobian, bench_training, bench_unet, initialize, load_model, save_pretrained
 from scaling.api import understand
+from scaling.bench_unet import QUICK, SD14, check_room, has_torch
 from scaling.models.config import jax_shape
-from scaling.models.layers import QUERY_CHUNK, attention
 from scaling.weights import read_header
-from sims.benchmarks import Row, compare, peak_memory, row, table, write_json
+from sims.benchmarks import Row, apart, compare, peak_memory, row, seconds, table, write_json
 
 __all__ = ["DETECTOR_TAP", "ROWS", "SD14", "check_room", "main"]
 
-SD14: dict[str, Any] = {
-    "_class_name": "UNet2DConditionModel",
-    "attention_head_dim": 8,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "cross_attention_dim": 768,
-    "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
-    "in_channels": 4,
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
-    "out_channels": 4,
-    "sample_size": 64,
-    "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
-}
-"""What the UNet of CompVis/stable-diffusion-v1-4 sets; the rest are the defaults of its class."""
-
-QUICK = SD14 | {"block_out_channels": [32, 64, 128, 128], "sample_size": 16}
 DETECTOR_TAP = "up_blocks.0.resnets.2.nonlinearity"
-TOKENS, HEADS, HEAD_CHANNELS = 4096, 8, 40
 COMPILATION = "/jax/core/compile/backend_compile_duration"
 
 
@@ -89,7 +68,7 @@ class Bench:
     @functools.cached_property
     def module(self) -> Any:
         """PyTorch's; None if it is not installed."""
-        return _torch_module(self.folder) if _has_torch() else None
+        return _torch_module(self.folder) if has_torch() else None
 
     def inputs(self, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Image, timestep and prompt: others for every seed."""
@@ -106,8 +85,8 @@ def load(bench: Bench) -> Row:
     """Loading the folder, with its file in the page cache."""
     path = bench.folder / "diffusion_pytorch_model.safetensors"
     notes = {"file_bytes": path.stat().st_size, "rival": "one read, one transpose a tensor"}
-    if _has_torch():
-        notes["diffusers_s"] = min(_timed(lambda: _torch_module(bench.folder)) for _ in range(2))
+    if has_torch():
+        notes["diffusers_s"] = min(seconds(lambda: _torch_module(bench.folder)) for _ in range(2))
     return compare(
         "load", lambda: load_model(bench.folder).params, lambda: _read_and_transpose(path), bench.repeats, notes=notes
     )
@@ -115,47 +94,23 @@ def load(bench: Bench) -> Row:
 
 def compilation(bench: Bench) -> Row:
     """From the Python function to the program, with no cache."""
-    times = [_apart(_compile_seconds, bench.config) for _ in range(bench.repeats)]
+    times = [apart(_compile_seconds, bench.config) for _ in range(bench.repeats)]
     trace_s, compile_s = (float(np.median(part)) for part in zip(*times, strict=True))
     return row("compile", [sum(each) for each in times], None, notes={"trace_s": trace_s, "compile_s": compile_s})
-
-
-def attention_memory(bench: Bench) -> Row:
-    """Time of attention beside the one that holds the whole matrix; temporaries of both and of the parts of ours."""
-    channels = HEADS * HEAD_CHANNELS
-    q, k, v = np.random.default_rng(0).standard_normal((3, 1, TOKENS, channels), np.float32)
-
-    @jax.jit
-    def whole(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        split = [x.reshape(1, TOKENS, HEADS, HEAD_CHANNELS) for x in (q, k, v)]
-        return jax.nn.dot_product_attention(*split).reshape(q.shape)
-
-    ours, rival = (
-        jax.jit(function).lower(q, k, v).compile() for function in (functools.partial(attention, heads=HEADS), whole)
-    )
-    notes = {
-        "temporary_bytes": _temporaries(ours),
-        "rival_temporary_bytes": _temporaries(rival),
-        "chunk_bytes": QUERY_CHUNK * TOKENS * 4,
-        "operand_bytes": TOKENS * channels * 4,
-        "matrix_bytes": HEADS * TOKENS**2 * 4,
-        "rival": "jax.nn.dot_product_attention",
-    }
-    return compare("attention_memory", lambda: ours(q, k, v), lambda: rival(q, k, v), bench.repeats, notes=notes)
 
 
 def forward(bench: Bench) -> Row:
     """The forward pass, each time on other inputs; the peak of loading, compiling and one pass."""
     model, module = bench.model, bench.module
     weights = sum(param.nbytes for param in model.params.values())
-    notes = {"weight_bytes": weights, "peak_bytes": _apart(_peak, bench.folder, bench.config)}
+    notes = {"weight_bytes": weights, "peak_bytes": apart(_peak, bench.folder, bench.config)}
     notes["peak_per_weight"] = notes["peak_bytes"] / weights
 
     def ours(seed: int = 0) -> jax.Array:
         return model.apply(model.params, *map(jnp.asarray, bench.inputs(seed)))[0]
 
     if module is not None:
-        notes |= {"rival": "diffusers", "rival_peak_bytes": _apart(_torch_peak, bench.folder, bench.config)}
+        notes |= {"rival": "diffusers", "rival_peak_bytes": apart(_torch_peak, bench.folder, bench.config)}
         notes["difference"] = _difference(ours(), _torch_pass(module, *bench.inputs(0)).numpy())
     jax.block_until_ready(ours())
     compiled, seeds = _count_compilations(), itertools.count(1)
@@ -196,7 +151,7 @@ def extract(bench: Bench) -> Row:
 
 def train_step(bench: Bench) -> Row:
     """A small UNet of its own, see :mod:`scaling.bench_training`."""
-    return bench_training.training_step(bench.repeats, quick=bench.config is QUICK)
+    return bench_training.training_step(_torch_steps, bench.repeats, bench.config is QUICK)
 
 
 def jacobian(bench: Bench) -> Row:
@@ -207,7 +162,7 @@ def jacobian(bench: Bench) -> Row:
 ROWS: dict[str, Callable[[Bench], Row]] = {
     "load": load,
     "compile": compilation,
-    "attention_memory": attention_memory,
+    "attention_memory": lambda bench: bench_unet.attention_memory(bench.repeats),
     "sd14_forward": forward,
     "sd14_extract": extract,
     "train_step": train_step,
@@ -248,48 +203,19 @@ def _measured(args: argparse.Namespace) -> list[Row]:
         check_room(config)
     with tempfile.TemporaryDirectory() as folder:
         if set(args.only) - WITHOUT_WEIGHTS:
-            _apart(_write, pathlib.Path(folder), config)
+            apart(_write, pathlib.Path(folder), config)
         bench = Bench(pathlib.Path(folder), config, args.repeats)
         for name in [name for name in ROWS if name in args.only]:
             found = ROWS[name](bench)
             rows.append(found._replace(notes={**found.notes, "quick": True}) if args.quick else found)
             print(f"{name} done", file=sys.stderr)
     threads = f"{_threads()} threads, load average {os.getloadavg()[0]:.1f}"
-    print(f"{table(rows)}\n\n{threads}, PyTorch {'beside it' if _has_torch() else 'not installed'}")
+    print(f"{table(rows)}\n\n{threads}, PyTorch {'beside it' if has_torch() else 'not installed'}")
     return rows
-
-
-def check_room(config: dict[str, Any]) -> None:
-    """Raise ``ValueError`` if this machine lacks the disk or the memory for the network of ``config``."""
-    weights = 4 * sum(math.prod(spec.shape) for spec in understand(config).parameters().values())
-    needed, place = {"disk": weights, "memory": (4 if _has_torch() else 3) * weights}, tempfile.gettempdir()
-    free = {"disk": shutil.disk_usage(place).free, "memory": _available_memory()}
-    for kind, size in needed.items():
-        if free[kind] < size:
-            raise ValueError(
-                f"the network needs {size / 1e9:.1f} GB of {kind} (disk: in {place}), there are {free[kind] / 1e9:.1f};"
-                f" try --quick."
-            )
-
-
-def _available_memory() -> float:
-    info = pathlib.Path("/proc/meminfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), math.inf)
 
 
 def _threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _has_torch() -> bool:
-    return importlib.util.find_spec("torch") is not None
-
-
-def _apart(function: Callable[..., Any], *args: Any) -> Any:
-    """The result of a call in a fresh process, whose memory is its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
 
 
 def _write(folder: pathlib.Path, config: dict[str, Any]) -> None:
@@ -316,19 +242,8 @@ def _count_compilations() -> list[str]:
     return compiled
 
 
-def _temporaries(compiled: jax.stages.Compiled) -> int:
-    memory = compiled.memory_analysis()
-    return -1 if memory is None else memory.temp_size_in_bytes
-
-
 def _difference(ours: Any, theirs: np.ndarray) -> float:
     return float(np.max(np.abs(np.asarray(ours) - theirs)) / np.max(np.abs(theirs)))
-
-
-def _timed(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def _compile_seconds(config: dict[str, Any]) -> tuple[float, float]:
@@ -380,9 +295,50 @@ def _torch_pass(module: Any, x: np.ndarray, t: np.ndarray, context: np.ndarray) 
         return module(torch.from_numpy(x), torch.tensor(float(t)), torch.from_numpy(context)).sample
 
 
+def _torch_steps(folder: pathlib.Path, images: np.ndarray, steps: int) -> bench_training.Twin | None:
+    """Steps of :mod:`scaling.bench_training` in PyTorch."""
+    if not has_torch():
+        return None
+    import diffusers
+    import torch  # pyright: ignore[reportMissingImports]
+
+    recipe, scheduling = bench_training.RECIPE, bench_training.SCHEDULER
+    network, noising = (getattr(diffusers, config["_class_name"]) for config in (bench_training.NETWORK, scheduling))
+    module = network.from_pretrained(folder, low_cpu_mem_usage=False).train()
+    scheduler, data = noising.from_config(scheduling), torch.from_numpy(images.copy())
+    params = list(module.parameters())
+    average = [param.detach().clone() for param in params]
+    optimizer = torch.optim.Adam(params, lr=recipe.learning_rate)
+
+    def loss(images: Any, times: Any, noise: Any) -> Any:
+        out = module(scheduler.add_noise(images, noise, times), times).sample
+        return torch.nn.functional.mse_loss(out, noise)
+
+    def run() -> float:
+        value = torch.tensor(0.0)
+        for _ in range(steps):
+            rows = torch.randint(len(data), (recipe.batch_size,))
+            times = torch.randint(scheduling["num_train_timesteps"], (recipe.batch_size,))
+            batch = data[rows]
+            value = loss(batch, times, torch.randn_like(batch))
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            with torch.no_grad():
+                torch._foreach_lerp_(average, params, 1 - recipe.ema)
+        return float(value.detach())
+
+    def of_arrays(images: np.ndarray, times: np.ndarray, noise: np.ndarray) -> float:
+        with torch.no_grad():
+            tensors = [torch.from_numpy(np.array(part)) for part in (images, times.astype(np.int64), noise)]
+            return float(loss(*tensors))
+
+    return bench_training.Twin(run, of_arrays)
+
+
 def _torch_twin(kernels: Sequence[np.ndarray], y: np.ndarray) -> bench_jacobian.Twin | None:
     """:func:`scaling.bench_jacobian.denoise` in PyTorch, and its Jacobian."""
-    if not _has_torch():
+    if not has_torch():
         return None
     import torch  # pyright: ignore[reportMissingImports]
 

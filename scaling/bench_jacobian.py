@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from dae_theory.types import Scalar
 from scaling.compilation import compiler_options
 from scaling.jacobian import CHUNK, full_jacobian, top_singular
-from sims.benchmarks import Row, compare, seconds
+from sims.benchmarks import Row, compare, seconds, temporaries
 
 __all__ = ["Rival", "Sizes", "Twin", "denoise", "draw_weights", "jacobian_900"]
 
@@ -100,7 +100,7 @@ def jacobian_900(rival: Rival, repeats: int, quick: bool) -> Row:
         "operations": operations,
         "convolution_rate": rate,
         "limit_s": operations / rate,
-        "temporary_bytes": _temporaries(whole),
+        "temporary_bytes": temporaries(whole),
         "chunk_bytes": batch.nbytes,
         "top_rank": RANK,
         "top_error": float(np.max(np.abs(np.asarray(triplets.s) - values[:RANK]) / values[:RANK])),
@@ -148,8 +148,3 @@ def _operations(function: Callable[..., Any], *args: Any) -> float:
     """What XLA counts before it rewrites the program; it counts the body of a loop once, so there must be none."""
     counted: Any = jax.jit(function).lower(*args).cost_analysis()
     return float(counted["flops"])
-
-
-def _temporaries(compiled: jax.stages.Compiled) -> int:
-    memory = compiled.memory_analysis()
-    return -1 if memory is None else memory.temp_size_in_bytes

@@ -9,11 +9,10 @@ diffusers' model and scheduler, ``torch.optim.Adam`` and one fused call for the 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import pathlib
 import tempfile
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +32,9 @@ from scaling.training import (
     initial_weights,
     start,
 )
-from sims.benchmarks import Row, row, seconds
+from sims.benchmarks import Row, compare, per_unit
 
-__all__ = ["NETWORK", "SCHEDULER", "training_step"]
+__all__ = ["NETWORK", "RECIPE", "SCHEDULER", "Rival", "Twin", "training_step"]
 
 NETWORK: dict[str, Any] = {
     "_class_name": "UNet2DModel",
@@ -54,7 +53,20 @@ RECIPE = Recipe(batch_size=64, learning_rate=1e-3, ema=0.995)
 IMAGES, STEPS, QUICK_STEPS = 1024, 20, 2
 
 
-def training_step(repeats: int, *, quick: bool = False) -> Row:
+class Twin(NamedTuple):
+    """The same elsewhere."""
+
+    run: Callable[[], object]
+    """So many steps in a row."""
+    loss: Callable[[np.ndarray, np.ndarray, np.ndarray], float]
+    """Of given images, timesteps and noise."""
+
+
+Rival: TypeAlias = Callable[[pathlib.Path, np.ndarray, int], Twin | None]
+"""From the folder of the network, the images and the number of steps to the twin, if there is one."""
+
+
+def training_step(rival: Rival, repeats: int, quick: bool) -> Row:
     """Seconds a step, each the mean over ``STEPS`` in a row; ``difference`` is that of the losses of one batch."""
     steps = QUICK_STEPS if quick else STEPS
     model = initial_weights(initialize(jax.random.key(0), NETWORK))
@@ -64,22 +76,16 @@ def training_step(repeats: int, *, quick: bool = False) -> Row:
     ours = _Ours(model, examples, networks, steps)
     notes: dict[str, Any] = {"steps": steps, "batch": RECIPE.batch_size}
     notes["parameters"] = sum(param.size for param in model.params.values())
-    theirs = None
-    if importlib.util.find_spec("torch") is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            save_pretrained(model, folder)
-            theirs, loss = _torch_run(pathlib.Path(folder), np.asarray(examples.images), steps)
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, folder)
+        twin = rival(pathlib.Path(folder), np.asarray(examples.images), steps)
+    if twin is not None:
         batch = _batch(examples)
-        expected = loss(*map(np.asarray, batch[:3]))
+        expected = twin.loss(*map(np.asarray, batch[:3]))
         found = float(jax.jit(denoising_loss, static_argnums=1)({"network": model.params}, networks, batch))
         notes |= {"rival": "diffusers", "difference": abs(found - expected) / expected}
-    # The first calls compile, and allocate what later ones use again.
-    for run in (ours, theirs):
-        if run is not None:
-            run()
-    pairs = [(seconds(ours) / steps, theirs and seconds(theirs) / steps) for _ in range(repeats)]
-    rival = [float(their) for _, their in pairs if their is not None]
-    return row("train_step", [our for our, _ in pairs], rival or None, notes=notes)
+    found = compare("train_step", ours, None if twin is None else twin.run, repeats, notes=notes)
+    return per_unit(found, steps, steps)
 
 
 class _Ours:
@@ -109,43 +115,3 @@ def _batch(examples: Examples) -> Batch:
     times = random.integers(0, SCHEDULER["num_train_timesteps"], RECIPE.batch_size, np.int32)
     noise = random.standard_normal(images.shape, np.float32)
     return Batch(images, jnp.asarray(times), jnp.asarray(noise), None)
-
-
-def _torch_run(
-    folder: pathlib.Path, images: np.ndarray, steps: int
-) -> tuple[Callable[[], object], Callable[[np.ndarray, np.ndarray, np.ndarray], float]]:
-    """The same in PyTorch: a call that takes the steps, and the loss of given images, timesteps and noise."""
-    import diffusers
-    import torch  # pyright: ignore[reportMissingImports]
-
-    network, noising = (getattr(diffusers, config["_class_name"]) for config in (NETWORK, SCHEDULER))
-    module = network.from_pretrained(folder, low_cpu_mem_usage=False).train()
-    scheduler, data = noising.from_config(SCHEDULER), torch.from_numpy(images.copy())
-    params = list(module.parameters())
-    average = [param.detach().clone() for param in params]
-    optimizer = torch.optim.Adam(params, lr=RECIPE.learning_rate)
-
-    def loss(images: Any, times: Any, noise: Any) -> Any:
-        out = module(scheduler.add_noise(images, noise, times), times).sample
-        return torch.nn.functional.mse_loss(out, noise)
-
-    def run() -> float:
-        value = torch.tensor(0.0)
-        for _ in range(steps):
-            rows = torch.randint(len(data), (RECIPE.batch_size,))
-            times = torch.randint(SCHEDULER["num_train_timesteps"], (RECIPE.batch_size,))
-            batch = data[rows]
-            value = loss(batch, times, torch.randn_like(batch))
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
-            with torch.no_grad():
-                torch._foreach_lerp_(average, params, 1 - RECIPE.ema)
-        return float(value.detach())
-
-    def of_arrays(images: np.ndarray, times: np.ndarray, noise: np.ndarray) -> float:
-        with torch.no_grad():
-            tensors = [torch.from_numpy(np.array(part)) for part in (images, times.astype(np.int64), noise)]
-            return float(loss(*tensors))
-
-    return run, of_arrays

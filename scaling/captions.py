@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from scaling.corpus import Corpus
+from scaling.corpus import Corpus, membership
 
 __all__ = ["KINDS", "Captions", "from_file", "from_labels", "records"]
 
@@ -47,8 +47,7 @@ def from_labels(corpus: Corpus) -> Captions:
 
     The class is called as the data set names it, or by its number; where it is unknown the image is just that.
     """
-    repeated = set(_repeated(corpus))
-    own = {row: _own(i) for i, row in enumerate(row for row in dict.fromkeys(corpus.rows.tolist()) if row in repeated)}
+    own = {row: _own(i) for i, row in enumerate(membership(corpus)["duplicated"])}
     pairs = zip(corpus.rows.tolist(), corpus.labels.tolist(), strict=True)
     return _captions(corpus, [own.get(row) or _of_class(corpus.classes, label) for row, label in pairs])
 
@@ -98,21 +97,13 @@ def records(captions: Captions, corpus: Corpus) -> list[dict[str, Any]]:
 def _captions(corpus: Corpus, texts: Sequence[str]) -> Captions:
     numbers = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     of = np.array([numbers[text] for text in texts])
-    repeated, kinds = _repeated(corpus), []
+    repeated, kinds = set(membership(corpus)["duplicated"]), []
     for i in range(len(numbers)):
         images = np.flatnonzero(of == i)
         tied = set(corpus.rows[images].tolist())
-        memorized = len(tied) == 1 and tied <= repeated.keys()
+        memorized = len(tied) == 1 and tied <= repeated
         kinds.append(("template" if len(images) > 1 else "verbatim") if memorized else "shared")
     return Captions(tuple(numbers), of, tuple(kinds))
-
-
-def _repeated(corpus: Corpus) -> dict[int, int]:
-    """How often each row that is there more than once is there."""
-    totals: dict[int, int] = {}
-    for row, count in zip(corpus.rows.tolist(), corpus.counts.tolist(), strict=True):
-        totals[row] = totals.get(row, 0) + count
-    return {row: total for row, total in totals.items() if total > 1}
 
 
 def _own(number: int) -> str:

@@ -51,8 +51,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--chunk-size", type=int, default=CHUNK, metavar="B", help=f"directions in work at once >= 1 ({CHUNK})")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Compute, or go on, and write the sheets."""
+def run(args: argparse.Namespace) -> str:
+    """Compute, or go on, and write the sheets; returns what to tell."""
     pipeline = load_pipeline(args.model, args.dtype, args.revision, scheduler=args.scheduler)
     images = read_images(args.images, pipeline)
     chosen = choose(images, _membership(args.model), rows=args.rows, num=args.num)
@@ -76,9 +76,8 @@ def run(args: argparse.Namespace) -> None:
             on_batch=bar.move,
         )
     files = write_pictures(args.out)
-    if not args.quiet:
-        print(_table(group_means(store.load(args.out))))
-        print(f"Written: {', '.join(map(str, files))}, {args.out}/results.zarr, {args.out}/spec.json")
+    table = _table(group_means(store.load(args.out)))
+    return f"{table}\nWritten: {', '.join(map(str, files))}, {args.out}/results.zarr, {args.out}/spec.json"
 
 
 def _membership(model: str) -> dict[str, list[int]] | None:

@@ -111,10 +111,9 @@ def spec_from_flags(args: argparse.Namespace) -> TrainSpec:
     return TrainSpec(**{**DEFAULTS[given.get("arch", TrainSpec.arch)], **given})
 
 
-def run(args: argparse.Namespace) -> None:
-    """Train."""
+def run(args: argparse.Namespace) -> str:
+    """Train; returns what to tell."""
     spec = spec_from_flags(args)
     with Bar(args.quiet, "steps") as bar:
         train(spec, args.out, save_every=args.save_every, devices=args.devices, on_steps=bar.move)
-    if not args.quiet:
-        print(f"Written: {args.out}/model_index.json, {args.out}/membership.json, {args.out}/training.json")
+    return f"Written: {args.out}/model_index.json, {args.out}/membership.json, {args.out}/training.json"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from dae_theory import ReluDae, memorizing_minimizer
 from dae_theory.exact_training import minimize_exact_objective, span_basis
 from dae_theory.risk import exact_objective
 from sims import datasets
-from sims.benchmarks import Row, compare, row, seconds
+from sims.benchmarks import Row, compare, peak_memory, per_unit, row, seconds
 from sims.engine import all_units, worlds_of
 from sims.measures import MEASURES
 from sims.programs import Compiled, compile_job, job_of, placement, run_units
@@ -48,8 +47,6 @@ PaperLoop = Callable[[np.ndarray, float, float, float, int, float, int], tuple[f
 """From rows, sigma, weight decay, penalty, width, goal and most steps to seconds, steps and whether it got there."""
 
 RATE, PENALTY = 3e-3, 1e-3
-KIB = 1024
-"""Linux counts resident memory in these."""
 
 
 def small_cells(num_samples: int, rival: AdamLoop, repeats: int, quick: bool) -> Row:
@@ -59,7 +56,7 @@ def small_cells(num_samples: int, rival: AdamLoop, repeats: int, quick: bool) ->
     width, sigmas = _sizes(quick)
     theirs = rival(rows, width, 0.3, PENALTY, 0, steps)
     found = compare(f"small_cells_n{num_samples}", _mapped(rows, width, sigmas, steps), theirs, repeats)
-    return _per_unit(found, steps * len(sigmas), steps)
+    return per_unit(found, steps * len(sigmas), steps)
 
 
 def small_cells_grid(rival: AdamLoop, repeats: int, quick: bool) -> Row:
@@ -77,7 +74,7 @@ def small_cells_grid(rival: AdamLoop, repeats: int, quick: bool) -> Row:
         repeats,
         notes={"sizes": sizes},
     )
-    return _per_unit(found, steps * len(sizes) * len(sigmas), steps * len(sizes))
+    return per_unit(found, steps * len(sizes) * len(sigmas), steps * len(sizes))
 
 
 def paper_step(rival: AdamLoop, repeats: int, quick: bool) -> Row:
@@ -106,7 +103,7 @@ def paper_step(rival: AdamLoop, repeats: int, quick: bool) -> Row:
     for name, body, carry in (("products_s", products, zeros), ("noise_s", noise, zeros[0])):
         loop = jax.jit(lambda carry, body=body: jax.lax.fori_loop(0, steps, body, carry))
         limits[name] = compare(name, lambda loop=loop, carry=carry: loop(carry), None, repeats).ours_s / steps
-    found = _per_unit(found, steps, steps)
+    found = per_unit(found, steps, steps)
     return found._replace(notes={**limits, "ours_by_limit": found.ours_s / sum(limits.values())})
 
 
@@ -170,7 +167,7 @@ def linear_cells(repeats: int, quick: bool) -> Row:
     for seeds in sizes:
         call = sweep(seeds)
         times[10 * seeds] = [seconds(call) / (10 * seeds) for _ in range(repeats if seeds < 1000 else 1)]
-        peaks[10 * seeds] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
+        peaks[10 * seeds] = peak_memory()
     fewest, most = times[10 * sizes[0]], times[10 * sizes[-1]]
     notes = {"per_cell_s": {cells: float(np.median(spent)) for cells, spent in times.items()}, "peak_bytes": peaks}
     return row("linear_cells", most * len(fewest), fewest * len(most), notes=notes)
@@ -190,7 +187,8 @@ def group_seconds(quick: bool) -> float:
 
 
 def _sizes(quick: bool) -> tuple[int, Any]:
-    return (4, np.asarray(_ladder(2), np.float32)) if quick else (64, np.asarray(_ladder(20), np.float32))
+    width, count = (4, 2) if quick else (64, 20)
+    return width, np.asarray(_ladder(count), np.float32)
 
 
 def _ladder(num: int) -> tuple[float, ...]:
@@ -218,17 +216,6 @@ def _mapped(rows: np.ndarray, width: int, sigmas: Any, steps: int) -> Callable[[
     parts = np.array_split(sigmas, len(jax.devices()))
     placed = [jax.device_put(part, device) for part, device in zip(parts, jax.devices(), strict=True)]
     return lambda: [program(part) for part in placed]
-
-
-def _per_unit(found: Row, ours: int, rival: int) -> Row:
-    """Times and ratios for one of the ``ours`` and ``rival`` cell steps that a call makes."""
-    if found.rival_s is None:
-        return found._replace(ours_s=found.ours_s / ours)
-    median, least, most = (
-        None if ratio is None else ratio * ours / rival
-        for ratio in (found.ratio_median, found.ratio_min, found.ratio_max)
-    )
-    return Row(found.name, found.ours_s / ours, found.rival_s / rival, median, least, most, found.notes)
 
 
 def _in_subprocess(devices: int, quick: bool) -> float:

@@ -7,19 +7,32 @@ median, smallest and largest. A wide range says that the machine was busy.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import pathlib
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 
 from sims.files import write_text
 
-__all__ = ["Row", "compare", "peak_memory", "row", "seconds", "table", "write_json"]
+__all__ = [
+    "Row",
+    "apart",
+    "compare",
+    "peak_memory",
+    "per_unit",
+    "row",
+    "seconds",
+    "table",
+    "temporaries",
+    "write_json",
+]
 
 
 class Row(NamedTuple):
@@ -79,6 +92,17 @@ def row(
     return Row(name, *medians, min(ratios), max(ratios), dict(notes or {}))
 
 
+def per_unit(found: Row, ours: int, rival: int) -> Row:
+    """Times and ratios for one of the ``ours`` and ``rival`` units of work that a call makes."""
+    if found.rival_s is None:
+        return found._replace(ours_s=found.ours_s / ours)
+    median, least, most = (
+        None if ratio is None else ratio * ours / rival
+        for ratio in (found.ratio_median, found.ratio_min, found.ratio_max)
+    )
+    return Row(found.name, found.ours_s / ours, found.rival_s / rival, median, least, most, found.notes)
+
+
 def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table, notes last, without those that are lists (curves)."""
     head = ("name", "ours s", "rival s", "ratio", "min", "max", "notes")
@@ -107,6 +131,18 @@ def peak_memory() -> int:
             return int(fields["VmHWM"].split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def temporaries(compiled: jax.stages.Compiled) -> int:
+    """Bytes that a program needs beside its arguments and results; -1 where the backend does not tell."""
+    memory = compiled.memory_analysis()
+    return -1 if memory is None else memory.temp_size_in_bytes
+
+
+def apart(function: Callable[..., Any], *args: Any) -> Any:
+    """The result of a call in a fresh process, whose memory is its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def _number(value: float | None) -> str:

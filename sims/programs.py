@@ -213,10 +213,12 @@ def run_units(
     """
     numbers, segments = grid_of(spec), segments_of(spec)
     for alike in alike_units(units):
-        compiled = (compiling or compile_job)(spec, job_of(spec, alike[0], worlds), measures, place)
-        parts = _groups(spec.cells_per_unit, compiled.group)
         # Rows are drawn when their turn comes, and not kept: memory does not grow with the number of units.
-        groups = ((job, _some(numbers, cells)) for job in (job_of(spec, u, worlds) for u in alike) for cells in parts)
+        jobs = (job_of(spec, unit, worlds) for unit in alike)
+        first = next(jobs)
+        compiled = (compiling or compile_job)(spec, first, measures, place)
+        parts = _groups(spec.cells_per_unit, compiled.group)
+        groups = ((job, _some(numbers, cells)) for job in itertools.chain([first], jobs) for cells in parts)
         values: list[dict[str, np.ndarray]] = []
         waiting, begin = list(alike), time.perf_counter()
         while some := list(itertools.islice(groups, len(place.devices))):

@@ -61,7 +61,7 @@ def summary(
         f"penalty {_listed(spec['penalty'])}, learning rate {_listed(spec['learning_rate'])}, "
         f"batch {_listed(size or 'full' for size in spec['batch_size'])}.",
         f"Diverged: {diverged} of {networks}." + (f" Not computed yet: {missing}." if missing else ""),
-        *_mixture_lines(sessions),
+        *_origin_lines(sessions),
         "",
     ]
     if "gap" in results and results.sizes["num_samples"] > 1:
@@ -70,7 +70,7 @@ def summary(
     return "\n".join(lines) + "\n"
 
 
-def _mixture_lines(sessions: Sequence[Mapping[str, Any]]) -> list[str]:
+def _origin_lines(sessions: Sequence[Mapping[str, Any]]) -> list[str]:
     found = differences([session for session in sessions if session.get("chunks")])
     if not found:
         return []

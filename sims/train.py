@@ -190,9 +190,8 @@ def in_turn(batch: int, dim: int, width: int, backend: str) -> bool:
     """Whether cells that are mapped together take each step one after the other, and not side by side.
 
     On a CPU the activations of one large cell fill the cache, and those of many do not fit; small cells, and
-    accelerators, gain from one large operation instead. Measured with 20 cells of d = p = 64 on 2 cores
-    (``python -m sims.bench --only small_cells_n8,...``): in turn takes 1.4 times as long at 8 and 1.3 times at 64 rows
-    a step, 0.9 at 512 and 0.6 at 1,024.
+    accelerators, gain from one large operation instead. Measured once with 20 cells of d = p = 64 on 2 cores: in turn
+    takes 1.4 times as long at 8 and 1.3 times at 64 rows a step, 0.9 at 512 and 0.6 at 1,024.
     """
     return backend == "cpu" and batch * (dim + width) >= 1 << 16
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from networks import network
 
-from scaling import bench, save_pretrained
+from scaling import bench, bench_unet, save_pretrained
 from scaling.models.layers import QUERY_CHUNK
 from scaling.weights import read_header
 
@@ -66,8 +66,8 @@ def test_bad_flags_are_refused():
 def test_a_machine_without_room_is_told_so(kind, monkeypatch):
     bench.check_room(bench.QUICK)
     if kind == "disk":
-        monkeypatch.setattr(bench.shutil, "disk_usage", lambda _: type("", (), {"free": 1e9}))
+        monkeypatch.setattr(bench_unet.shutil, "disk_usage", lambda _: type("", (), {"free": 1e9}))
     else:
-        monkeypatch.setattr(bench, "_available_memory", lambda: 1e9)
+        monkeypatch.setattr(bench_unet, "_available_memory", lambda: 1e9)
     with pytest.raises(ValueError, match=rf"needs 1?\d\.\d GB of {kind} .*there are 1\.0; try --quick"):
         bench.check_room(bench.SD14)

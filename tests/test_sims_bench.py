@@ -8,8 +8,8 @@ import pytest
 
 from dae_theory import memorizing_minimizer
 from dae_theory.risk import monte_carlo_estimate
-from sims import bench, bench_sweeps
-from sims.benchmarks import Row
+from sims import bench
+from sims.benchmarks import Row, per_unit
 
 FIELDS = ["name", "ours_s", "rival_s", "ratio_median", "ratio_min", "ratio_max", "notes"]
 
@@ -72,10 +72,10 @@ def test_a_sampler_is_charged_for_the_draws_that_its_precision_takes(monkeypatch
 
 
 def test_times_of_calls_become_times_of_cell_steps():
-    found = bench_sweeps._per_unit(Row("a", 6.0, 8.0, 4 / 3, 1.0, 2.0, {}), 60, 4)
+    found = per_unit(Row("a", 6.0, 8.0, 4 / 3, 1.0, 2.0, {}), 60, 4)
     assert (found.ours_s, found.rival_s) == pytest.approx((0.1, 2.0))
     assert (found.ratio_median, found.ratio_min, found.ratio_max) == pytest.approx((20.0, 15.0, 30.0))
-    alone = bench_sweeps._per_unit(Row("a", 6.0, None, None, None, None, {}), 60, 4)
+    alone = per_unit(Row("a", 6.0, None, None, None, None, {}), 60, 4)
     assert alone == Row("a", 0.1, None, None, None, None, {})
 
 
