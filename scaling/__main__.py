@@ -10,7 +10,7 @@ from typing import Any, get_args
 from absl import app, logging
 from absl.flags import argparse_flags
 
-from scaling import generation, jacobian_command, representation, train_command
+from scaling import generation, jacobian_command, representation, series_command, train_command
 from scaling.bridge import Pipeline, load_pipeline, read_checkpoints
 from scaling.schedules import METHODS
 from sims.terminal import Bar, guarded
@@ -94,10 +94,19 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     _add_condition_flags(jacobian)
     _add_run_flags(jacobian, batch_size=1, batch="images")
 
-    summary = train_command.SUMMARY
-    training = commands.add_parser("train", help=summary, description=summary, allow_abbrev=False)
-    training.set_defaults(run=guarded(_telling(train_command.run)))
-    train_command.add_flags(training)
+    for name, run, add_flags, summary in (
+        ("train", train_command.run, train_command.add_flags, train_command.SUMMARY),
+        ("transition", series_command.run_transition, series_command.add_transition_flags, series_command.TRANSITION),
+        (
+            "duplication",
+            series_command.run_duplication,
+            series_command.add_duplication_flags,
+            series_command.DUPLICATION,
+        ),
+    ):
+        sub = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        sub.set_defaults(run=guarded(_telling(run)))
+        add_flags(sub)
     return parser.parse_args(argv[1:])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 from scaling.designs import ARCHS
@@ -13,7 +14,15 @@ from scaling.training import OPTIMIZERS
 from sims.flags import parse_ints
 from sims.terminal import Bar
 
-__all__ = ["SUMMARY", "add_flags", "run", "spec_from_flags"]
+__all__ = [
+    "SUMMARY",
+    "add_flags",
+    "add_network_flags",
+    "add_source_flags",
+    "add_training_flags",
+    "run",
+    "spec_from_flags",
+]
 
 SUMMARY = "train a small diffusion model on images, some of them repeated; resumable"
 
@@ -27,13 +36,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add a flag for each field of the spec and for how the run is kept; those left out take the defaults."""
-    add = parser.add_argument_group("the data").add_argument
-    add(
-        "--dataset",
-        metavar="NAME",
-        help="digits, fashion-mnist, a folder of images, a .npz file, or idx:, cifar10:, npz:, images:, patches:PATH "
-        "with options as in patches:PATH?size=16 (digits)",
-    )
+    add = add_source_flags(parser)
     add("--duplicates", metavar="KxM", help="K images M times each; none for plain data (20x60)")
     add("--singles", type=int, metavar="N", help="so many images once, beside the repeated ones >= 0 (1200)")
     add("--variants", metavar="TxV", help="of the K images the last T come in V variants, each M/V times (none)")
@@ -48,30 +51,65 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--offset", type=int, metavar="N", help="leave out the first N >= 0 rows, for training sets that share none (0)"
     )
     add("--split-seed", type=int, metavar="S", help="of the order of the rows >= 0 (0)")
-    add("--resolution", type=int, metavar="N", help="crop and resample images to N x N pixels >= 1 (their own)")
-    add("--gray", action="store_true", default=None, help="read a folder's images in one channel")
-    add("--skip-bad", action="store_true", default=None, help="leave out a folder's files that cannot be used")
     add(
         "--captions",
         metavar="FILE",
         help="for text: labels; .txt, a line an image; .json, a list; .jsonl with file_name and text (labels)",
     )
-    add = parser.add_argument_group("the network").add_argument
-    add("--arch", choices=ARCHS, help="unet2d; unet2d_condition, which reads a text; dit, which has classes (unet2d)")
-    add("--channels", type=parse_ints, metavar="C,...", help="of a UNet's levels (32,64); one width of a DiT (64)")
-    add("--layers", type=int, metavar="N", help="residual blocks a level >= 1 (1); blocks of a DiT (4)")
-    add("--heads", type=int, metavar="N", help="of attention to text >= 1 (8) and of a DiT (4)")
-    add("--patch-size", type=int, metavar="N", help="of a DiT >= 1 (2)")
+    add = add_network_flags(parser, ARCHS)
     add("--text-channels", type=int, metavar="C", help="of the text encoder >= 1 (32)")
     add("--text-layers", type=int, metavar="N", help="of the text encoder >= 1 (2)")
     add("--tokenizer", metavar="DIR", help="a CLIP tokenizer to take (merges are learned from the prompts)")
-    add = parser.add_argument_group("the training").add_argument
+    add = add_training_flags(parser)
     add(
         "--steps",
         type=int,
         metavar="N",
         help="of training >= 1; more of them continue a finished run (2000; with text or classes 4000)",
     )
+    add(
+        "--prompt-dropout",
+        type=float,
+        metavar="P",
+        help="share of prompts or classes left out, from 0 to below 1 (0.1)",
+    )
+    add("--seed", type=int, metavar="S", help="root of all randomness of the training >= 0 (0)")
+    add = parser.add_argument_group("the run").add_argument
+    add("--devices", type=int, metavar="N", help="split the batch over so many >= 1 (all that divide it)")
+    add("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints >= 1 (500)")
+    add("--out", metavar="DIR", required=True, help="the model; the same command again resumes")
+    add("--quiet", action="store_true", help="no progress bar and no summary")
+
+
+def add_source_flags(parser: argparse.ArgumentParser) -> Callable[..., Any]:
+    """Flags that say which images; returns what adds another one to the group."""
+    add = parser.add_argument_group("the data").add_argument
+    add(
+        "--dataset",
+        metavar="NAME",
+        help="digits, fashion-mnist, a folder of images, a .npz file, or idx:, cifar10:, npz:, images:, patches:PATH "
+        "with options as in patches:PATH?size=16 (digits)",
+    )
+    add("--resolution", type=int, metavar="N", help="crop and resample images to N x N pixels >= 1 (their own)")
+    add("--gray", action="store_true", default=None, help="read a folder's images in one channel")
+    add("--skip-bad", action="store_true", default=None, help="leave out a folder's files that cannot be used")
+    return add
+
+
+def add_network_flags(parser: argparse.ArgumentParser, archs: Sequence[str]) -> Callable[..., Any]:
+    """Flags of the network, one of ``archs``; returns as :func:`add_source_flags`."""
+    add = parser.add_argument_group("the network").add_argument
+    add("--arch", choices=archs, help="unet2d; unet2d_condition, which reads a text; dit, which has classes (unet2d)")
+    add("--channels", type=parse_ints, metavar="C,...", help="of a UNet's levels (32,64); one width of a DiT (64)")
+    add("--layers", type=int, metavar="N", help="residual blocks a level >= 1 (1); blocks of a DiT (4)")
+    add("--heads", type=int, metavar="N", help="of attention to text >= 1 (8) and of a DiT (4)")
+    add("--patch-size", type=int, metavar="N", help="of a DiT >= 1 (2)")
+    return add
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> Callable[..., Any]:
+    """Flags of how to train; returns as :func:`add_source_flags`."""
+    add = parser.add_argument_group("the training").add_argument
     add("--batch-size", type=int, metavar="B", help="images a step >= 1 (64)")
     add("--learning-rate", type=float, metavar="R", help="step size, positive (0.001)")
     add("--optimizer", choices=OPTIMIZERS, help="(adam)")
@@ -84,27 +122,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="D",
         help="decay of the average of the weights, which is what is kept, from 0 to below 1; 0: none (.995)",
     )
-    add(
-        "--prompt-dropout",
-        type=float,
-        metavar="P",
-        help="share of prompts or classes left out, from 0 to below 1 (0.1)",
-    )
     add("--prediction", choices=get_args(Prediction), help="what the network returns (epsilon)")
     add("--timesteps", type=int, metavar="T", help="of the noise schedule >= 1 (1000)")
     add("--beta-schedule", choices=("linear", "scaled_linear", "squaredcos_cap_v2"), help="of the noise (linear)")
-    add("--seed", type=int, metavar="S", help="root of all randomness of the training >= 0 (0)")
-    add = parser.add_argument_group("the run").add_argument
-    add("--devices", type=int, metavar="N", help="split the batch over so many >= 1 (all that divide it)")
-    add("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints >= 1 (500)")
-    add("--out", metavar="DIR", required=True, help="the model; the same command again resumes")
-    add("--quiet", action="store_true", help="no progress bar and no summary")
+    return add
 
 
 def spec_from_flags(args: argparse.Namespace) -> TrainSpec:
     """The spec of the command line; ``ValueError`` for what :class:`scaling.trainer.TrainSpec` refuses."""
     names = [field.name for field in dataclasses.fields(TrainSpec)]
-    given: dict[str, Any] = {name: value for name in names if (value := getattr(args, name)) is not None}
+    given: dict[str, Any] = {name: value for name in names if (value := getattr(args, name, None)) is not None}
     if given.get("duplicates") == "none" or "num_samples" in given:
         # Without repeats none are single.
         given = {"singles": 0, **given, "duplicates": given.get("duplicates", "none").replace("none", "")}

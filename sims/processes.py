@@ -13,7 +13,7 @@ import time
 
 import jax
 
-__all__ = ["join", "split_cores"]
+__all__ = ["join", "share_cores", "split_cores"]
 
 WORKERS = 4
 """For each device that a CPU is split into."""
@@ -38,6 +38,11 @@ def split_cores(devices: int) -> None:
         jax.config.update("jax_num_cpu_devices", devices)
     except RuntimeError as error:
         raise ValueError(f"--devices must be given before JAX starts: {error}") from error
+
+
+def share_cores(workers: int) -> None:
+    """In a process that is one of so many on this machine, before anything else of JAX is used: take a part of it."""
+    os.environ.setdefault("NPROC", str(max(1, (os.cpu_count() or 1) // workers)))
 
 
 def join(
