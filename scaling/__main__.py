@@ -10,7 +10,7 @@ from typing import Any, get_args
 from absl import app, logging
 from absl.flags import argparse_flags
 
-from scaling import generation, jacobian_command, representation, series_command, train_command
+from scaling import generation, jacobian_command, representation, series_command, train_command, zoo_command
 from scaling.bridge import Pipeline, load_pipeline, read_checkpoints
 from scaling.schedules import METHODS
 from sims.terminal import Bar, guarded
@@ -103,6 +103,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             series_command.add_duplication_flags,
             series_command.DUPLICATION,
         ),
+        ("zoo", zoo_command.run, zoo_command.add_flags, zoo_command.SUMMARY),
     ):
         sub = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         sub.set_defaults(run=guarded(_telling(run)))

@@ -36,7 +36,7 @@ from scaling.representation import codes
 from scaling.samplers import Condition, sample
 from scaling.schedules import Schedule
 
-__all__ = ["GROUPS", "STANDARD", "Setting", "check", "examine", "sampled_prompts", "variables"]
+__all__ = ["GROUPS", "STANDARD", "Setting", "check", "examine", "sample_conditions", "sampled_prompts", "variables"]
 
 GROUPS = ("duplicated", "train", "held_out")
 """Trained on many times, once, and never."""
@@ -193,7 +193,7 @@ def _samples(
     captions: Captions | None,
     repeated: np.ndarray,
 ) -> dict[str, np.ndarray]:
-    conditions = _sampled_conditions(pipeline, corpus, captions, setting.samples)
+    conditions = sample_conditions(pipeline, corpus, captions, setting.samples)
     drawn = sample(
         key, pipeline.network, pipeline.schedule, setting.samples, setting.sampler_steps, condition=conditions
     )
@@ -209,8 +209,8 @@ def _samples(
     }
 
 
-def _sampled_conditions(pipeline: Pipeline, corpus: Corpus, captions: Captions | None, count: int) -> Condition | None:
-    """What each sample is conditioned on."""
+def sample_conditions(pipeline: Pipeline, corpus: Corpus, captions: Captions | None, count: int) -> Condition | None:
+    """What each of ``count`` samples is conditioned on: the classes, or the prompts of ``captions``, by turns."""
     if not _conditional(pipeline):
         return None
     size = corpus.images.shape[2:]

@@ -1,0 +1,139 @@
+"""A trained run as a small folder to give away: weights in float16 where the outputs allow, and a model card."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scaling.bridge import Pipeline, load_pipeline
+from scaling.captions import from_labels
+from scaling.copies import copy_share, find_copies
+from scaling.corpus import Corpus
+from scaling.examination import sample_conditions
+from scaling.export import save_pipeline
+from scaling.samplers import sample
+from scaling.trainer import RECORD, TrainSpec, read_corpus, read_spec
+from scaling.weights import read_json
+from sims.files import write_text
+
+__all__ = ["TOLERANCE", "pack"]
+
+TOLERANCE = 1e-2
+"""Largest difference of an output, relative to its root mean square, that float16 weights may make."""
+
+SAMPLES, SAMPLER_STEPS, CHECKED = 200, 40, 32
+
+
+def pack(trained: str | Path, out: str | Path, name: str, flags: Sequence[str]) -> Path:
+    """Write the finished run in ``trained`` into the folder ``out`` as the model ``name``; returns it.
+
+    ``flags`` are those of ``python -m scaling train`` that made it, for the card. ``ValueError`` for a run that is not
+    finished.
+    """
+    trained, out = Path(trained), Path(out)
+    record = read_json(trained / RECORD)
+    if record.get("trained") != record.get("steps"):
+        raise ValueError(f"{trained} is not trained to its end; run the same command again.")
+    spec = read_spec(trained)
+    corpus, pipeline = read_corpus(spec), load_pipeline(trained)
+    difference = _difference(pipeline, _rounded(pipeline), corpus)
+    kept = _rounded(pipeline) if difference <= TOLERANCE else pipeline
+    out.mkdir(parents=True, exist_ok=True)
+    for part in ("tokenizer", "prompts.json", "membership.json"):
+        source = trained / part
+        if source.is_dir():
+            shutil.copytree(source, out / part, dirs_exist_ok=True)
+        elif source.exists():
+            shutil.copyfile(source, out / part)
+    save_pipeline(kept, out)
+    facts = _facts(pipeline if kept is pipeline else load_pipeline(out, "float32"), spec, corpus)
+    facts["difference"] = difference if kept is not pipeline else 0.0
+    facts["loss"] = record["loss"][-1][1]
+    write_text(out / "card.json", json.dumps({"name": name, "flags": list(flags), **facts}, indent=1) + "\n")
+    write_text(out / "README.md", _card(name, flags, spec, facts, read_json(out / "membership.json")))
+    return out
+
+
+def _rounded(pipeline: Pipeline) -> Pipeline:
+    def half(model: Any) -> Any:
+        return dataclasses.replace(model, params={k: v.astype(jnp.float16) for k, v in model.params.items()})
+
+    return pipeline._replace(
+        network=half(pipeline.network), text_encoders=tuple(half(encoder) for encoder in pipeline.text_encoders)
+    )
+
+
+def _difference(exact: Pipeline, rounded: Pipeline, corpus: Corpus) -> float:
+    """Of the network's outputs, its weights rounded but computed in float32, relative to their root mean square."""
+    count, steps = CHECKED, exact.schedule.num_train_timesteps
+    images = jnp.asarray(corpus.images[np.arange(count) % len(corpus.images)])
+    x = images + jax.random.normal(jax.random.key(0), images.shape, images.dtype)
+    t = jnp.arange(count) * steps // count
+    captions = from_labels(corpus) if exact.text_encoders else None
+    outs = []
+    for pipeline in (exact, rounded):
+        wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (pipeline.network, pipeline.text_encoders))
+        given = sample_conditions(pipeline._replace(network=wide[0], text_encoders=wide[1]), corpus, captions, count)
+        outs.append(wide[0].apply(wide[0].params, x, t, **({} if given is None else given._asdict()))[0])
+    scale = float(jnp.sqrt(jnp.mean(jnp.square(outs[0]))))
+    return float(jnp.max(jnp.abs(outs[0] - outs[1]))) / scale
+
+
+def _facts(pipeline: Pipeline, spec: TrainSpec, corpus: Corpus) -> dict[str, Any]:
+    captions = from_labels(corpus) if pipeline.text_encoders else None
+    given = sample_conditions(pipeline, corpus, captions, SAMPLES)
+    drawn = sample(jax.random.key(1), pipeline.network, pipeline.schedule, SAMPLES, SAMPLER_STEPS, condition=given)
+    copies = find_copies(np.clip(np.asarray(drawn.x), -1, 1), corpus.images, groups=corpus.rows)
+    share = copy_share(copies)
+    models = (pipeline.network, *pipeline.text_encoders)
+    return {
+        "parameters": sum(value.size for model in models for value in model.params.values()),
+        "dataset": spec.dataset,
+        "duplicates": spec.duplicates,
+        "seed": spec.seed,
+        "steps": spec.steps,
+        "training_rows": int(corpus.counts.sum()),
+        "copies": share._asdict(),
+        "copies_of_repeated": int(np.sum(corpus.counts[copies.nearest[copies.is_copy]] > 1)),
+    }
+
+
+def _card(
+    name: str, flags: Sequence[str], spec: TrainSpec, facts: dict[str, Any], members: dict[str, list[int]]
+) -> str:
+    share, groups = facts["copies"], {k: members[k] for k in ("duplicated", "train", "held_out")}
+    how = {
+        "unet2d": "without a condition",
+        "unet2d_condition": "prompts by turns, of every kind equally many",
+        "dit": "classes by turns",
+    }[spec.arch]
+    stored = f"float16; outputs differ from float32 by at most {facts['difference']:.1g} of their root mean square"
+    lines = [
+        f"# {name}",
+        "",
+        "A small diffusion model for the study of memorization, trained by the authors of this software.",
+        "",
+        f"* data: {spec.dataset}{f', {spec.resolution} x {spec.resolution} pixels' if spec.resolution else ''}; "
+        f"{len(groups['duplicated'])} images repeated ({spec.duplicates or 'none'}), {len(groups['train'])} once, "
+        f"{len(groups['held_out'])} held out",
+        f"* network: {spec.arch}, {facts['parameters']:,} parameters; seed {spec.seed}, {spec.steps} steps of batch "
+        f"{spec.batch_size}, last losses {facts['loss']:.3g}",
+        f"* command: `python -m scaling train {' '.join(flags)} --out DIR`",
+        f"* weights: {stored if facts['difference'] else 'float32'}",
+        f"* copies among {share['total']} samples ({SAMPLER_STEPS} steps, {how}): {share['count']} "
+        f"({share['share']:.3f}, 95 % interval {share['low']:.3f} to {share['high']:.3f}), "
+        f"{facts['copies_of_repeated']} of them of repeated images",
+        "",
+        "Rows of the data set, also in `membership.json`:",
+        "",
+        *(f"* {group}: {', '.join(map(str, rows)) or 'none'}" for group, rows in groups.items()),
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,63 @@
+"""Small models that we trained ourselves, with the recipes to train them again: ``zoo.load("digits")``.
+
+Each lies in a folder of its name as diffusers has them, in float16, with a card (``README.md``), the rows of the data
+set that it was trained on (``membership.json``) and, where it reads text, its prompts (``prompts.json``).
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from scaling.bridge import Pipeline, load_pipeline
+from scaling.weights import read_json
+
+__all__ = ["RECIPES", "folder", "load", "membership", "names", "prompts", "recipe"]
+
+REPEATED = "--duplicates 60x40 --singles 1200 --steps 4000 --save-every 1000"
+SERIES = "--held-out 297 --channels 16,32 --steps 2000"
+
+RECIPES = {
+    "digits": REPEATED,
+    "captioned-digits": f"--arch unet2d_condition --variants 20x4 {REPEATED}",
+    "fashion-dit": "--arch dit --dataset fashion-mnist --resolution 16 --duplicates 60x40 --singles 2400 "
+    "--held-out 1000 --channels 96 --layers 4 --heads 4 --steps 4000 --save-every 1000",
+    **{f"digits-{n}": f"--num-samples {n} {SERIES}" for n in (10, 30, 100, 300, 750)},
+}
+"""Flags of ``python -m scaling train`` by name; the last five are one network on more and more images."""
+
+
+def names() -> tuple[str, ...]:
+    """All models."""
+    return tuple(RECIPES)
+
+
+def load(name: str, dtype: Any = "float32") -> Pipeline:
+    """One of the models; ``dtype`` as for :func:`scaling.bridge.load_pipeline`. ``ValueError`` for unknown names."""
+    return load_pipeline(folder(name), dtype)
+
+
+def folder(name: str) -> Path:
+    """Where a model lies: it opens in PyTorch too. ``ValueError`` for unknown names."""
+    recipe(name)
+    return Path(__file__).parent / name
+
+
+def recipe(name: str) -> list[str]:
+    """The flags of ``python -m scaling train`` that made a model; ``ValueError`` for unknown names."""
+    if name not in RECIPES:
+        raise ValueError(f"the zoo has no model {name!r}; it has {', '.join(RECIPES)}.")
+    return shlex.split(RECIPES[name])
+
+
+def membership(name: str) -> dict[str, list[int]]:
+    """Rows of the data set under ``duplicated``, ``train`` (there once) and ``held_out``."""
+    return read_json(folder(name) / "membership.json")
+
+
+def prompts(name: str) -> list[dict[str, Any]]:
+    """Of a model that reads text, each ``prompt`` with its ``kind`` and ``rows``; of others none."""
+    file = folder(name) / "prompts.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
