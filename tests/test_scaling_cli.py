@@ -222,7 +222,16 @@ def test_help_explains_every_flag_with_its_range(capsys, monkeypatch):
     monkeypatch.setattr(cli.argparse_flags.ArgumentParser, "parse_args", keep)
     cli._parse(["scaling"])
     (commands,) = [action for action in parsers[0]._actions if action.choices]
-    assert list(commands.choices) == ["inspect", "extract", "sample", "jacobian", "train"]
+    assert list(commands.choices) == [
+        "inspect",
+        "extract",
+        "sample",
+        "jacobian",
+        "train",
+        "transition",
+        "duplication",
+        "zoo",
+    ]
     for command in commands.choices.values():
         for action in command._actions:
             assert action.help, action.dest

@@ -1,0 +1,118 @@
+"""The models that come with the package: what their cards say, what they hold, and that their recipes make them."""
+
+import json
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scaling import __main__ as cli
+from scaling import corpus, packing, train_command, zoo
+from scaling.trainer import RECORD, TrainSpec, read_corpus
+from scaling.weights import read_header
+
+DETECTED = ("digits", "captioned-digits", "fashion-dit")
+"""Models that detectors are scored on."""
+
+
+def run(*argv):
+    """The exit code of a command in this process."""
+    args = cli._parse(["scaling", *map(str, argv)])
+    return args.run(args)
+
+
+def spec_of(name):
+    args = cli._parse(["scaling", "train", *zoo.recipe(name), "--out", "unused"])
+    return train_command.spec_from_flags(args)
+
+
+def files(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_a_model_is_what_its_recipe_says(name):
+    pipeline, spec = zoo.load(name), spec_of(name)
+    card = json.loads((zoo.folder(name) / "card.json").read_text())
+    models = (pipeline.network, *pipeline.text_encoders)
+    assert sum(value.size for model in models for value in model.params.values()) == card["parameters"]
+    assert all(value.dtype == jnp.float32 for model in models for value in model.params.values())
+    assert pipeline.network.apply.architecture == spec.arch
+    assert (card["flags"], card["steps"], card["seed"]) == (zoo.recipe(name), spec.steps, spec.seed)
+    assert card["difference"] <= packing.TOLERANCE
+    text = (zoo.folder(name) / "README.md").read_text()
+    assert "trained by the authors" in text
+    assert f"python -m scaling train {' '.join(zoo.recipe(name))}" in text
+
+
+@pytest.mark.parametrize("name", [name for name in zoo.names() if "digits" in name])
+def test_membership_is_that_of_the_data(name):
+    found = read_corpus(spec_of(name))
+    assert zoo.membership(name) == corpus.membership(found)
+    assert set(zoo.membership(name)["held_out"]).isdisjoint(found.rows.tolist())
+
+
+def test_models_are_small_and_stored_in_half_precision():
+    sizes = {name: files(zoo.folder(name)) for name in zoo.names()}
+    assert max(sizes.values()) < 3e6
+    assert sum(sizes.values()) < 20e6
+    for weights in pathlib.Path(zoo.__file__).parent.rglob("*.safetensors"):
+        assert {tensor.dtype for tensor in read_header(weights).values()} == {"F16"}
+
+
+def test_there_is_enough_to_score_detectors_on():
+    for name in DETECTED:
+        assert len(zoo.membership(name)["duplicated"]) >= 60
+        assert len(zoo.membership(name)["held_out"]) >= 60
+    kinds = [prompt["kind"] for prompt in zoo.prompts("captioned-digits")]
+    assert kinds.count("verbatim") >= 10
+    assert kinds.count("template") >= 10
+    assert kinds.count("shared") >= 2
+    assert zoo.prompts("digits") == []
+
+
+def test_unknown_names_are_refused(capsys):
+    with pytest.raises(ValueError, match="no model 'cifar'; it has digits"):
+        zoo.load("cifar")
+    assert run("zoo", "cifar") == 2
+    assert run("zoo", "--out", "somewhere") == 2
+    assert "needs the name" in capsys.readouterr().err
+
+
+def test_the_command_lists_all_and_shows_a_card(capsys):
+    assert run("zoo") == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(zoo.names())
+    assert run("zoo", "digits-10") == 0
+    assert capsys.readouterr().out.startswith("# digits-10")
+
+
+def test_a_recipe_trains_and_packs(tmp_path, monkeypatch):
+    tiny = "--num-samples 6 --held-out 20 --channels 8 --batch-size 2 --steps 2"
+    monkeypatch.setattr(zoo, "RECIPES", {"tiny": tiny})
+    monkeypatch.setattr(packing, "SAMPLES", 3)
+    monkeypatch.setattr(packing, "SAMPLER_STEPS", 2)
+    assert run("zoo", "tiny", "--quiet", "--out", tmp_path) == 0
+    trained, packed = (
+        read_header(tmp_path / part / "unet/diffusion_pytorch_model.safetensors") for part in ("training", "tiny")
+    )
+    assert trained.keys() == packed.keys()
+    for name, tensor in packed.items():
+        np.testing.assert_array_equal(tensor.read(), trained[name].read().astype(np.float16))
+    card = json.loads((tmp_path / "tiny/card.json").read_text())
+    assert 0 < card["difference"] < packing.TOLERANCE
+    assert (card["training_rows"], card["copies"]["total"], card["flags"]) == (6, 3, tiny.split())
+    assert spec_of("tiny") == TrainSpec(
+        num_samples=6, held_out=20, duplicates="", singles=0, channels=(8,), batch_size=2, steps=2
+    )
+    # Where half precision would change too much, weights stay as they are.
+    monkeypatch.setattr(packing, "TOLERANCE", 0.0)
+    packing.pack(tmp_path / "training", tmp_path / "wide", "tiny", tiny.split())
+    wide = read_header(tmp_path / "wide/unet/diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in wide.values()} == {"F32"}
+
+
+def test_a_run_that_was_cut_is_not_packed(tmp_path):
+    (tmp_path / RECORD).write_text(json.dumps({"steps": 4}))
+    with pytest.raises(ValueError, match="not trained to its end"):
+        packing.pack(tmp_path, tmp_path / "out", "cut", [])
