@@ -151,19 +151,17 @@ def transition_lines(results: xr.Dataset, shallow: xr.Dataset) -> list[str]:
     level = results.sizes["sigma"] // 2
     sigma, tap = float(results.sigma[level]), str(results.tap.values[0])
     deep = results.mean("half")
-    at = {"sigma": level}
-    train, out = (
-        {"group": list(results.group.values).index("train")},
-        {"group": list(results.group.values).index("held_out")},
-    )
+    groups = list(results.group.values)
+    train, out = ({"group": groups.index(name)} for name in ("train", "held_out"))
+    at, first = {"sigma": level}, {"tap": 0}
     columns = {
         "copies": deep.copy_share,
         "agreement": results.agreement,
         "by chance": results.agreement_unpaired,
         f"gap, σ = {sigma:g}": deep.gap.isel(at),
         "gap, two layers": _flat(shallow.gap).isel(at),
-        "std, trained": deep["std"].isel(train, tap=0),
-        "held out": deep["std"].isel(out, tap=0),
+        "std, trained": deep["std"].isel(train | first),
+        "held out": deep["std"].isel(out | first),
         "rank of J, trained": deep.jacobian_rank.isel(train | at),
         "rank, held out": deep.jacobian_rank.isel(out | at),
         "from empirical": deep.distance_to_empirical.isel(train | at),

@@ -176,13 +176,13 @@ def test_the_two_layer_networks_stand_beside_them(over_n):
 
 
 def test_the_same_command_again_computes_nothing(over_n, monkeypatch):
-    out, asked = over_n
+    _, asked = over_n
     monkeypatch.setattr(series, "_examined", None)
     assert run("transition", *asked) == 0
 
 
 def test_another_experiment_in_its_folder_is_refused(over_n, capsys):
-    out, asked = over_n
+    _, asked = over_n
     assert run("transition", *asked, "--draws", 3) == 2
     assert "another experiment" in capsys.readouterr().err
 
