@@ -16,6 +16,7 @@ FIGURES = {
     "columns": "columns of W1 beside their nearest training images, memorized against generalized (Fig. 3)",
     "codes": "a memorized and a generalized code, and histograms of spikiness (Fig. 4)",
     "phase_diagram": "the transition over n and sigma; --run DIR draws a finished sweep",
+    "deep_series": "deep networks on more and more images beside the two-layer one; --run DIR draws a `transition`",
 }
 """Name and summary; the module is ``paper_figs.fig_NAME``."""
 
@@ -31,7 +32,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("name", metavar="list|NAME|all", help="which figure; list names them")
     parser.add_argument("--quick", action="store_true", help="a small version in seconds, to try it out")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/figures"), help="folder (runs/figures)")
-    parser.add_argument("--run", metavar="DIR", help="draw this finished sweep (phase_diagram)")
+    parser.add_argument("--run", metavar="DIR", help="draw this finished run (phase_diagram, deep_series)")
     return parser.parse_args(argv[1:])
 
 
@@ -66,6 +67,11 @@ def make(name: str, out: pathlib.Path, *, quick: bool = False, run: str | None =
     spec: dict[str, Any] = module.QUICK if quick else module.SPEC
     if run is None:
         arrays = module.compute(spec)
+    elif hasattr(module, "arrays_of_folder"):
+        from sims import store
+
+        spec = store.read_spec(run)["spec"]
+        arrays = module.arrays_of_folder(run)
     elif hasattr(module, "arrays_of_run"):
         from sims import store
 

@@ -53,7 +53,7 @@ def test_a_run_without_the_measures_is_refused(tmp_path, capsys):
 
 def test_bad_requests_are_refused(tmp_path, capsys):
     assert run("fig9", "--out", tmp_path) == 2
-    assert "known are columns, codes, phase_diagram" in capsys.readouterr().err
+    assert "known are columns, codes, phase_diagram, deep_series" in capsys.readouterr().err
     assert run("columns", "--run", tmp_path, "--out", tmp_path) == 2
     assert run("phase_diagram", "--run", tmp_path / "none", "--out", tmp_path) == 2
 
@@ -70,3 +70,10 @@ def test_cell_edges_enclose_their_centers():
     assert np.all(edges[:-1] < centers)
     assert np.all(centers < edges[1:])
     np.testing.assert_allclose(edges[1:-1] ** 2, centers[:-1] * centers[1:])
+
+
+def test_a_series_that_is_none_is_refused(tmp_path, capsys):
+    spec = Spec(num_samples=(2, 4), width=2, sigma=0.5, seeds=1, steps=1, eval_samples=2, eval_draws=1)
+    sims.sweep(spec, ("train_error",), out=tmp_path / "run")
+    assert run("deep_series", "--run", tmp_path / "run", "--out", tmp_path) == 2
+    assert "no finished run of `python -m scaling transition`" in capsys.readouterr().err

@@ -175,6 +175,19 @@ def test_the_two_layer_networks_stand_beside_them(over_n):
     assert (out / "samples.png").exists()
 
 
+def test_its_figure_shows_its_numbers(over_n, tmp_path):
+    from paper_figs import __main__ as figures
+    from paper_figs.artifacts import load_arrays
+
+    out, _ = over_n
+    figures.make("deep_series", tmp_path, run=str(out))
+    arrays, results = load_arrays(tmp_path / "deep_series.npz"), store.load(out)
+    np.testing.assert_allclose(arrays["agreement"], results.agreement.mean("seed"), rtol=1e-6)
+    expected = results.jacobian_rank.sel(group="held_out", sigma=1.5).mean(["half", "seed"])
+    np.testing.assert_allclose(arrays["rank_held_out"], expected, rtol=1e-5)
+    assert arrays["sigma"] == 1.5
+
+
 def test_the_same_command_again_computes_nothing(over_n, monkeypatch):
     _, asked = over_n
     monkeypatch.setattr(series, "_examined", None)

@@ -1,0 +1,152 @@
+"""Deep networks trained on more and more images, beside two-layer autoencoders on as many: copies, gap, codes, Jacobian.
+
+Drawn from a run of ``python -m scaling transition`` (``--run DIR``), with intervals over its seeds; or of one seed, from
+the networks that come with the package, which have no second half to agree with.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib.figure
+import numpy as np
+import xarray as xr
+from matplotlib import pyplot as plt
+
+from paper_figs.artifacts import Arrays
+from scaling import zoo
+from scaling.corpus import load
+from scaling.examination import GROUPS, Setting, examine
+from sims import Spec, store, sweep
+from sims.measures import MEASURES
+
+__all__ = ["QUICK", "SPEC", "arrays_of_folder", "compute", "draw"]
+
+SPEC: dict[str, Any] = {
+    "num_samples": (10, 30, 100, 300, 750),
+    "setting": Setting()._asdict(),
+    "two_layer": {"width": 64, "penalty": 1e-3, "batch_size": 128, "schedule": "cosine", "steps": 2000, "seeds": 3},
+}
+"""Networks ``digits-N`` of the zoo, how much is looked at, and the sweep beside them."""
+
+QUICK = SPEC | {
+    "num_samples": (10, 300),
+    "setting": Setting(samples=4, sampler_steps=2, images=8, jacobians=2, draws=2)._asdict(),
+    "two_layer": SPEC["two_layer"] | {"steps": 50, "seeds": 2},
+}
+
+SHALLOW = ("gap", "std_train", "std_held_out")
+HELD_OUT = 297
+
+
+def compute(spec: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Look at the zoo's series, and sweep the two-layer autoencoder."""
+    sizes, setting = tuple(spec["num_samples"]), Setting(**spec["setting"])
+    found = []
+    for n in sizes:
+        images = load("digits", num_samples=n, held_out=HELD_OUT)
+        found.append(examine(jax.random.key(0), zoo.load(f"digits-{n}"), images, setting))
+    stacked = {name: np.stack([one[name] for one in found])[:, None] for name in found[0]}
+    error = stacked["error"]
+    stacked["gap"] = 1 - error[:, :, GROUPS.index("train")] / error[:, :, GROUPS.index("held_out")]
+    shallow = sweep(
+        Spec(num_samples=sizes, sigma=setting.sigmas, held_out=HELD_OUT, **spec["two_layer"]),
+        [MEASURES[name] for name in SHALLOW],
+    )
+    return _reduced(np.asarray(sizes), np.asarray(setting.sigmas), stacked, shallow)
+
+
+def arrays_of_folder(folder: str | Path) -> dict[str, np.ndarray]:
+    """Means and standard errors over seeds of a finished ``transition``; ``ValueError`` if it is something else."""
+    results = store.load(folder)
+    if "agreement" not in results or not bool(results.done.all()):
+        raise ValueError(f"{folder} is no finished run of `python -m scaling transition`.")
+    halves = results.drop_dims("sample").mean("half")
+    stacked = {str(name): values.values for name, values in halves.data_vars.items()}
+    shallow = store.load(Path(folder) / "two_layer")
+    return _reduced(results.num_samples.values, results.sigma.values, stacked, shallow)
+
+
+def _reduced(
+    sizes: np.ndarray, sigmas: np.ndarray, found: dict[str, np.ndarray], shallow: xr.Dataset
+) -> dict[str, np.ndarray]:
+    """Of arrays (n, seed, ...) means over seeds, and standard errors where there are several."""
+    level, train, out = len(sigmas) // 2, GROUPS.index("train"), GROUPS.index("held_out")
+    plain = {
+        name: shallow[name].isel({d: 0 for d in shallow[name].dims if d not in ("num_samples", "seed", "sigma")})
+        for name in SHALLOW
+    }
+    two = {name: plain[name].transpose("num_samples", "seed", "sigma").values[..., level] for name in SHALLOW}
+    curves = {
+        "copies": found["copy_share"],
+        "gap": found["gap"][..., level],
+        "gap_two_layer": two["gap"],
+        "spikiness": found["std"][:, :, train, 0] / found["std"][:, :, out, 0],
+        "spikiness_two_layer": two["std_train"] / two["std_held_out"],
+        "rank_train": found["jacobian_rank"][:, :, train, level],
+        "rank_held_out": found["jacobian_rank"][:, :, out, level],
+        "to_empirical": found["distance_to_empirical"][:, :, out, level],
+        "to_population": found["distance_to_population"][:, :, out, level],
+    }
+    if "agreement" in found:
+        curves |= {"agreement": found["agreement"], "chance": found["agreement_unpaired"]}
+    arrays = {"num_samples": sizes, "sigma": np.asarray(sigmas[level])}
+    for name, values in curves.items():
+        arrays[name] = values.mean(axis=1)
+        if values.shape[1] > 1:
+            arrays[f"{name}_se"] = values.std(axis=1, ddof=1) / np.sqrt(values.shape[1])
+    return arrays
+
+
+def draw(arrays: Arrays) -> matplotlib.figure.Figure:
+    """Copies, agreement and gap; spikiness; rank of the Jacobian; distances from the optima; all against n."""
+    sigma = float(arrays["sigma"])
+    figure, axes = plt.subplots(2, 2, figsize=(6.8, 5.0), sharex=True)
+    panels = (
+        (
+            f"copies, agreement, and gap at σ = {sigma:g}",
+            {
+                "copies": "copies among samples",
+                "agreement": "cosine of two halves' samples",
+                "chance": "the same by chance",
+                "gap": "gap, deep",
+                "gap_two_layer": "gap, two layers",
+            },
+        ),
+        (
+            "std of codes, trained/held-out",
+            {"spikiness": "deep, first up block", "spikiness_two_layer": "two layers"},
+        ),
+        (
+            f"rank of the Jacobian at σ = {sigma:g}",
+            {"rank_train": "at training images", "rank_held_out": "at held-out images"},
+        ),
+        (
+            f"E‖D - D'‖² at held-out images, σ = {sigma:g}",
+            {"to_empirical": "D' = training set's optimum", "to_population": "D' = population's (Gaussian)"},
+        ),
+    )
+    for axis, (title, curves) in zip(axes.flat, panels, strict=True):
+        for color, (name, label) in enumerate(curves.items()):
+            if name in arrays:
+                style = {"linestyle": "--"} if name in ("chance", "gap_two_layer", "spikiness_two_layer") else {}
+                axis.errorbar(
+                    arrays["num_samples"],
+                    arrays[name],
+                    arrays.get(f"{name}_se"),
+                    marker="o",
+                    capsize=2,
+                    color=f"C{color}",
+                    label=label,
+                    **style,
+                )
+        axis.set(xscale="log", title=title)
+        axis.set_xticks(arrays["num_samples"], [str(n) for n in arrays["num_samples"]])
+        axis.set_xticks([], minor=True)
+        axis.legend()
+    axes[0, 1].axhline(1.0, color="0.6", linewidth=0.6)
+    for axis in axes[1]:
+        axis.set_xlabel("training images n")
+    return figure
