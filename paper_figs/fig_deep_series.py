@@ -1,7 +1,7 @@
-"""Deep networks trained on more and more images, beside two-layer autoencoders on as many: copies, gap, codes, Jacobian.
+"""Deep networks on more and more images, beside two-layer autoencoders on as many: copies, gap, codes, Jacobian.
 
-Drawn from a run of ``python -m scaling transition`` (``--run DIR``), with intervals over its seeds; or of one seed, from
-the networks that come with the package, which have no second half to agree with.
+Drawn from a run of ``python -m scaling transition`` (``--run DIR``), with intervals over its seeds; or of one seed,
+from the networks that come with the package, which have no second half to agree with.
 """
 
 from __future__ import annotations
