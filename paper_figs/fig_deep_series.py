@@ -146,6 +146,9 @@ def draw(arrays: Arrays) -> matplotlib.figure.Figure:
         axis.set_xticks(arrays["num_samples"], [str(n) for n in arrays["num_samples"]])
         axis.set_xticks([], minor=True)
         axis.legend()
+    # Five curves leave no room among them.
+    axes[0, 0].set_ylim(-0.1, 1.75)
+    axes[0, 0].legend(loc="upper right")
     axes[0, 1].axhline(1.0, color="0.6", linewidth=0.6)
     for axis in axes[1]:
         axis.set_xlabel("training images n")
