@@ -18,7 +18,8 @@ from matplotlib import pyplot as plt
 from paper_figs.artifacts import Arrays
 from scaling import zoo
 from scaling.corpus import load
-from scaling.examination import GROUPS, Setting, examine
+from scaling.examination import Setting, examine
+from scaling.jacobian_runs import GROUPS
 from sims import Spec, store, sweep
 from sims.measures import MEASURES
 

@@ -28,18 +28,25 @@ from scaling.bridge import Pipeline
 from scaling.captions import Captions
 from scaling.compilation import compiler_options
 from scaling.conditioning import condition_on, null_condition
-from scaling.copies import find_copies
-from scaling.corpus import Corpus, training_rows
+from scaling.copies import Copies, find_copies
+from scaling.corpus import Corpus, membership, training_rows
 from scaling.denoisers import as_denoiser
 from scaling.jacobian import full_jacobian, spectrum_summary
+from scaling.jacobian_runs import GROUPS
 from scaling.representation import codes
 from scaling.samplers import Condition, sample
 from scaling.schedules import Schedule
 
-__all__ = ["GROUPS", "STANDARD", "Setting", "check", "examine", "sample_conditions", "sampled_prompts", "variables"]
-
-GROUPS = ("duplicated", "train", "held_out")
-"""Trained on many times, once, and never."""
+__all__ = [
+    "STANDARD",
+    "Setting",
+    "check",
+    "draw_samples",
+    "examine",
+    "sample_conditions",
+    "sampled_prompts",
+    "variables",
+]
 
 CHUNK = 64
 """Noisy images in work at once."""
@@ -117,7 +124,7 @@ def examine(
     check(setting, pipeline.schedule.num_train_timesteps, len(corpus.held_out))
     sample_key, noise_key, code_key = jax.random.split(key, 3)
     network, schedule = pipeline.network, pipeline.schedule
-    repeated = _repeated(corpus)
+    repeated = np.isin(corpus.rows, membership(corpus)["duplicated"])
     images = {
         "duplicated": corpus.images[repeated][: setting.images],
         "train": corpus.images[~repeated][: setting.images],
@@ -125,7 +132,15 @@ def examine(
     }
     rest = corpus.held_out[setting.images :]
     condition = null_condition(pipeline, size=corpus.images.shape[2:]) if _conditional(pipeline) else Condition()
-    found = _samples(sample_key, pipeline, corpus, setting, captions, repeated)
+    samples, copies = draw_samples(sample_key, pipeline, corpus, captions, setting.samples, setting.sampler_steps)
+    copied = copies.is_copy
+    found = {
+        "samples": samples,
+        "nearest_row": corpus.rows[copies.nearest].astype(np.int32),
+        "copied": copied,
+        "copy_share": np.asarray(copied.mean()),
+        "duplicated_share": np.asarray(repeated[copies.nearest[copied]].mean() if copied.any() else np.nan),
+    }
     train = jnp.asarray(corpus.images[training_rows(corpus)].reshape(-1, corpus.images[0].size))
     law = fit(jnp.asarray(rest.reshape(len(rest), -1)), np.zeros(len(rest), int), ridge=1e-3)
     sigmas = jnp.asarray(setting.sigmas, jnp.float32)
@@ -175,38 +190,21 @@ def examine(
     return found
 
 
-def _repeated(corpus: Corpus) -> np.ndarray:
-    """Which images are of a row that is trained on more than once."""
-    rows, inverse = np.unique(corpus.rows, return_inverse=True)
-    return np.bincount(inverse, corpus.counts, len(rows))[inverse] > 1
-
-
 def _conditional(pipeline: Pipeline) -> bool:
     return bool(pipeline.network.apply.inputs(jnp.float32)[1])
 
 
-def _samples(
-    key: PRNGKey,
-    pipeline: Pipeline,
-    corpus: Corpus,
-    setting: Setting,
-    captions: Captions | None,
-    repeated: np.ndarray,
-) -> dict[str, np.ndarray]:
-    conditions = sample_conditions(pipeline, corpus, captions, setting.samples)
-    drawn = sample(
-        key, pipeline.network, pipeline.schedule, setting.samples, setting.sampler_steps, condition=conditions
-    )
+def draw_samples(
+    key: PRNGKey, pipeline: Pipeline, corpus: Corpus, captions: Captions | None, count: int, num_steps: int
+) -> tuple[Float[np.ndarray, "count c h w"], Copies]:
+    """Samples in [-1, 1], conditioned as :func:`sample_conditions` says, and the training images they may copy.
+
+    Variants of an image count as one.
+    """
+    conditions = sample_conditions(pipeline, corpus, captions, count)
+    drawn = sample(key, pipeline.network, pipeline.schedule, count, num_steps, condition=conditions)
     samples = np.clip(np.asarray(drawn.x), -1, 1)
-    copies = find_copies(samples, corpus.images, groups=corpus.rows)
-    copied, of_repeated = copies.is_copy, repeated[copies.nearest]
-    return {
-        "samples": samples,
-        "nearest_row": corpus.rows[copies.nearest].astype(np.int32),
-        "copied": copied,
-        "copy_share": np.asarray(copied.mean()),
-        "duplicated_share": np.asarray(of_repeated[copied].mean() if copied.any() else np.nan),
-    }
+    return samples, find_copies(samples, corpus.images, groups=corpus.rows)
 
 
 def sample_conditions(pipeline: Pipeline, corpus: Corpus, captions: Captions | None, count: int) -> Condition | None:

@@ -15,11 +15,11 @@ import numpy as np
 
 from scaling.bridge import Pipeline, load_pipeline
 from scaling.captions import from_labels
-from scaling.copies import copy_share, find_copies
+from scaling.copies import copy_share
 from scaling.corpus import Corpus
-from scaling.examination import sample_conditions
+from scaling.examination import draw_samples, sample_conditions
 from scaling.export import save_pipeline
-from scaling.samplers import sample
+from scaling.jacobian_runs import GROUPS
 from scaling.trainer import RECORD, TrainSpec, read_corpus, read_spec
 from scaling.weights import read_json
 from sims.files import write_text
@@ -44,8 +44,9 @@ def pack(trained: str | Path, out: str | Path, name: str, flags: Sequence[str]) 
         raise ValueError(f"{trained} is not trained to its end; run the same command again.")
     spec = read_spec(trained)
     corpus, pipeline = read_corpus(spec), load_pipeline(trained)
-    difference = _difference(pipeline, _rounded(pipeline), corpus)
-    kept = _rounded(pipeline) if difference <= TOLERANCE else pipeline
+    rounded = _rounded(pipeline)
+    difference = _difference(pipeline, rounded, corpus)
+    kept = rounded if difference <= TOLERANCE else pipeline
     out.mkdir(parents=True, exist_ok=True)
     for part in ("tokenizer", "prompts.json", "membership.json"):
         source = trained / part
@@ -89,9 +90,7 @@ def _difference(exact: Pipeline, rounded: Pipeline, corpus: Corpus) -> float:
 
 def _facts(pipeline: Pipeline, spec: TrainSpec, corpus: Corpus) -> dict[str, Any]:
     captions = from_labels(corpus) if pipeline.text_encoders else None
-    given = sample_conditions(pipeline, corpus, captions, SAMPLES)
-    drawn = sample(jax.random.key(1), pipeline.network, pipeline.schedule, SAMPLES, SAMPLER_STEPS, condition=given)
-    copies = find_copies(np.clip(np.asarray(drawn.x), -1, 1), corpus.images, groups=corpus.rows)
+    _, copies = draw_samples(jax.random.key(1), pipeline, corpus, captions, SAMPLES, SAMPLER_STEPS)
     share = copy_share(copies)
     models = (pipeline.network, *pipeline.text_encoders)
     return {
@@ -109,7 +108,7 @@ def _facts(pipeline: Pipeline, spec: TrainSpec, corpus: Corpus) -> dict[str, Any
 def _card(
     name: str, flags: Sequence[str], spec: TrainSpec, facts: dict[str, Any], members: dict[str, list[int]]
 ) -> str:
-    share, groups = facts["copies"], {k: members[k] for k in ("duplicated", "train", "held_out")}
+    share, groups = facts["copies"], {name: members[name] for name in GROUPS}
     how = {
         "unet2d": "without a condition",
         "unet2d_condition": "prompts by turns, of every kind equally many",

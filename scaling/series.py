@@ -32,7 +32,8 @@ from scaling import corpus as corpora
 from scaling.bridge import load_pipeline
 from scaling.captions import from_labels
 from scaling.designs import network_config
-from scaling.examination import GROUPS, STANDARD, Setting, check, examine, variables
+from scaling.examination import STANDARD, Setting, check, examine, variables
+from scaling.jacobian_runs import GROUPS
 from scaling.runs import checksum
 from scaling.trainer import PATHS, TrainSpec, read_corpus, train
 from sims import Spec, processes, store, sweep
@@ -207,16 +208,14 @@ def agreement(
 
 def _halves(spec: TrainSpec, offset: int, out: str, setting: Setting) -> dict[str, np.ndarray]:
     """The two networks of one n and seed, trained and looked at."""
-    found, mean = [], None
+    found = []
     for half in (0, 1):
         mine = dataclasses.replace(spec, offset=half * offset)
         folder = Path(out) / "models" / f"n{spec.num_samples:05d}-seed{spec.seed}-half{half}"
         found.append(_examined(mine, folder, setting))
-        if mean is None:
-            mean = read_corpus(mine).held_out.mean(axis=0)
         error = found[-1]["error"]
         found[-1]["gap"] = 1 - error[GROUPS.index("train")] / error[GROUPS.index("held_out")]
-    assert mean is not None
+    mean = read_corpus(spec).held_out.mean(axis=0)
     paired, unpaired = agreement(found[0]["samples"], found[1]["samples"], mean)
     stacked = {name: np.stack([one[name] for one in found]) for name in found[0]}
     return stacked | {"agreement": np.asarray(paired), "agreement_unpaired": np.asarray(unpaired)}
@@ -304,16 +303,20 @@ def _computed(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, dict[str
     """The number, the values and the seconds of each job, as they end."""
     if workers == 1 or len(jobs) < 2:
         for number, (function, args, _) in enumerate(jobs):
-            begin = time.perf_counter()
-            yield number, function(*args), time.perf_counter() - begin
+            yield number, *_timed(function, *args)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, processes.share_cores, (workers,)) as pool:
-        begin = time.perf_counter()
-        running = {pool.submit(function, *args): number for number, (function, args, _) in enumerate(jobs)}
+        running = {pool.submit(_timed, function, *args): number for number, (function, args, _) in enumerate(jobs)}
         try:
             for future in as_completed(running):
-                yield running[future], future.result(), time.perf_counter() - begin
+                yield running[future], *future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _timed(function: Callable[..., dict[str, np.ndarray]], *args: Any) -> tuple[dict[str, np.ndarray], float]:
+    begin = time.perf_counter()
+    values = function(*args)
+    return values, time.perf_counter() - begin

@@ -112,7 +112,7 @@ def _add_examination_flags(parser: argparse.ArgumentParser) -> None:
 def run_transition(args: argparse.Namespace) -> str:
     """Train and look, or go on, then sweep the two-layer autoencoder; returns what to tell."""
     sizes, args.num_samples = args.num_samples, None
-    base = _base(args)
+    base = spec_from_flags(args)
     with Bar(args.quiet, "pairs") as bar:
         results = transition(base, sizes, args.out, **_common(args), on_unit=bar.move)
     with Bar(args.quiet, "cells") as bar:
@@ -132,12 +132,8 @@ def run_duplication(args: argparse.Namespace) -> str:
     duplicates, args.duplicates = args.duplicates, None
     steps, args.steps = args.steps, None
     with Bar(args.quiet, "trainings") as bar:
-        results = duplication(_base(args), duplicates, steps, args.out, **_common(args), on_unit=bar.move)
+        results = duplication(spec_from_flags(args), duplicates, steps, args.out, **_common(args), on_unit=bar.move)
     return _written(args.out, results, duplication_lines(results), ("duplicates", "steps", "seed"))
-
-
-def _base(args: argparse.Namespace) -> TrainSpec:
-    return spec_from_flags(args)
 
 
 def _common(args: argparse.Namespace) -> dict[str, Any]:
@@ -184,9 +180,7 @@ def duplication_lines(results: xr.Dataset) -> list[str]:
     for value in results.duplicates.values:
         for steps in results.steps.values:
             here = results.sel(duplicates=value, steps=steps)
-            done = here.done.values if "done" in here else np.ones(here.sizes["seed"], bool)
-            copied = here.copied.values[done]
-            count, total = int(copied.sum()), copied.size
+            count, total = int(here.copied.sum()), here.copied.size
             low, high = wilson_interval(count, total)
             among = (here.duplicated_share * here.copied.sum("sample")).sum("seed").item() / max(count, 1)
             of = here.isel(group=repeated)
@@ -195,7 +189,7 @@ def duplication_lines(results: xr.Dataset) -> list[str]:
                 f"{among:.3f}" if count else "-",
                 *(_shown(of[f"auroc_{name}"].max("tap")) for name in ("std", "l4_over_l2")),
                 _shown(of.auroc_error.max("sigma")),
-                str(int(done.sum())),
+                str(here.sizes["seed"]),
             ]
             lines.append(f"| {value} | {steps} | " + " | ".join(cells) + " |")
     return [*lines, "", "AUROC: repeated against held-out images, at the best tap or noise level."]

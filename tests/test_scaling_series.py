@@ -14,8 +14,9 @@ from scaling.bridge import Pipeline
 from scaling.captions import KINDS, from_labels
 from scaling.denoisers import as_denoiser
 from scaling.designs import network_config, scheduler_config
-from scaling.examination import GROUPS, Setting, examine, sampled_prompts, variables
+from scaling.examination import Setting, examine, sampled_prompts, variables
 from scaling.jacobian import full_jacobian
+from scaling.jacobian_runs import GROUPS
 from scaling.schedules import from_config
 from scaling.trainer import TrainSpec, read_corpus, read_spec, train
 from sims import store
