@@ -34,7 +34,7 @@ SPEC: dict[str, Any] = {
 
 QUICK = SPEC | {
     "num_samples": (10, 300),
-    "setting": Setting(samples=4, sampler_steps=2, images=8, jacobians=2, draws=2)._asdict(),
+    "setting": Setting(samples=4, sampler_steps=2, images=8, jacobians=2, draws=2, fits=1, units=(2,))._asdict(),
     "two_layer": SPEC["two_layer"] | {"steps": 50, "seeds": 2},
 }
 
@@ -81,7 +81,7 @@ def _reduced(
     }
     two = {name: plain[name].transpose("num_samples", "seed", "sigma").values[..., level] for name in SHALLOW}
     curves = {
-        "copies": found["copy_share"],
+        "copies": found["copy_share"][..., 0],
         "gap": found["gap"][..., level],
         "gap_two_layer": two["gap"],
         "spikiness": found["std"][:, :, train, 0] / found["std"][:, :, out, 0],

@@ -13,6 +13,7 @@ row                 ours                                           rival
 ``sd14_extract``    one pass up to ``DETECTOR_TAP``                diffusers' full pass with a hook there
 ``train_step``      one step of training a small UNet               diffusers' with torch.optim.Adam
 ``jacobian_900``    a whole Jacobian, 900x900, of 20 convolutions  ``torch.func.jacrev`` in chunks
+``jacobian_unet``   the same of the zoo's UNet of digits, 64x64    the same of diffusers'
 =================== ============================================== ================================================
 
 The notes of a row hold what else was measured: peaks of memory, each in a process of its own, and bytes of temporaries.
@@ -159,6 +160,11 @@ def jacobian(bench: Bench) -> Row:
     return bench_jacobian.jacobian_900(_torch_twin, bench.repeats, bench.config is QUICK)
 
 
+def jacobian_of_unet(bench: Bench) -> Row:
+    """A network of the zoo, see :mod:`scaling.bench_jacobian`."""
+    return bench_jacobian.jacobian_unet(_torch_unet, bench.repeats, bench.config is QUICK)
+
+
 ROWS: dict[str, Callable[[Bench], Row]] = {
     "load": load,
     "compile": compilation,
@@ -167,10 +173,13 @@ ROWS: dict[str, Callable[[Bench], Row]] = {
     "sd14_extract": extract,
     "train_step": train_step,
     "jacobian_900": jacobian,
+    "jacobian_unet": jacobian_of_unet,
 }
 """The comparisons by name, in the order in which they run."""
 
-WITHOUT_WEIGHTS = {"compile", "attention_memory", "train_step", "jacobian_900"}
+SMALL = {"train_step", "jacobian_900", "jacobian_unet"}
+"""Those of small networks of their own."""
+WITHOUT_WEIGHTS = {"compile", "attention_memory"} | SMALL
 """Those that need no folder of the UNet."""
 
 
@@ -199,7 +208,7 @@ def _measured(args: argparse.Namespace) -> list[Row]:
     if args.repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {args.repeats}.")
     config, rows = QUICK if args.quick else SD14, []
-    if set(args.only) - {"train_step", "jacobian_900"}:
+    if set(args.only) - SMALL:
         check_room(config)
     with tempfile.TemporaryDirectory() as folder:
         if set(args.only) - WITHOUT_WEIGHTS:
@@ -346,26 +355,51 @@ def _torch_twin(kernels: Sequence[np.ndarray], y: np.ndarray) -> bench_jacobian.
     weights = [torch.from_numpy(np.ascontiguousarray(kernel.transpose(3, 2, 0, 1))) for kernel in kernels]
     point, side = torch.from_numpy(y), math.isqrt(y.size)
 
-    def convolve(x: Any, kernel: Any) -> Any:
-        return torch.nn.functional.conv2d(x, kernel, padding=1)
-
     def denoise(y: Any) -> Any:
         x = y.reshape(1, 1, side, side)
         for kernel in weights[:-1]:
-            x = torch.relu(convolve(x, kernel))
-        return y - convolve(x, weights[-1]).reshape(-1)
+            x = torch.relu(torch.nn.functional.conv2d(x, kernel, padding=1))
+        return y - torch.nn.functional.conv2d(x, weights[-1], padding=1).reshape(-1)
+
+    return _torch_derivatives(denoise, point, weights[1], side)
+
+
+def _torch_unet(folder: str, y: np.ndarray, timestep: float, sigma: float) -> bench_jacobian.Twin | None:
+    """A network of the zoo as :func:`scaling.as_denoiser` makes it a denoiser, in PyTorch, and its Jacobian."""
+    if not has_torch():
+        return None
+    import diffusers
+    import torch  # pyright: ignore[reportMissingImports]
+
+    torch.set_num_threads(_threads())
+    model = getattr(diffusers, bench_training.NETWORK["_class_name"])
+    module = model.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32).eval()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    alpha = (1 + sigma**2) ** -0.5
+
+    def denoise(y: Any) -> Any:
+        return y - sigma * module(alpha * y.reshape(1, *shape), torch.tensor(timestep)).sample.reshape(-1)
+
+    shape = y.shape
+    kernel = module.get_submodule("up_blocks.1.resnets.0.conv2").weight
+    return _torch_derivatives(denoise, torch.from_numpy(y.reshape(-1)), kernel, shape[-1])
+
+
+def _torch_derivatives(denoise: Callable[[Any], Any], point: Any, kernel: Any, side: int) -> bench_jacobian.Twin:
+    import torch  # pyright: ignore[reportMissingImports]
 
     def row_by_row() -> Any:
         leaf = point.clone().requires_grad_()
         out = denoise(leaf)
         return torch.stack([torch.autograd.grad(value, leaf, retain_graph=True)[0] for value in out])
 
-    def one_convolution(batch: int) -> Any:
+    def convolve(batch: int) -> Any:
         with torch.no_grad():
-            return convolve(torch.ones(batch, weights[1].shape[1], side, side), weights[1])
+            return torch.nn.functional.conv2d(torch.ones(batch, kernel.shape[1], side, side), kernel, padding=1)
 
     return bench_jacobian.Twin(
-        lambda chunk: torch.func.jacrev(denoise, chunk_size=chunk)(point).numpy(), row_by_row, one_convolution
+        lambda chunk: torch.func.jacrev(denoise, chunk_size=chunk)(point).numpy(), row_by_row, convolve
     )
 
 

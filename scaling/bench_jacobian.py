@@ -1,7 +1,8 @@
-"""The row ``jacobian_900``: the whole Jacobian of a denoiser of 30x30 pixels, and its top singular triplets.
+"""Rows ``jacobian_900`` and ``jacobian_unet``: the whole Jacobian of a denoiser, and its top singular triplets.
 
-The denoiser is a stack of convolutions and rectifiers that predicts the noise, without biases, with random weights of
-the scale that keeps activations alive. The rival is given as functions, so that this module runs without it.
+The former, of 30x30 pixels, is a stack of convolutions and rectifiers that predicts the noise, without biases, with
+random weights of the scale that keeps activations alive. The latter is the zoo's network of digits at a digit that it
+was trained on. The rival is given as functions, so that this module runs without it.
 
 The limit is the time in which the machine could do the operations that XLA counts, at the rate at which it convolves
 one chunk of directions alone in the same run.
@@ -9,6 +10,7 @@ one chunk of directions alone in the same run.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -22,13 +24,19 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dae_theory.types import Scalar
+from scaling import zoo
 from scaling.compilation import compiler_options
+from scaling.corpus import load
+from scaling.denoisers import as_denoiser
 from scaling.jacobian import CHUNK, full_jacobian, top_singular
+from scaling.schedules import sigma_to_timestep
 from sims.benchmarks import Row, compare, seconds, temporaries
 
-__all__ = ["Rival", "Sizes", "Twin", "denoise", "draw_weights", "jacobian_900"]
+__all__ = ["SIGMA", "Rival", "Sizes", "Twin", "UNetRival", "denoise", "draw_weights", "jacobian_900", "jacobian_unet"]
 
 RANK = 16
+MODEL, SIGMA = "digits", 0.25
+"""Of the zoo, and the noise level that it is looked at."""
 
 
 class Sizes(NamedTuple):
@@ -52,6 +60,20 @@ class Twin(NamedTuple):
 
 Rival: TypeAlias = Callable[[Sequence[np.ndarray], np.ndarray], Twin | None]
 """From kernels (3, 3, in, out) and an image (d,) to the twin, if there is one."""
+
+UNetRival: TypeAlias = Callable[[str, np.ndarray, float, float], Twin | None]
+"""From the model's folder, an image (c, h, w), the timestep and σ to the twin."""
+
+
+class _Case(NamedTuple):
+    """A denoiser ``(weights, y, sigma)`` at one image, and a convolution like its own."""
+
+    denoiser: Callable[[Any, Array, Scalar], Array]
+    weights: Any
+    y: Float[np.ndarray, " d"]
+    sigma: float
+    kernel: Float[Array, "3 3 i o"]
+    side: int
 
 
 def draw_weights(sizes: Sizes) -> list[np.ndarray]:
@@ -80,19 +102,47 @@ def jacobian_900(rival: Rival, repeats: int, quick: bool) -> Row:
     kernels, dim = draw_weights(sizes), sizes.side**2
     weights = [jnp.asarray(kernel) for kernel in kernels]
     y = np.random.default_rng(1).standard_normal(dim).astype(np.float32)
-    # Weights are arguments: constants would be folded into the program, and products with them done by the compiler.
-    whole = _compiled(lambda w, y: full_jacobian(functools.partial(denoise, w), y, 1.0), weights, y)
-    top = _compiled(
-        lambda w, y: top_singular(jax.random.key(0), functools.partial(denoise, w), y, 1.0, RANK), weights, y
+    return _measured(
+        "jacobian_900", _Case(denoise, weights, y, 1.0, weights[1], sizes.side), rival(kernels, y), repeats
     )
-    chunk = -(-dim // -(-dim // CHUNK))
-    batch = jnp.zeros((chunk, sizes.side, sizes.side, sizes.channels), jnp.float32) + 0.5
-    convolution = _compiled(_convolve, batch, weights[1])
-    twin = rival(kernels, y)
 
-    convolve = min(seconds(lambda: convolution(batch, weights[1])) for _ in range(20))
-    rate = _operations(_convolve, batch, weights[1]) / convolve
-    operations = -(-dim // chunk) * _operations(_push, weights, y, jnp.zeros((chunk, dim), jnp.float32))
+
+def jacobian_unet(rival: UNetRival, repeats: int, quick: bool) -> Row:
+    """The same of a network of the zoo; ``quick`` changes nothing but is recorded."""
+    del quick
+    pipeline, images = zoo.load(MODEL), load("digits", held_out=0)
+    row = zoo.membership(MODEL)["duplicated"][0]
+    image = images.images[np.flatnonzero(images.rows == row)[0]]
+    y = image + SIGMA * np.random.default_rng(1).standard_normal(image.shape).astype(np.float32)
+    network = pipeline.network
+
+    def denoiser(weights: Any, y: Array, sigma: Scalar) -> Array:
+        return as_denoiser(dataclasses.replace(network, params=weights), pipeline.schedule)(y, sigma)
+
+    timestep = float(sigma_to_timestep(pipeline.schedule, jnp.float32(SIGMA)))
+    twin = rival(str(zoo.folder(MODEL)), y, timestep, SIGMA)
+    kernel = network.params["up_blocks.1.resnets.0.conv2.weight"]
+    case = _Case(denoiser, network.params, y.reshape(-1), SIGMA, kernel, image.shape[1])
+    return _measured("jacobian_unet", case, twin, repeats)
+
+
+def _measured(name: str, case: _Case, twin: Twin | None, repeats: int) -> Row:
+    denoiser, weights, y, sigma, kernel, side = case
+    # Weights are arguments: constants would be folded into the program, and products with them done by the compiler.
+    whole = _compiled(lambda w, y: full_jacobian(functools.partial(denoiser, w), y, sigma), weights, y)
+    top = _compiled(
+        lambda w, y: top_singular(jax.random.key(0), functools.partial(denoiser, w), y, sigma, RANK), weights, y
+    )
+    chunk = -(-y.size // -(-y.size // CHUNK))
+    batch = jnp.zeros((chunk, side, side, kernel.shape[2]), jnp.float32) + 0.5
+    convolution = _compiled(_convolve, batch, kernel)
+
+    def push(weights: Any, y: Float[Array, " d"], directions: Float[Array, "b d"]) -> Float[Array, "b d"]:
+        return jax.vmap(jax.linearize(lambda y: denoiser(weights, y, sigma), y)[1])(directions)
+
+    convolve = min(seconds(lambda: convolution(batch, kernel)) for _ in range(20))
+    rate = _operations(_convolve, batch, kernel) / convolve
+    operations = -(-y.size // chunk) * _operations(push, weights, y, jnp.zeros((chunk, y.size), jnp.float32))
     values = np.linalg.svd(np.asarray(whole(weights, y)), compute_uv=False)
     triplets = top(weights, y)
     notes: dict[str, Any] = {
@@ -117,7 +167,7 @@ def jacobian_900(rival: Rival, repeats: int, quick: bool) -> Row:
             "rival_convolution_rate": rate * convolve / rival_convolve,
         }
     measured = compare(
-        "jacobian_900",
+        name,
         lambda: whole(weights, y),
         None if twin is None else lambda: twin.jacobian(chunk),
         repeats,
@@ -134,10 +184,6 @@ def jacobian_900(rival: Rival, repeats: int, quick: bool) -> Row:
 
 def _convolve(x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]) -> Float[Array, "b h w o"]:
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-
-def _push(weights: Sequence[Array], y: Float[Array, " d"], directions: Float[Array, "b d"]) -> Float[Array, "b d"]:
-    return jax.vmap(jax.linearize(lambda y: denoise(weights, y, 1.0), y)[1])(directions)
 
 
 def _compiled(function: Callable[..., Any], *args: Any) -> jax.stages.Compiled:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from scipy import stats
 
 from dae_theory import empirical_denoiser, gaussian_denoiser
-from dae_theory.checks import check_integer, check_positive
+from dae_theory.checks import check_integer, check_nonnegative, check_positive
 from dae_theory.mixture import fit
 from dae_theory.spikiness import MEASURES
 from dae_theory.types import PRNGKey
@@ -33,6 +33,7 @@ from scaling.corpus import Corpus, membership, training_rows
 from scaling.denoisers import as_denoiser
 from scaling.jacobian import full_jacobian, spectrum_summary
 from scaling.jacobian_runs import GROUPS
+from scaling.local_fits import FITTED, SCORES, local_fits
 from scaling.representation import codes
 from scaling.samplers import Condition, sample
 from scaling.schedules import Schedule
@@ -58,6 +59,8 @@ class Setting(NamedTuple):
     samples: int = 200
     """Drawn, to count copies."""
     sampler_steps: int = 40
+    etas: tuple[float, ...] = (0.0, 1.0)
+    """Of the samplers: 0 is DDIM, without fresh noise, 1 is ancestral sampling :cite:`song21ddim`."""
     images: int = 100
     """Of each group at most."""
     jacobians: int = 8
@@ -70,6 +73,12 @@ class Setting(NamedTuple):
     """At which codes are read."""
     taps: tuple[str, ...] = ("up_blocks.0.resnets.0", "up_blocks.0.resnets.1")
     """Where codes are read, the largest value over space of each channel."""
+    fits: int = 2
+    """Of the images, those around which two-layer autoencoders are fitted (:mod:`scaling.local_fits`)."""
+    units: tuple[int, ...] = (1, 4, 16)
+    """Of those autoencoders."""
+    source: str = "mid_block"
+    """From where to the first of ``taps`` a block is fitted."""
 
 
 STANDARD = Setting()
@@ -77,26 +86,34 @@ STANDARD = Setting()
 
 def variables(setting: Setting, image_shape: tuple[int, int, int]) -> dict[str, tuple[dict[str, list[Any]], Any]]:
     """Of everything that :func:`examine` returns the dimensions, with their labels, and the dtype."""
-    samples = {"sample": list(range(setting.samples))}
+    etas, samples = {"eta": list(setting.etas)}, {"sample": list(range(setting.samples))}
     pixels = {axis: list(range(side)) for axis, side in zip(("channel", "height", "width"), image_shape, strict=True)}
     group, levels, taps = {"group": list(GROUPS)}, {"sigma": list(setting.sigmas)}, {"tap": list(setting.taps)}
     at_levels, at_taps = (group | levels, np.float32), (group | taps, np.float32)
+    fits = group | {"fitted": list(FITTED), "units": list(setting.units)}
     return {
-        "samples": (samples | pixels, np.float32),
-        "nearest_row": (samples, np.int32),
-        "copied": (samples, np.bool_),
-        "copy_share": ({}, np.float32),
-        "duplicated_share": ({}, np.float32),
+        "samples": (etas | samples | pixels, np.float32),
+        "nearest_row": (etas | samples, np.int32),
+        "copied": (etas | samples, np.bool_),
+        "copy_share": (etas, np.float32),
+        "duplicated_share": (etas, np.float32),
         **dict.fromkeys(("error", "distance_to_empirical", "distance_to_population", "auroc_error"), at_levels),
         **dict.fromkeys(("jacobian_rank", "jacobian_kept", "jacobian_energy"), at_levels),
         **dict.fromkeys([*MEASURES, *(f"auroc_{name}" for name in MEASURES)], at_taps),
+        **dict.fromkeys(SCORES, (fits, np.float32)),
     }
 
 
 def check(setting: Setting, num_timesteps: int, held_out: int) -> None:
     """``ValueError`` for settings out of range, and for fewer held-out images than are looked at and two more."""
-    for name in ("samples", "images", "jacobians", "draws"):
+    for name in ("samples", "images", "jacobians", "draws", "fits"):
         check_integer(name, getattr(setting, name), minimum=1)
+    for name in ("etas", "units", "taps"):
+        if not getattr(setting, name) or len(set(getattr(setting, name))) < len(getattr(setting, name)):
+            raise ValueError(f"{name} must name at least one, and none twice; got {getattr(setting, name)}.")
+    for units in setting.units:
+        check_integer("units", units, minimum=1)
+    check_nonnegative("etas", np.asarray(setting.etas, float))
     check_integer("timestep", setting.timestep, minimum=0, maximum=num_timesteps - 1)
     check_positive("sigmas", np.asarray(setting.sigmas, float))
     if held_out < setting.images + 2:
@@ -111,18 +128,21 @@ def examine(
 ) -> dict[str, np.ndarray]:
     """Everything that :func:`variables` lists, of a model and the images that it was trained on.
 
-    ``copied`` says which samples are copies, ``nearest_row`` the data set's row of the nearest training image,
-    ``copy_share`` how many are copies, ``duplicated_share`` how many of those are of a repeated image (NaN without
-    copies). ``error`` is ``E‖D(y) − x‖²``, the distances ``E‖D(y) − D'(y)‖²``, sums over pixels; ``jacobian_rank`` is
-    the participation ratio of the squared singular values, ``jacobian_kept`` the number of singular values above 1/2.
+    For every sampler ``copied`` says which samples are copies, ``nearest_row`` the data set's row of the nearest
+    training image, ``copy_share`` how many are copies, ``duplicated_share`` how many of those are of a repeated image
+    (NaN without copies). ``error`` is ``E‖D(y) − x‖²``, the distances ``E‖D(y) − D'(y)‖²``, sums over pixels;
+    ``jacobian_rank`` is the participation ratio of the squared singular values, ``jacobian_kept`` the number of
+    singular values above 1/2.
     Scores of spikiness are means over the images of a group; ``auroc_...`` is the probability that an image of the
-    group has a higher score, or a lower error, than a held-out one. Empty groups are NaN.
+    group has a higher score, or a lower error, than a held-out one; ``fit_...`` are means over the first images of
+    what :func:`scaling.local_fits.local_fits` finds. Empty groups are NaN.
 
     A network with classes samples them in turn, one that reads a text the prompts of ``captions``, every kind equally
     often; both are looked at without a condition. ``ValueError`` as for :func:`check`.
     """
     check(setting, pipeline.schedule.num_train_timesteps, len(corpus.held_out))
     sample_key, noise_key, code_key = jax.random.split(key, 3)
+    fit_key = jax.random.fold_in(key, 3)
     network, schedule = pipeline.network, pipeline.schedule
     repeated = np.isin(corpus.rows, membership(corpus)["duplicated"])
     images = {
@@ -132,14 +152,19 @@ def examine(
     }
     rest = corpus.held_out[setting.images :]
     condition = null_condition(pipeline, size=corpus.images.shape[2:]) if _conditional(pipeline) else Condition()
-    samples, copies = draw_samples(sample_key, pipeline, corpus, captions, setting.samples, setting.sampler_steps)
-    copied = copies.is_copy
+    drawn = [
+        # The same noise for every sampler.
+        draw_samples(sample_key, pipeline, corpus, captions, setting.samples, setting.sampler_steps, eta)
+        for eta in setting.etas
+    ]
+    copied = np.stack([copies.is_copy for _, copies in drawn])
+    of_repeated = [repeated[copies.nearest[copies.is_copy]] for _, copies in drawn]
     found = {
-        "samples": samples,
-        "nearest_row": corpus.rows[copies.nearest].astype(np.int32),
+        "samples": np.stack([samples for samples, _ in drawn]),
+        "nearest_row": np.stack([corpus.rows[copies.nearest] for _, copies in drawn]).astype(np.int32),
         "copied": copied,
-        "copy_share": np.asarray(copied.mean()),
-        "duplicated_share": np.asarray(repeated[copies.nearest[copied]].mean() if copied.any() else np.nan),
+        "copy_share": copied.mean(axis=1),
+        "duplicated_share": np.asarray([among.mean() if len(among) else np.nan for among in of_repeated]),
     }
     train = jnp.asarray(corpus.images[training_rows(corpus)].reshape(-1, corpus.images[0].size))
     law = fit(jnp.asarray(rest.reshape(len(rest), -1)), np.zeros(len(rest), int), ridge=1e-3)
@@ -170,12 +195,23 @@ def examine(
             measure: np.stack([np.asarray(jax.vmap(of_code)(jnp.asarray(read[tap]))) for tap in setting.taps])
             for measure, of_code in MEASURES.items()
         }
-        every = jax.device_get(distances | spectra) | spikiness
-        scores[name] = {score: values[:, : len(members)] for score, values in every.items()}
+        fits = _fitted()(
+            jax.random.fold_in(fit_key, number),
+            network,
+            schedule,
+            jnp.asarray(padded[: setting.fits]),
+            setting.timestep,
+            setting.source,
+            setting.taps[0],
+            tuple(setting.units),
+            condition=condition,
+        )
+        every = jax.device_get(distances | spectra | fits) | spikiness
+        scores[name] = {score: values[..., : len(members)] for score, values in every.items()}
     template = variables(setting, corpus.images.shape[1:])
     for score, (dims, dtype) in template.items():
         if "group" in dims and not score.startswith("auroc_"):
-            blank = np.full(len(setting.sigmas) if "sigma" in dims else len(setting.taps), np.nan, dtype)
+            blank = np.full([len(labels) for dim, labels in dims.items() if dim != "group"], np.nan, dtype)
             rows = [scores[name][score].mean(axis=-1) if name in scores else blank for name in GROUPS]
             found[score] = np.stack(rows).astype(dtype)
     for score in ("error", *MEASURES):
@@ -195,14 +231,22 @@ def _conditional(pipeline: Pipeline) -> bool:
 
 
 def draw_samples(
-    key: PRNGKey, pipeline: Pipeline, corpus: Corpus, captions: Captions | None, count: int, num_steps: int
+    key: PRNGKey,
+    pipeline: Pipeline,
+    corpus: Corpus,
+    captions: Captions | None,
+    count: int,
+    num_steps: int,
+    eta: float = 0.0,
 ) -> tuple[Float[np.ndarray, "count c h w"], Copies]:
     """Samples in [-1, 1], conditioned as :func:`sample_conditions` says, and the training images they may copy.
 
-    Variants of an image count as one.
+    By DDIM with fresh noise of share ``eta``. Variants of an image count as one.
     """
     conditions = sample_conditions(pipeline, corpus, captions, count)
-    drawn = sample(key, pipeline.network, pipeline.schedule, count, num_steps, condition=conditions)
+    drawn = sample(
+        key, pipeline.network, pipeline.schedule, count, num_steps, method="ddim", eta=eta, condition=conditions
+    )
     samples = np.clip(np.asarray(drawn.x), -1, 1)
     return samples, find_copies(samples, corpus.images, groups=corpus.rows)
 
@@ -230,6 +274,12 @@ def sampled_prompts(captions: Captions, count: int) -> Int[np.ndarray, " count"]
 @functools.cache
 def _compiled() -> Callable[..., tuple[Array, Array, dict[str, Array]]]:
     return jax.jit(_look, static_argnums=(6, 7), compiler_options=compiler_options())
+
+
+@functools.cache
+def _fitted() -> Callable[..., dict[str, Array]]:
+    static = ("source", "target", "widths")
+    return jax.jit(local_fits, static_argnames=static, compiler_options=compiler_options())
 
 
 def _look(

@@ -26,7 +26,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from dae_theory.checks import check_data, check_integer, check_nonnegative, check_positive
 from dae_theory.denoisers import empirical_denoiser, gaussian_denoiser, mixture_denoiser
 from dae_theory.mixture import fit
-from dae_theory.model import ReluDae, denoise, init
+from dae_theory.model import ReluDae, encode, init
 from dae_theory.newton import lbfgs
 from dae_theory.precision import full_precision
 from dae_theory.spectra import Labels
@@ -34,7 +34,7 @@ from dae_theory.spikiness import MEASURES
 from dae_theory.types import Denoiser, PRNGKey, Scalar
 from scaling.api import Model
 from scaling.samplers import Condition
-from scaling.taps import Edit, names
+from scaling.taps import Edit, check_order
 
 __all__ = [
     "Distance",
@@ -68,6 +68,9 @@ class LocalFit(NamedTuple):
     """``E‖f − F‖²/E‖F − E F‖²`` on fresh noise: 1 is as good as a constant, more is worse."""
     linear_unexplained: Mean
     """The same of the best linear map of rank p, ``f(y) = M y``: what the gates add is what is below it."""
+    open: Float[Array, ""]
+    """Share of the units, those without effect left out, whose gate is open at every fresh point. At 1 the autoencoder
+    is linear there, and its code is known up to a rotation that leaves the gates open."""
     start: Int[Array, ""]
     """Which start won: 0 one unit a direction, 1 two units a direction, from 2 on random ones."""
     converged: Bool[Array, ""]
@@ -101,12 +104,7 @@ def between(
     the source.
     """
     given = (condition or Condition())._asdict()
-    listed = list(names(model))
-    for name in (source, target):
-        if name not in listed:
-            model.apply(model.params, x[None], timestep, **given, capture=(name,))
-    if listed.index(source) >= listed.index(target):
-        raise ValueError(f"the target {target!r} is computed before the source {source!r}; swap them.")
+    check_order(model, source, target)
     _, taps = model.apply(model.params, x[None], timestep, **given, capture=(source,))
     shape = taps[source].shape
 
@@ -128,12 +126,16 @@ def fit_relu_dae(
     num_draws: int = 512,
     num_fresh: int = 512,
     penalty: Scalar = 0.0,
+    source: Function | None = None,
     num_random: int = 2,
     max_iterations: int = 300,
     tolerance: Scalar = 1e-6,
     chunk_size: int = 64,
 ) -> LocalFit:
     r"""The two-layer ReLU autoencoder with ``width`` p units nearest to ``function`` F on the cloud x + ``spread`` ε.
+
+    With ``source`` G, the autoencoder reads G(y) in place of y: from what enters a block to what leaves it, over the
+    noisy images that the network sees.
 
     The average is over ``num_draws`` points, and F is computed once at each. The objective, divided by ``E‖F‖²`` and
     with ``penalty`` (‖W₁‖² + ‖W₂‖²) as in :cite:`zhang26`, eq. (6), is minimized by L-BFGS from the best linear map of
@@ -151,13 +153,14 @@ def fit_relu_dae(
     fit_key, fresh_key, start_key = jax.random.split(key, 3)
     draws = check_integer("num_draws", num_draws, minimum=2)
     fresh = check_integer("num_fresh", num_fresh, minimum=2)
-    y, goal = _cloud(fit_key, function, x, spread, draws, size)
+    center = x if source is None else source(x)
+    y, goal = _cloud(fit_key, function, x, spread, draws, size, source)
     scale = jnp.sqrt(jnp.mean(jnp.sum(jnp.square(goal), axis=1)))
     scale = jnp.where(scale > 0, scale, 1.0)
 
     linear = _linear_map(y, goal / scale, width)
     keys = [jax.random.fold_in(start_key, i) for i in range(num_random)]
-    starts = [_one_sided(linear, x), _pairs(linear, width), *(_random(k, linear) for k in keys)]
+    starts = [_one_sided(linear, center), _pairs(linear, width), *(_random(k, linear) for k in keys)]
     points, unravel = jnp.stack([ravel_pytree(dae)[0] for dae in starts]), ravel_pytree(starts[0])[1]
     penalty = jnp.asarray(penalty, y.dtype)
 
@@ -172,7 +175,7 @@ def fit_relu_dae(
     dae = unravel(found.x[best])
     dae = _balanced(ReluDae(dae.w1, dae.w2 * scale))
 
-    y, goal = _cloud(fresh_key, function, x, spread, fresh, size)
+    y, goal = _cloud(fresh_key, function, x, spread, fresh, size, source)
     of_linear = ReluDae(linear.w1, linear.w2 * scale)
     square = jnp.sum(jnp.square(goal), axis=1)
     variance = jnp.sum(jnp.square(goal - jnp.mean(goal, axis=0, keepdims=True)), axis=1) * (fresh / (fresh - 1))
@@ -183,6 +186,7 @@ def fit_relu_dae(
         _ratio(wrong, square),
         _ratio(wrong, variance),
         _ratio(wrong_linear, variance),
+        _open_share(dae, y),
         best,
         found.converged[best],
     )
@@ -281,13 +285,19 @@ def _distance(values: Float[Array, "S n k"]) -> Distance:
 
 
 def _cloud(
-    key: PRNGKey, function: Function, x: Float[Array, " d"], spread: Scalar, count: int, chunk_size: int
-) -> tuple[Float[Array, "N d"], Float[Array, "N m"]]:
-    """Points x + spread ε, the i-th from ``fold_in(key, i)``, and the function there."""
+    key: PRNGKey,
+    function: Function,
+    x: Float[Array, " d"],
+    spread: Scalar,
+    count: int,
+    chunk_size: int,
+    source: Function | None = None,
+) -> tuple[Float[Array, "N k"], Float[Array, "N m"]]:
+    """Points x + spread ε, the i-th from ``fold_in(key, i)``, or what ``source`` makes of them; and the function."""
 
     def at(i: Int[Array, ""]) -> tuple[Array, Array]:
         y = x + spread * jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
-        return y, function(y)
+        return y if source is None else source(y), function(y)
 
     return jax.lax.map(at, jnp.arange(count), batch_size=min(chunk_size, count))
 
@@ -344,8 +354,19 @@ def _apply_linear(linear: ReluDae, y: Float[Array, "N d"]) -> Float[Array, "N m"
     return (y @ linear.w1) @ linear.w2.T
 
 
+def _open_share(dae: ReluDae, y: Float[Array, "N d"]) -> Float[Array, ""]:
+    norm = jnp.linalg.norm(dae.w1, axis=0)
+    # Of an exact fit by fewer units the others are rounding.
+    alive = norm > math.sqrt(jnp.finfo(y.dtype).eps) * jnp.max(norm)
+    ever_closed = jnp.any(y @ dae.w1 <= 0, axis=0)
+    count = jnp.sum(alive)
+    return jnp.where(count > 0, jnp.sum(alive & ~ever_closed) / jnp.maximum(count, 1), 1.0).astype(y.dtype)
+
+
+@full_precision
 def _errors(dae: ReluDae, y: Float[Array, "N d"], goal: Float[Array, "N m"]) -> Float[Array, " N"]:
-    return jnp.sum(jnp.square(jax.vmap(functools.partial(denoise, dae))(y) - goal), axis=1)
+    codes = jax.vmap(functools.partial(encode, dae))(y)
+    return jnp.sum(jnp.square(codes @ dae.w2.T - goal), axis=1)
 
 
 def _mean_error(dae: ReluDae, y: Float[Array, "N d"], goal: Float[Array, "N m"]) -> Float[Array, ""]:

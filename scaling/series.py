@@ -216,7 +216,8 @@ def _halves(spec: TrainSpec, offset: int, out: str, setting: Setting) -> dict[st
         error = found[-1]["error"]
         found[-1]["gap"] = 1 - error[GROUPS.index("train")] / error[GROUPS.index("held_out")]
     mean = read_corpus(spec).held_out.mean(axis=0)
-    paired, unpaired = agreement(found[0]["samples"], found[1]["samples"], mean)
+    # Of the first sampler, both from one noise.
+    paired, unpaired = agreement(found[0]["samples"][0], found[1]["samples"][0], mean)
     stacked = {name: np.stack([one[name] for one in found]) for name in found[0]}
     return stacked | {"agreement": np.asarray(paired), "agreement_unpaired": np.asarray(unpaired)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,12 +83,20 @@ def _add_examination_flags(parser: argparse.ArgumentParser) -> None:
         "images": "images of each group",
         "jacobians": "of them, those whose Jacobians are computed",
         "draws": "noise draws for each image and level",
+        "fits": "images of each group around which two-layer autoencoders are fitted",
     }
     for name, told in numbers.items():
         default = getattr(STANDARD, name)
         add(f"--{name.replace('_', '-')}", type=int, default=default, metavar="N", help=f"{told} >= 1 ({default})")
     levels, taps = ",".join(map(str, STANDARD.sigmas)), ",".join(STANDARD.taps)
     add("--sigma", type=parse_floats, default=STANDARD.sigmas, metavar="S,...", help=f"noise levels > 0 ({levels})")
+    add(
+        "--eta",
+        type=parse_floats,
+        default=STANDARD.etas,
+        metavar="E,...",
+        help="fresh noise of the samplers, from 0, DDIM, to 1, ancestral sampling (0,1)",
+    )
     add(
         "--timestep",
         type=int,
@@ -101,6 +110,20 @@ def _add_examination_flags(parser: argparse.ArgumentParser) -> None:
         default=STANDARD.taps,
         metavar="NAME,...",
         help=f"where codes are read ({taps})",
+    )
+    units = ",".join(map(str, STANDARD.units))
+    add(
+        "--units",
+        type=parse_ints,
+        default=STANDARD.units,
+        metavar="P,...",
+        help=f"of those autoencoders >= 1 ({units})",
+    )
+    add(
+        "--source",
+        default=STANDARD.source,
+        metavar="NAME",
+        help=f"from where to the first of the taps a block is fitted ({STANDARD.source})",
     )
     add = parser.add_argument_group("the run").add_argument
     add("--seeds", type=int, default=3, metavar="N", help="networks of each kind, with other rows and noise >= 1 (3)")
@@ -137,8 +160,8 @@ def run_duplication(args: argparse.Namespace) -> str:
 
 
 def _common(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("samples", "sampler_steps", "images", "jacobians", "draws", "timestep", "taps")
-    setting = Setting(**{name: getattr(args, name) for name in names}, sigmas=tuple(args.sigma))
+    plural = {"sigmas": "sigma", "etas": "eta"}
+    setting = Setting(**{name: getattr(args, plural.get(name, name)) for name in Setting._fields})
     return {"seeds": args.seeds, "setting": setting, "workers": args.workers}
 
 
@@ -151,7 +174,7 @@ def transition_lines(results: xr.Dataset, shallow: xr.Dataset) -> list[str]:
     train, out = ({"group": groups.index(name)} for name in ("train", "held_out"))
     at, first = {"sigma": level}, {"tap": 0}
     columns = {
-        "copies": deep.copy_share,
+        **{f"copies, η = {eta:g}": deep.copy_share.sel(eta=eta) for eta in results.eta.values},
         "agreement": results.agreement,
         "by chance": results.agreement_unpaired,
         f"gap, σ = {sigma:g}": deep.gap.isel(at),
@@ -172,27 +195,50 @@ def transition_lines(results: xr.Dataset, shallow: xr.Dataset) -> list[str]:
 
 def duplication_lines(results: xr.Dataset) -> list[str]:
     """A Markdown table over repeats and training times; shares with Wilson's interval over all samples."""
-    lines = [
-        "| repeats | steps | copies | of repeated images | AUROC of std | of l4/l2 | of error | seeds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    etas = [float(eta) for eta in results.eta.values]
+    head = ["repeats", "steps"]
+    for eta in etas:
+        head += [f"copies, η = {eta:g}", "of repeated images"]
+    head += ["AUROC of std", "of l4/l2", "of error", "seeds"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     repeated = list(results.group.values).index("duplicated")
-    for value in results.duplicates.values:
-        for steps in results.steps.values:
-            here = results.sel(duplicates=value, steps=steps)
-            count, total = int(here.copied.sum()), here.copied.size
+    for value, steps in itertools.product(results.duplicates.values, results.steps.values):
+        here = results.sel(duplicates=value, steps=steps)
+        cells = []
+        for eta in etas:
+            drawn = here.sel(eta=eta)
+            count, total = int(drawn.copied.sum()), drawn.copied.size
             low, high = wilson_interval(count, total)
-            among = (here.duplicated_share * here.copied.sum("sample")).sum("seed").item() / max(count, 1)
-            of = here.isel(group=repeated)
-            cells = [
-                f"{count / total:.3f} ({low:.3f} to {high:.3f})",
-                f"{among:.3f}" if count else "-",
-                *(_shown(of[f"auroc_{name}"].max("tap")) for name in ("std", "l4_over_l2")),
-                _shown(of.auroc_error.max("sigma")),
-                str(here.sizes["seed"]),
-            ]
-            lines.append(f"| {value} | {steps} | " + " | ".join(cells) + " |")
-    return [*lines, "", "AUROC: repeated against held-out images, at the best tap or noise level."]
+            among = (drawn.duplicated_share * drawn.copied.sum("sample")).sum("seed").item() / max(count, 1)
+            cells += [f"{count / total:.3f} ({low:.3f} to {high:.3f})", f"{among:.3f}" if count else "-"]
+        of = here.isel(group=repeated)
+        cells += [_shown(of[f"auroc_{name}"].max("tap")) for name in ("std", "l4_over_l2")]
+        cells += [_shown(of.auroc_error.max("sigma")), str(here.sizes["seed"])]
+        lines.append(f"| {value} | {steps} | " + " | ".join(cells) + " |")
+    lines += ["", "AUROC: repeated against held-out images, at the best tap or noise level.", ""]
+    return [*lines, *fit_lines(results)]
+
+
+def fit_lines(results: xr.Dataset) -> list[str]:
+    """A Markdown table of the two-layer autoencoders fitted at the longest training, for every number of repeats."""
+    units = [int(p) for p in results.units.values]
+    head = [
+        "repeats",
+        "fitted to",
+        "at images",
+        *(f"unexplained by {p}" for p in units),
+        "gates open",
+        "std of its code",
+    ]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    last = results.isel(steps=-1)
+    for value, fitted, group in itertools.product(*(last[dim].values for dim in ("duplicates", "fitted", "group"))):
+        here = last.sel(duplicates=value, fitted=fitted, group=group)
+        cells = [_shown(here.fit_unexplained.sel(units=p)) for p in units]
+        cells += [_shown(here[name].isel(units=-1)) for name in ("fit_open", "fit_std")]
+        lines.append(f"| {value} | {fitted} | {group} | " + " | ".join(cells) + " |")
+    note = "Best ReLU autoencoders of so many units around an image: the share of the output's variance that they miss,"
+    return [*lines, "", f"{note} and of the widest the gates open all over the noise, and its code."]
 
 
 def _flat(values: xr.DataArray) -> xr.DataArray:
@@ -221,7 +267,7 @@ def _written(out: str, results: xr.Dataset, lines: list[str], dims: tuple[str, .
     """Write the summary and a sheet of samples, a line for each network; returns what to tell."""
     folder, text = Path(out), "\n".join(lines) + "\n"
     write_text(folder / "summary.md", text)
-    shown = results.samples.transpose(*dims, "sample", "channel", "height", "width").values
+    shown = results.samples.isel(eta=0).transpose(*dims, "sample", "channel", "height", "width").values
     shown = shown.reshape(-1, *shown.shape[len(dims) :])[:, :SHOWN]
     tiles = shown.reshape(-1, *shown.shape[2:])
     if tiles.shape[1] not in (1, 3):

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, ArrayLike
 
-__all__ = ["Edit", "Edits", "Kind", "Tap", "names"]
+__all__ = ["Edit", "Edits", "Kind", "Tap", "check_order", "names"]
 
 Kind: TypeAlias = Literal["add", "scale", "replace", "project_out"]
 
@@ -90,6 +90,17 @@ def names(model: Any, *inputs: Any, **more: Any) -> dict[str, jax.ShapeDtypeStru
     if not inputs:
         inputs, more = model.apply.inputs(jax.tree.leaves(model.params)[0].dtype)
     return model.apply.shapes(model.params, *inputs, **more)
+
+
+def check_order(model: Any, source: str, target: str) -> None:
+    """``ValueError`` for names that are no taps of ``model``, and unless ``target`` is computed after ``source``."""
+    listed = names(model)
+    for name in (source, target):
+        if name not in listed:
+            raise ValueError(f"the model has no tap named {name!r}; {_suggestion(name, listed)}")
+    order = list(listed)
+    if order.index(source) >= order.index(target):
+        raise ValueError(f"the target {target!r} is computed before the source {source!r}; swap them.")
 
 
 def _shown_shape(x: Array) -> tuple[int, ...]:

@@ -219,3 +219,29 @@ def test_bad_input_is_refused(key):
     ]:
         with pytest.raises(ValueError, match=message):
             bad()
+
+
+def test_a_source_is_what_the_autoencoder_reads(fitted, key):
+    """A function of lifted points is that of the points only through the lift, and the identity lifts nothing."""
+    lift, x = rows(10, D, 9), 0.2 * rows(11, D)
+    dae = ReluDae(*(jnp.pad(rows(i, n, 2), ((0, 0), (0, 2))) for i, n in ((12, 9), (13, D))))
+
+    def fit(key, source, function):
+        return fit_relu_dae(key, function, x, 0.7, 4, source=source, num_draws=256, num_random=3, max_iterations=400)
+
+    lifted = jax.jit(lambda k: fit(k, lambda y: y @ lift, lambda y: dae.w2 @ encode(dae, y @ lift)))(
+        jax.random.clone(key)
+    )
+    assert lifted.dae.w1.shape == (9, 4)
+    assert lifted.unexplained.mean < 1e-6
+    assert lifted.linear_unexplained.mean > 0.01
+    plain, same = (jax.jit(lambda k, s=s: fit(k, s, jnp.tanh))(jax.random.clone(key)) for s in (None, lambda y: y))
+    np.testing.assert_allclose(plain.dae.w1, same.dae.w1, rtol=1e-6, atol=1e-9)
+
+
+def test_gates_are_open_where_the_cloud_crosses_none(fitted, key):
+    along = jnp.eye(D)[:, :1]
+    one, nothing = ReluDae(*[jnp.pad(along, ((0, 0), (0, 3)))] * 2), jnp.zeros(D)
+    assert fitted(jax.random.fold_in(key, 0), one, nothing, 5.0 * along[:, 0], 0.1).open == 1
+    # Through the origin of the units each gate is crossed.
+    assert fitted(jax.random.fold_in(key, 1), one, nothing, nothing, 1.0).open == 0

@@ -51,6 +51,8 @@ __all__ = [
 
 Params: TypeAlias = Mapping[str, Array]
 Specs: TypeAlias = dict[str, ParamSpec]
+Product: TypeAlias = Callable[[Array, Array, int, tuple[int, int]], Array]
+"""A convolution ``(x, weight, stride, pad)``."""
 
 # Measured on two cores: up to this many output pixels one product beats the convolution, if channels are many or the
 # columns, of which there are kernel² as many as inputs, few, and the results not thin. See conv_route.
@@ -109,18 +111,18 @@ def conv(
     pad = padding or ((kernel - 1) // 2, (kernel - 1) // 2)
     if kernel == stride == 1:
         return tap(name, _add_bias(params, name, x @ weight[0, 0]))
-    routes = {"native": _native, "product": _product, "product_derivatives": _native_product_derivatives}
-    y = routes[conv_route(x.shape, weight.shape, stride, pad)](x, weight, stride, pad)
+    y = _ROUTES[conv_route(x.shape, weight.shape, stride, pad)](x, weight, stride, pad)
     return tap(name, _add_bias(params, name, y))
 
 
 def conv_route(
     x: Sequence[int], weight: Sequence[int], stride: int, pad: tuple[int, int]
-) -> Literal["native", "product", "product_derivatives"]:
+) -> Literal["native", "product", "product_spread", "product_derivatives"]:
     r"""How to compute a convolution of these shapes, (B, H, W, I) and (K, K, I, O).
 
     As one product :math:`\mathrm{columns}(x) W` of a (B H' W', K² I) matrix on a CPU if the image is small; else by
-    XLA's own, ``native``, whose derivatives are products on a CPU if the columns are not too many. XLA's derivatives
+    XLA's own, ``native``, whose derivatives are products on a CPU if the columns are not too many. The derivatives of
+    a product at stride 1 and equal size are those of ``product_spread``, see :func:`_spread_product`. XLA's derivatives
     take 1 to 5 times as long there, and 10 to 25 times inside a loop such as that of a training run.
     """
     if not cpu_aware():
@@ -129,7 +131,7 @@ def conv_route(
     entries = x[0] * pixels * math.prod(weight[:3])
     few = entries <= COLUMNS_ENTRIES and weight[3] >= COLUMNS_WIDTH
     if pixels <= COLUMNS_PIXELS and (few or min(weight[2:]) >= COLUMNS_CHANNELS):
-        return "product"
+        return "product_spread" if stride == 1 and sum(pad) == weight[0] - 1 else "product"
     return "product_derivatives" if entries <= DERIVATIVE_ENTRIES else "native"
 
 
@@ -311,7 +313,12 @@ def _native(
 def _product(
     x: Float[Array, "b h w i"], weight: Float[Array, "k k i o"], stride: int, pad: tuple[int, int]
 ) -> Float[Array, "b h2 w2 o"]:
-    return _columns(x, weight.shape[0], stride, pad) @ weight.reshape(-1, weight.shape[-1])
+    return _matmul(_columns(x, weight.shape[0], stride, pad), weight.reshape(-1, weight.shape[-1]))
+
+
+def _matmul(x: Float[Array, "*b i"], weight: Float[Array, "i o"]) -> Float[Array, "*b o"]:
+    # As matrices: the derivative in the weights would contract several axes at once, for which the CPU copies first.
+    return (x.reshape(-1, x.shape[-1]) @ weight).reshape(*x.shape[:-1], -1)
 
 
 def _columns(x: Float[Array, "b h w i"], kernel: int, stride: int, pad: tuple[int, int]) -> Float[Array, "b h2 w2 n"]:
@@ -330,26 +337,54 @@ def _columns(x: Float[Array, "b h w i"], kernel: int, stride: int, pad: tuple[in
     return x
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _native_product_derivatives(
+def _spread_product(
     x: Float[Array, "b h w i"], weight: Float[Array, "k k i o"], stride: int, pad: tuple[int, int]
-) -> Float[Array, "b h2 w2 o"]:
-    return _native(x, weight, stride, pad)
+) -> Float[Array, "b h w o"]:
+    """The same at stride 1 and equal size, with the product first: each input times the kernel, spread over outputs.
+
+    What is linear in either argument, and is transposed, becomes a product with the columns of the cotangent, which
+    both arguments share: a third less to move than the columns of the input once more and their transpose.
+    """
+    kernel, c_in, c_out = weight.shape[0], *weight.shape[2:]
+    # Output p takes input p + k - pad times the k-th kernel, so input q has output q - k + pad: flipped columns.
+    parts = _matmul(x, jnp.moveaxis(jnp.flip(weight, (0, 1)), 2, 0).reshape(c_in, -1))
+    shape = jax.ShapeDtypeStruct((*x.shape[:3], c_out), x.dtype)
+    (y,) = jax.linear_transpose(lambda y: _columns(y, kernel, stride, (pad[1], pad[0])), shape)(parts)
+    return y
 
 
-@functools.partial(_native_product_derivatives.defjvp, symbolic_zeros=True)
-def _product_derivatives(
-    stride: int, pad: tuple[int, int], primals: tuple[Array, Array], tangents: tuple[Any, Any]
-) -> tuple[Array, Array]:
-    # Ordinary operations, so both modes and all orders are JAX's own. Zeros stay symbolic: without a derivative in the
-    # weights no columns are kept.
-    (x, weight), (dx, dw) = primals, tangents
-    terms = []
-    if not isinstance(dx, SymbolicZero):
-        terms.append(_product(dx, weight, stride, pad))
-    if not isinstance(dw, SymbolicZero):
-        terms.append(_product(x, dw, stride, pad))
-    return _native_product_derivatives(x, weight, stride, pad), functools.reduce(jnp.add, terms)
+def _with_derivatives(primal: Product, tangent: Product) -> Product:
+    """``primal`` with the derivatives that ``tangent``, an equal function made of ordinary operations, has.
+
+    So both modes and all orders are JAX's own. Zeros stay symbolic: without a derivative in the weights nothing is kept
+    for it.
+    """
+
+    @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+    def function(x: Array, weight: Array, stride: int, pad: tuple[int, int]) -> Array:
+        return primal(x, weight, stride, pad)
+
+    @functools.partial(function.defjvp, symbolic_zeros=True)
+    def derivatives(
+        stride: int, pad: tuple[int, int], primals: tuple[Array, Array], tangents: tuple[Any, Any]
+    ) -> tuple[Array, Array]:
+        (x, weight), (dx, dw) = primals, tangents
+        terms = []
+        if not isinstance(dx, SymbolicZero):
+            terms.append(tangent(dx, weight, stride, pad))
+        if not isinstance(dw, SymbolicZero):
+            terms.append(tangent(x, dw, stride, pad))
+        return function(x, weight, stride, pad), functools.reduce(jnp.add, terms)
+
+    return function
+
+
+_ROUTES: dict[str, Product] = {
+    "native": _native,
+    "product": _product,
+    "product_spread": _with_derivatives(_product, _spread_product),
+    "product_derivatives": _with_derivatives(_native, _product),
+}
 
 
 def widened(x: Array) -> Array:
