@@ -24,12 +24,14 @@ from scaling.trainer import RECORD, TrainSpec, read_corpus, read_spec
 from scaling.weights import read_json
 from sims.files import write_text
 
-__all__ = ["TOLERANCE", "pack"]
+__all__ = ["ETAS", "TOLERANCE", "pack"]
 
 TOLERANCE = 1e-2
 """Largest difference of an output, relative to its root mean square, that float16 weights may make."""
 
 SAMPLES, SAMPLER_STEPS, CHECKED = 200, 40, 32
+ETAS = {"copies": 0.0, "copies_with_fresh_noise": 1.0}
+"""Fresh noise of the samplers by the name of what is counted."""
 
 
 def pack(trained: str | Path, out: str | Path, name: str, flags: Sequence[str]) -> Path:
@@ -90,8 +92,11 @@ def _difference(exact: Pipeline, rounded: Pipeline, corpus: Corpus) -> float:
 
 def _facts(pipeline: Pipeline, spec: TrainSpec, corpus: Corpus) -> dict[str, Any]:
     captions = from_labels(corpus) if pipeline.text_encoders else None
-    _, copies = draw_samples(jax.random.key(1), pipeline, corpus, captions, SAMPLES, SAMPLER_STEPS)
-    share = copy_share(copies)
+    shares = {}
+    for name, eta in ETAS.items():
+        _, copies = draw_samples(jax.random.key(1), pipeline, corpus, captions, SAMPLES, SAMPLER_STEPS, eta)
+        of_repeated = int(np.sum(corpus.counts[copies.nearest[copies.is_copy]] > 1))
+        shares[name] = {**copy_share(copies)._asdict(), "of_repeated": of_repeated}
     models = (pipeline.network, *pipeline.text_encoders)
     return {
         "parameters": sum(value.size for model in models for value in model.params.values()),
@@ -100,15 +105,14 @@ def _facts(pipeline: Pipeline, spec: TrainSpec, corpus: Corpus) -> dict[str, Any
         "seed": spec.seed,
         "steps": spec.steps,
         "training_rows": int(corpus.counts.sum()),
-        "copies": share._asdict(),
-        "copies_of_repeated": int(np.sum(corpus.counts[copies.nearest[copies.is_copy]] > 1)),
+        **shares,
     }
 
 
 def _card(
     name: str, flags: Sequence[str], spec: TrainSpec, facts: dict[str, Any], members: dict[str, list[int]]
 ) -> str:
-    share, groups = facts["copies"], {name: members[name] for name in GROUPS}
+    groups = {name: members[name] for name in GROUPS}
     how = {
         "unet2d": "without a condition",
         "unet2d_condition": "prompts by turns, of every kind equally many",
@@ -127,9 +131,12 @@ def _card(
         f"{spec.batch_size}, last losses {facts['loss']:.3g}",
         f"* command: `python -m scaling train {' '.join(flags)} --out DIR`",
         f"* weights: {stored if facts['difference'] else 'float32'}",
-        f"* copies among {share['total']} samples ({SAMPLER_STEPS} steps, {how}): {share['count']} "
-        f"({share['share']:.3f}, 95 % interval {share['low']:.3f} to {share['high']:.3f}), "
-        f"{facts['copies_of_repeated']} of them of repeated images",
+        *(
+            f"* copies among {share['total']} samples ({SAMPLER_STEPS} steps of DDIM, η = {eta:g}, {how}): "
+            f"{share['count']} ({share['share']:.3f}, 95 % interval {share['low']:.3f} to {share['high']:.3f}), "
+            f"{share['of_repeated']} of them of repeated images"
+            for share, eta in ((facts[name], eta) for name, eta in ETAS.items())
+        ),
         "",
         "Rows of the data set, also in `membership.json`:",
         "",

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from scaling import train_command, zoo
-from scaling.packing import pack
+from scaling.packing import ETAS, pack
 from scaling.trainer import train
 from scaling.weights import read_json
 from sims.terminal import Bar
@@ -43,8 +43,8 @@ def run(args: argparse.Namespace) -> str:
 
 def _line(name: str) -> str:
     card = read_json(zoo.folder(name) / "card.json")
-    share = card["copies"]
+    counts = " and ".join(f"{card[name]['count']} (η = {eta:g})" for name, eta in ETAS.items())
     return (
         f"{name:18s} {card['dataset']:14s} {card['parameters']:9,d} parameters, {card['training_rows']:5d} rows, "
-        f"{share['count']} of {share['total']} samples are copies"
+        f"{counts} of {card['copies']['total']} samples are copies"
     )
