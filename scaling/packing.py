@@ -17,7 +17,7 @@ from scaling.bridge import Pipeline, load_pipeline
 from scaling.captions import from_labels
 from scaling.copies import copy_share
 from scaling.corpus import Corpus
-from scaling.examination import draw_samples, sample_conditions
+from scaling.examination import draw_samples, sample_conditions, sampled_prompts
 from scaling.export import save_pipeline
 from scaling.jacobian_runs import GROUPS
 from scaling.trainer import RECORD, TrainSpec, read_corpus, read_spec
@@ -97,6 +97,10 @@ def _facts(pipeline: Pipeline, spec: TrainSpec, corpus: Corpus) -> dict[str, Any
         _, copies = draw_samples(jax.random.key(1), pipeline, corpus, captions, SAMPLES, SAMPLER_STEPS, eta)
         of_repeated = int(np.sum(corpus.counts[copies.nearest[copies.is_copy]] > 1))
         shares[name] = {**copy_share(copies)._asdict(), "of_repeated": of_repeated}
+        if captions is not None:
+            of_kind = np.asarray(captions.kinds)[sampled_prompts(captions, SAMPLES)]
+            asked = {str(kind): of_kind == kind for kind in np.unique(of_kind)}
+            shares[name]["by_kind"] = {k: [int(copies.is_copy[at].sum()), int(at.sum())] for k, at in asked.items()}
     models = (pipeline.network, *pipeline.text_encoders)
     return {
         "parameters": sum(value.size for model in models for value in model.params.values()),
@@ -107,6 +111,12 @@ def _facts(pipeline: Pipeline, spec: TrainSpec, corpus: Corpus) -> dict[str, Any
         "training_rows": int(corpus.counts.sum()),
         **shares,
     }
+
+
+def _of_kinds(share: dict[str, Any]) -> str:
+    """Copies by the kind of prompt, where there are any."""
+    counts = [f"{kind} {count} of {total}" for kind, (count, total) in share.get("by_kind", {}).items()]
+    return f"; by kind of prompt: {', '.join(counts)}" if counts else ""
 
 
 def _card(
@@ -134,7 +144,7 @@ def _card(
         *(
             f"* copies among {share['total']} samples ({SAMPLER_STEPS} steps of DDIM, η = {eta:g}, {how}): "
             f"{share['count']} ({share['share']:.3f}, 95 % interval {share['low']:.3f} to {share['high']:.3f}), "
-            f"{share['of_repeated']} of them of repeated images"
+            f"{share['of_repeated']} of them of repeated images{_of_kinds(share)}"
             for share, eta in ((facts[name], eta) for name, eta in ETAS.items())
         ),
         "",

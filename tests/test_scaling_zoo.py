@@ -116,3 +116,14 @@ def test_a_run_that_was_cut_is_not_packed(tmp_path):
     (tmp_path / RECORD).write_text(json.dumps({"steps": 4}))
     with pytest.raises(ValueError, match="not trained to its end"):
         packing.pack(tmp_path, tmp_path / "out", "cut", [])
+
+
+def test_cards_tell_whose_prompts_bring_copies_back():
+    card = json.loads((zoo.folder("captioned-digits") / "card.json").read_text())
+    for name in packing.ETAS:
+        by_kind = card[name]["by_kind"]
+        assert sum(count for count, _ in by_kind.values()) == card[name]["count"]
+        assert sum(total for _, total in by_kind.values()) == card[name]["total"] == packing.SAMPLES
+        # Those of one image bring it back, those that many images share do not.
+        assert by_kind["shared"][0] == 0
+        assert min(count / total for kind, (count, total) in by_kind.items() if kind != "shared") > 0.8
