@@ -117,12 +117,11 @@ def conv(
 
 def conv_route(
     x: Sequence[int], weight: Sequence[int], stride: int, pad: tuple[int, int]
-) -> Literal["native", "product", "product_spread", "product_derivatives"]:
+) -> Literal["native", "product", "product_derivatives"]:
     r"""How to compute a convolution of these shapes, (B, H, W, I) and (K, K, I, O).
 
     As one product :math:`\mathrm{columns}(x) W` of a (B H' W', K² I) matrix on a CPU if the image is small; else by
-    XLA's own, ``native``, whose derivatives are products on a CPU if the columns are not too many. The derivatives of
-    a product at stride 1 and equal size are those of ``product_spread``, see :func:`_spread_product`. XLA's derivatives
+    XLA's own, ``native``, whose derivatives are products on a CPU if the columns are not too many. XLA's derivatives
     take 1 to 5 times as long there, and 10 to 25 times inside a loop such as that of a training run.
     """
     if not cpu_aware():
@@ -131,7 +130,7 @@ def conv_route(
     entries = x[0] * pixels * math.prod(weight[:3])
     few = entries <= COLUMNS_ENTRIES and weight[3] >= COLUMNS_WIDTH
     if pixels <= COLUMNS_PIXELS and (few or min(weight[2:]) >= COLUMNS_CHANNELS):
-        return "product_spread" if stride == 1 and sum(pad) == weight[0] - 1 else "product"
+        return "product"
     return "product_derivatives" if entries <= DERIVATIVE_ENTRIES else "native"
 
 
@@ -339,13 +338,15 @@ def _columns(x: Float[Array, "b h w i"], kernel: int, stride: int, pad: tuple[in
 
 def _spread_product(
     x: Float[Array, "b h w i"], weight: Float[Array, "k k i o"], stride: int, pad: tuple[int, int]
-) -> Float[Array, "b h w o"]:
-    """The same at stride 1 and equal size, with the product first: each input times the kernel, spread over outputs.
+) -> Float[Array, "b h2 w2 o"]:
+    """The same with the product first: inputs times the kernel, spread over the outputs; at stride 1 and equal size.
 
-    What is linear in either argument, and is transposed, becomes a product with the columns of the cotangent, which
-    both arguments share: a third less to move than the columns of the input once more and their transpose.
+    Else it is :func:`_product`. Transposed, in either argument, it is a product with the columns of the cotangent that
+    both arguments share: less to move than the columns of the input once more and their transpose.
     """
     kernel, c_in, c_out = weight.shape[0], *weight.shape[2:]
+    if stride != 1 or sum(pad) != kernel - 1:
+        return _product(x, weight, stride, pad)
     # Output p takes input p + k - pad times the k-th kernel, so input q has output q - k + pad: flipped columns.
     parts = _matmul(x, jnp.moveaxis(jnp.flip(weight, (0, 1)), 2, 0).reshape(c_in, -1))
     shape = jax.ShapeDtypeStruct((*x.shape[:3], c_out), x.dtype)
@@ -353,8 +354,8 @@ def _spread_product(
     return y
 
 
-def _with_derivatives(primal: Product, tangent: Product) -> Product:
-    """``primal`` with the derivatives that ``tangent``, an equal function made of ordinary operations, has.
+def _with_derivatives(primal: Product, in_both: Product, in_input: Product) -> Product:
+    """``primal`` with the derivatives of equal functions of ordinary operations, in both arguments or the input alone.
 
     So both modes and all orders are JAX's own. Zeros stay symbolic: without a derivative in the weights nothing is kept
     for it.
@@ -371,9 +372,10 @@ def _with_derivatives(primal: Product, tangent: Product) -> Product:
         (x, weight), (dx, dw) = primals, tangents
         terms = []
         if not isinstance(dx, SymbolicZero):
+            tangent = in_input if isinstance(dw, SymbolicZero) else in_both
             terms.append(tangent(dx, weight, stride, pad))
         if not isinstance(dw, SymbolicZero):
-            terms.append(tangent(x, dw, stride, pad))
+            terms.append(in_both(x, dw, stride, pad))
         return function(x, weight, stride, pad), functools.reduce(jnp.add, terms)
 
     return function
@@ -381,9 +383,8 @@ def _with_derivatives(primal: Product, tangent: Product) -> Product:
 
 _ROUTES: dict[str, Product] = {
     "native": _native,
-    "product": _product,
-    "product_spread": _with_derivatives(_product, _spread_product),
-    "product_derivatives": _with_derivatives(_native, _product),
+    "product": _with_derivatives(_product, _spread_product, _spread_product),
+    "product_derivatives": _with_derivatives(_native, _spread_product, _product),
 }
 
 
