@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from scipy import stats
 
 from dae_theory import empirical_denoiser, gaussian_denoiser
-from dae_theory.checks import check_integer, check_nonnegative, check_positive
+from dae_theory.checks import check_integer, check_positive
 from dae_theory.mixture import fit
 from dae_theory.spikiness import MEASURES
 from dae_theory.types import PRNGKey
@@ -113,7 +113,8 @@ def check(setting: Setting, num_timesteps: int, held_out: int) -> None:
             raise ValueError(f"{name} must name at least one, and none twice; got {getattr(setting, name)}.")
     for units in setting.units:
         check_integer("units", units, minimum=1)
-    check_nonnegative("etas", np.asarray(setting.etas, float))
+    if not all(0 <= eta <= 1 for eta in setting.etas):
+        raise ValueError(f"etas must lie in [0, 1], got {', '.join(map(str, setting.etas))}.")
     check_integer("timestep", setting.timestep, minimum=0, maximum=num_timesteps - 1)
     check_positive("sigmas", np.asarray(setting.sigmas, float))
     if held_out < setting.images + 2:

@@ -226,7 +226,7 @@ def fit_lines(results: xr.Dataset) -> list[str]:
         "repeats",
         "fitted to",
         "at images",
-        *(f"unexplained by {p}" for p in units),
+        *(f"error of {p}" for p in units),
         "gates open",
         "std of its code",
     ]
@@ -234,11 +234,13 @@ def fit_lines(results: xr.Dataset) -> list[str]:
     last = results.isel(steps=-1)
     for value, fitted, group in itertools.product(*(last[dim].values for dim in ("duplicates", "fitted", "group"))):
         here = last.sel(duplicates=value, fitted=fitted, group=group)
-        cells = [_shown(here.fit_unexplained.sel(units=p)) for p in units]
+        cells = [_shown(here.fit_error.sel(units=p)) for p in units]
         cells += [_shown(here[name].isel(units=-1)) for name in ("fit_open", "fit_std")]
         lines.append(f"| {value} | {fitted} | {group} | " + " | ".join(cells) + " |")
-    note = "Best ReLU autoencoders of so many units around an image: the share of the output's variance that they miss,"
-    return [*lines, "", f"{note} and of the widest the gates open all over the noise, and its code."]
+    note = (
+        "Best ReLU autoencoders of so many units around an image: their error relative to the output's square; of the"
+    )
+    return [*lines, "", f"{note} widest, the share of gates that are open all over the noise, and its code."]
 
 
 def _flat(values: xr.DataArray) -> xr.DataArray:

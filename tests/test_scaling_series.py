@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from scaling import __main__ as cli
-from scaling import corpus, examination, initialize, series
+from scaling import corpus, examination, initialize, series, series_command
 from scaling.bridge import Pipeline
 from scaling.captions import KINDS, from_labels
 from scaling.denoisers import as_denoiser
@@ -74,6 +74,8 @@ def test_the_same_network_has_silent_codes_that_tell_nothing(of_silent):
     np.testing.assert_array_equal(found["auroc_std"][:2], 0.5)
     assert np.all(np.isnan(found["auroc_std"][2]))
     np.testing.assert_allclose(found["copy_share"], found["copied"].mean(axis=1))
+    # What it is without weights is the noise it starts from, and fresh noise makes others of it.
+    assert not np.array_equal(*found["samples"])
 
 
 def test_everything_listed_is_returned_with_the_shape_that_is_listed(of_silent, digits):
@@ -211,6 +213,14 @@ def test_longer_trainings_go_on_from_shorter_ones(tmp_path):
     assert results.steps.values.tolist() == [1, 3]
     assert bool(np.isfinite(results.error).all())
     assert not np.array_equal(results.error[0, 0, 0], results.error[0, 0, 1])
+    # The tables tell what is stored.
+    lines = series_command.duplication_lines(results)
+    (copies,) = [line.split(" | ") for line in lines if line.startswith("| 4x3 | 3 | ")]
+    shares = [float(copies[at].split()[0]) for at in (2, 4)]
+    np.testing.assert_allclose(shares, results.copied.sel(steps=3).mean("sample").values.reshape(-1), atol=5e-4)
+    (fits,) = [line.split(" | ") for line in lines if line.startswith("| 4x3 | block | held_out | ")]
+    expected = results.fit_error.sel(fitted="block", group="held_out", steps=3).item()
+    assert float(fits[3]) == pytest.approx(expected, rel=5e-3)
 
 
 @pytest.mark.slow
@@ -235,6 +245,10 @@ def test_processes_side_by_side_and_the_command_find_the_same(tmp_path):
         (["transition", "--num-samples", "10,20", "--sigma", "0"], "sigmas"),
         (["transition", "--num-samples", "10,20", "--seeds", "0"], "seeds"),
         (["transition", "--num-samples", "10,20", "--workers", "0"], "workers"),
+        (["transition", "--num-samples", "10,20", "--eta", "0,1.5"], "etas must lie in [0, 1], got 0.0, 1.5"),
+        (["transition", "--num-samples", "10,20", "--eta", "1,1"], "none twice"),
+        (["transition", "--num-samples", "10,20", "--units", "0"], "units"),
+        (["transition", "--num-samples", "10,20", "--fits", "0"], "fits"),
         (["duplication", "--steps", "20,10"], "steps must increase"),
         (["duplication", "--duplicates", "20x60,20x60"], "different"),
         (["duplication", "--duplicates", "20by60"], "20by60"),
