@@ -12,6 +12,7 @@ from absl.flags import argparse_flags
 
 from scaling import generation, jacobian_command, representation, series_command, train_command, zoo_command
 from scaling.bridge import Pipeline, load_pipeline, read_checkpoints
+from scaling.compilation import still_lapack
 from scaling.schedules import METHODS
 from sims.terminal import Bar, guarded
 
@@ -22,6 +23,7 @@ TEXT_GUIDANCE, CLASS_GUIDANCE = 7.5, 4.0
 def main() -> None:
     """Run the command line and exit: 0 done, 2 bad input, 130 interrupted."""
     logging.set_verbosity(logging.WARNING)
+    still_lapack()
     app.run(lambda args: args.run(args), flags_parser=_parse)
 
 

@@ -43,6 +43,7 @@ from absl.flags import argparse_flags
 from scaling import Model, bench_jacobian, bench_training, bench_unet, initialize, load_model, save_pretrained
 from scaling.api import understand
 from scaling.bench_unet import QUICK, SD14, check_room, has_torch
+from scaling.compilation import still_lapack
 from scaling.models.config import jax_shape
 from scaling.weights import read_header
 from sims.benchmarks import Row, apart, compare, peak_memory, row, seconds, table, write_json
@@ -79,6 +80,7 @@ class Bench:
 def main() -> None:
     """Run the command line and exit: 0 done, 2 bad input or too small a machine."""
     logging.set_verbosity(logging.WARNING)
+    still_lapack()
     app.run(_run, flags_parser=_parse)
 
 

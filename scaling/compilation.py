@@ -1,4 +1,4 @@
-"""Options of the compiler where its defaults are slow."""
+"""Options of the compiler, and of the linear algebra that it calls, where their defaults are slow."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
+# What JAX calls on CPUs: loaded here, for only what is loaded can be told.
+import scipy.linalg.cython_lapack  # noqa: F401
+import threadpoolctl
+
 from scaling.models.layers import cpu_aware
 
-__all__ = ["compiler_options"]
+__all__ = ["compiler_options", "still_lapack"]
 
 # XLA's own fusions for CPUs run a convolution on one core (jaxlib 0.10); without them it takes all.
 PARALLEL_CONVOLUTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
@@ -21,6 +25,16 @@ def compiler_options() -> dict[str, str]:
     Empty on other devices, and where the installed compiler knows no such option.
     """
     return dict(_known()) if cpu_aware() else {}
+
+
+def still_lapack() -> None:
+    """For entry points, as it is of the whole process: LAPACK on CPUs takes one thread.
+
+    OpenBLAS's other threads wait for its next call by spinning, some 40 ms, in which XLA has one core less: between
+    convolutions a factorization that takes 1 ms costs 40. In a program of your own, setting
+    ``OPENBLAS_THREAD_TIMEOUT=4`` before Python starts does the same.
+    """
+    threadpoolctl.threadpool_limits(limits=1, user_api="blas")
 
 
 @functools.cache
