@@ -17,6 +17,7 @@ FIGURES = {
     "codes": "a memorized and a generalized code, and histograms of spikiness (Fig. 4)",
     "phase_diagram": "the transition over n and sigma; --run DIR draws a finished sweep",
     "deep_series": "deep networks on more and more images beside the two-layer one; --run DIR draws a `transition`",
+    "deep_duplication": "deep networks some of whose images repeat; --run DIR draws a `duplication`",
 }
 """Name and summary; the module is ``paper_figs.fig_NAME``."""
 
@@ -32,7 +33,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("name", metavar="list|NAME|all", help="which figure; list names them")
     parser.add_argument("--quick", action="store_true", help="a small version in seconds, to try it out")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/figures"), help="folder (runs/figures)")
-    parser.add_argument("--run", metavar="DIR", help="draw this finished run (phase_diagram, deep_series)")
+    parser.add_argument(
+        "--run", metavar="DIR", help="draw this finished run (phase_diagram, deep_series, deep_duplication)"
+    )
     return parser.parse_args(argv[1:])
 
 
