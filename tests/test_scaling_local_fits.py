@@ -12,6 +12,7 @@ from pipelines import PIXEL
 from dae_theory import memorizing_minimizer
 from scaling import initialize, local_fits
 from scaling.designs import network_config, scheduler_config
+from scaling.linearization import fit_relu_dae
 from scaling.local_fits import FITTED, SCORES
 from scaling.schedules import from_config, timestep_to_sigma
 
@@ -87,6 +88,31 @@ def test_an_image_alone_is_that_image_among_others_and_blocks_are_fitted(key):
         np.testing.assert_allclose(both[name][..., :1], alone[name], rtol=1e-6, err_msg=name)
     assert np.all(both["fit_unexplained"][1] > 0)
     assert np.all((both["fit_open"] >= 0) & (both["fit_open"] <= 1))
+
+
+def test_a_block_is_fitted_from_its_input_to_its_output(key):
+    """By hand: both activations of noisy images as the network sees them."""
+    model, x = network(PIXEL, "float64"), jnp.asarray(np.random.RandomState(2).standard_normal((3, 8, 8)))
+    alpha = SCHEDULE.alpha_bar[TIMESTEP] ** 0.5
+
+    def activations(y):
+        _, taps = model.apply(model.params, alpha * y.reshape(1, 3, 8, 8), TIMESTEP, capture=TAPS)
+        return [taps[name].reshape(-1) for name in TAPS]
+
+    def by_hand(key):
+        fit_key, _ = jax.random.split(jax.random.split(jax.random.fold_in(key, 0), (2, 1))[1, 0])
+        sigma = (1 / alpha**2 - 1) ** 0.5
+        entering, leaving = (lambda y, k=k: activations(y)[k] for k in (0, 1))
+        more = {"source": entering, "num_draws": 64, "num_fresh": 64, "num_random": 0, "max_iterations": 0}
+        return fit_relu_dae(fit_key, leaving, x.reshape(-1), sigma, 4, **more)
+
+    expected = jax.jit(by_hand)(jax.random.clone(key))
+    found = fits(key, model, x[None], (4,), num_draws=64, max_iterations=0)
+    for name, value in (
+        ("fit_error", expected.error.mean),
+        ("fit_linear_unexplained", expected.linear_unexplained.mean),
+    ):
+        np.testing.assert_allclose(found[name][1, 0, 0], value, rtol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from paper_figs import __main__ as figures
+from paper_figs.artifacts import load_arrays
 from scaling import __main__ as cli
 from scaling import corpus, examination, initialize, series, series_command
 from scaling.bridge import Pipeline
@@ -17,6 +19,7 @@ from scaling.designs import network_config, scheduler_config
 from scaling.examination import Setting, examine, sampled_prompts, variables
 from scaling.jacobian import full_jacobian
 from scaling.jacobian_runs import GROUPS
+from scaling.samplers import sample
 from scaling.schedules import from_config
 from scaling.trainer import TrainSpec, read_corpus, read_spec, train
 from sims import store
@@ -74,7 +77,22 @@ def test_the_same_network_has_silent_codes_that_tell_nothing(of_silent):
     np.testing.assert_array_equal(found["auroc_std"][:2], 0.5)
     assert np.all(np.isnan(found["auroc_std"][2]))
     np.testing.assert_allclose(found["copy_share"], found["copied"].mean(axis=1))
-    # What it is without weights is the noise it starts from, and fresh noise makes others of it.
+
+
+def test_every_sampler_starts_from_the_same_noise(of_silent, silent):
+    setting, found = of_silent
+    sample_key = jax.random.split(jax.random.key(0), 3)[0]
+    for k, eta in enumerate(setting.etas):
+        drawn = sample(
+            jax.random.clone(sample_key),
+            silent.network,
+            silent.schedule,
+            setting.samples,
+            setting.sampler_steps,
+            method="ddim",
+            eta=eta,
+        )
+        np.testing.assert_allclose(found["samples"][k], np.clip(drawn.x, -1, 1), rtol=1e-6)
     assert not np.array_equal(*found["samples"])
 
 
@@ -179,9 +197,6 @@ def test_the_two_layer_networks_stand_beside_them(over_n):
 
 
 def test_its_figure_shows_its_numbers(over_n, tmp_path):
-    from paper_figs import __main__ as figures
-    from paper_figs.artifacts import load_arrays
-
     out, _ = over_n
     figures.make("deep_series", tmp_path, run=str(out))
     arrays, results = load_arrays(tmp_path / "deep_series.npz"), store.load(out)
@@ -195,6 +210,12 @@ def test_the_same_command_again_computes_nothing(over_n, monkeypatch):
     _, asked = over_n
     monkeypatch.setattr(series, "_examined", None)
     assert run("transition", *asked) == 0
+
+
+def test_a_figure_of_another_series_is_refused(over_n, tmp_path):
+    out, _ = over_n
+    with pytest.raises(ValueError, match="no finished run of `python -m scaling duplication`"):
+        figures.make("deep_duplication", tmp_path, run=str(out))
 
 
 def test_another_experiment_in_its_folder_is_refused(over_n, capsys):
@@ -221,6 +242,13 @@ def test_longer_trainings_go_on_from_shorter_ones(tmp_path):
     (fits,) = [line.split(" | ") for line in lines if line.startswith("| 4x3 | block | held_out | ")]
     expected = results.fit_error.sel(fitted="block", group="held_out", steps=3).item()
     assert float(fits[3]) == pytest.approx(expected, rel=5e-3)
+    # And so does the figure.
+    figures.make("deep_duplication", tmp_path / "figures", run=str(tmp_path))
+    arrays = load_arrays(tmp_path / "figures/deep_duplication.npz")
+    np.testing.assert_array_equal(arrays["copies"], results.copy_share.squeeze().values)
+    np.testing.assert_array_equal(arrays["kept"], results.jacobian_kept.sel(sigma=0.5).squeeze().values)
+    np.testing.assert_array_equal(arrays["fit_error"], results.fit_error.sel(fitted="denoiser").squeeze().values)
+    assert arrays["steps"].tolist() == [1, 3]
 
 
 @pytest.mark.slow
