@@ -9,6 +9,9 @@ import pytest
 
 from scaling import __main__ as cli
 from scaling import corpus, packing, train_command, zoo
+from scaling.captions import from_labels
+from scaling.copies import Copies
+from scaling.examination import sampled_prompts
 from scaling.trainer import RECORD, TrainSpec, read_corpus
 from scaling.weights import read_header
 
@@ -127,3 +130,23 @@ def test_cards_tell_whose_prompts_bring_copies_back():
         # Those of one image bring it back, those that many images share do not.
         assert by_kind["shared"][0] == 0
         assert min(count / total for kind, (count, total) in by_kind.items() if kind != "shared") > 0.8
+
+
+def test_copies_are_counted_by_the_kind_of_their_prompt(monkeypatch):
+    spec = spec_of("captioned-digits")
+    found = read_corpus(spec)
+    captions = from_labels(found)
+    asked = np.asarray(captions.kinds)[sampled_prompts(captions, packing.SAMPLES)]
+
+    def draw(key, pipeline, corpus, captions, count, num_steps, eta):
+        copied = (asked == "verbatim") if eta else (asked == "shared")
+        ones = np.ones(count)
+        return None, Copies(np.zeros(count, int), ones, ones, ones, copied)
+
+    monkeypatch.setattr(packing, "draw_samples", draw)
+    facts = packing._facts(zoo.load("captioned-digits"), spec, found)
+    totals = {kind: int(np.sum(asked == kind)) for kind in ("shared", "template", "verbatim")}
+    for name, copied in (("copies", "shared"), ("copies_with_fresh_noise", "verbatim")):
+        assert facts[name]["by_kind"] == {kind: [n * (kind == copied), n] for kind, n in totals.items()}
+        # The first image is a repeated one.
+        assert facts[name]["of_repeated"] == facts[name]["count"] == totals[copied]
