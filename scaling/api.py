@@ -86,6 +86,12 @@ class Apply:
         jax.eval_shape(functools.partial(self._trace, tap), params, *inputs, **more)
         return tap.shapes
 
+    def taps(self, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        """:meth:`shapes` of parameters of ``dtype`` and one example of the configured size."""
+        params = {name: jax.ShapeDtypeStruct(jax_shape(spec), dtype) for name, spec in self.parameters().items()}
+        inputs, more = self.inputs(dtype)
+        return self.shapes(params, *inputs, **more)
+
     def inputs(self, dtype: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Shapes of the arguments for one example of the configured size."""
         return self.module.inputs(self.config, dtype)

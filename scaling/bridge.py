@@ -19,7 +19,7 @@ import numpy as np
 
 from scaling import schedules
 from scaling.api import Apply, Model, from_config, understand
-from scaling.models.config import ParamSpec, jax_shape, to_jax
+from scaling.models.config import ParamSpec, to_jax
 from scaling.weights import FLOATS, Tensor, read_header, read_index, read_json
 
 __all__ = ["Checkpoint", "Pipeline", "load_model", "load_pipeline", "read_checkpoints"]
@@ -76,11 +76,7 @@ class Checkpoint(NamedTuple):
 
     def taps(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Every tap in order of computation, with its shape and dtype for one example of the configured size."""
-        dtype = jax.dtypes.canonicalize_dtype(self.dtypes[0])
-        specs = self.apply.parameters()
-        params = {name: jax.ShapeDtypeStruct(jax_shape(spec), dtype) for name, spec in specs.items()}
-        inputs, more = self.apply.inputs(dtype)
-        return self.apply.shapes(params, *inputs, **more)
+        return self.apply.taps(jax.dtypes.canonicalize_dtype(self.dtypes[0]))
 
 
 def load_model(

@@ -34,7 +34,7 @@ from dae_theory.spikiness import MEASURES
 from dae_theory.types import Denoiser, PRNGKey, Scalar
 from scaling.api import Model
 from scaling.samplers import Condition
-from scaling.taps import Edit, check_order
+from scaling.taps import Edit, check_order, names
 
 __all__ = [
     "Distance",
@@ -104,7 +104,7 @@ def between(
     the source.
     """
     given = (condition or Condition())._asdict()
-    check_order(model, source, target)
+    check_order(names(model), source, target)
     _, taps = model.apply(model.params, x[None], timestep, **given, capture=(source,))
     shape = taps[source].shape
 

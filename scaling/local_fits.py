@@ -24,7 +24,7 @@ from scaling.denoisers import as_denoiser
 from scaling.linearization import code_spikiness, fit_relu_dae
 from scaling.samplers import Condition
 from scaling.schedules import Schedule, timestep_to_sigma
-from scaling.taps import check_order
+from scaling.taps import check_order, names
 
 __all__ = ["FITTED", "SCORES", "local_fits"]
 
@@ -60,7 +60,7 @@ def local_fits(
     ``target`` comes after ``source``.
     """
     given = (condition or Condition())._asdict()
-    check_order(network, source, target)
+    check_order(names(network), source, target)
     shape, dtype = (1, *images.shape[1:]), images.dtype
     sigma = timestep_to_sigma(schedule, jnp.asarray(timestep, dtype))
     alpha = jax.lax.rsqrt(1 + sigma * sigma)

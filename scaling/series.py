@@ -29,13 +29,14 @@ from jaxtyping import Float
 
 from dae_theory.checks import check_integer
 from scaling import corpus as corpora
+from scaling.api import understand
 from scaling.bridge import load_pipeline
 from scaling.captions import from_labels
-from scaling.designs import network_config
 from scaling.examination import STANDARD, Setting, check, examine, variables
 from scaling.jacobian_runs import GROUPS
 from scaling.runs import checksum
-from scaling.trainer import PATHS, TrainSpec, read_corpus, train
+from scaling.taps import check_names, check_order
+from scaling.trainer import PATHS, TrainSpec, config_of, read_corpus, train
 from sims import Spec, processes, store, sweep
 from sims.files import replace_file
 
@@ -77,8 +78,9 @@ def transition(
 
     Returns over ``num_samples``, ``seed`` and ``half`` what :func:`scaling.examination.examine` does, ``gap``, 1 minus
     the error on training images over that on held-out ones, as in :mod:`sims.measures`; and over the first two
-    ``agreement`` and, as what chance gives, ``agreement_unpaired`` (:func:`agreement`). ``ValueError`` for n that do
-    not increase, data sets too small for two disjoint halves, and networks with a condition.
+    ``agreement`` and, as what chance gives, ``agreement_unpaired`` (:func:`agreement`), of samples with the first of
+    the setting's ``etas``. ``ValueError`` for n that do not increase, data sets too small for two disjoint halves, and
+    networks with a condition; before anything is trained also for what :func:`scaling.examination.check` refuses.
     """
     sizes = [check_integer("num_samples", n, minimum=1) for n in num_samples]
     if not sizes or any(b <= a for a, b in itertools.pairwise(sizes)):
@@ -250,7 +252,9 @@ def _identity(command: str, member: TrainSpec, setting: Setting, corpus: corpora
     fixed = {k: v for k, v in dataclasses.asdict(member).items() if k not in (*PATHS, *VARIED)}
     if command == "transition":
         fixed["steps"] = member.steps
-    network_config(member.arch, corpus.images.shape[1:], channels=member.channels, layers=member.layers)
+    listed = understand(config_of(member, corpus)).taps(np.float32)
+    check_names(listed, *setting.taps)
+    check_order(listed, setting.source, setting.taps[0])
     spec = {"command": command, "train": fixed, "setting": setting._asdict(), "data": checksum(corpus.images)}
     return json.loads(json.dumps(spec))
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, ArrayLike
 
-__all__ = ["Edit", "Edits", "Kind", "Tap", "check_order", "names"]
+__all__ = ["Edit", "Edits", "Kind", "Tap", "check_names", "check_order", "names"]
 
 Kind: TypeAlias = Literal["add", "scale", "replace", "project_out"]
 
@@ -76,9 +76,7 @@ class Tap:
 
     def check(self) -> None:
         """Raise ``ValueError`` if a captured or edited name was never called; it suggests the nearest names."""
-        for name in (*self.capture, *self.edits):
-            if name not in self.shapes:
-                raise ValueError(f"the model has no tap named {name!r}; {_suggestion(name, self.shapes)}")
+        check_names(self.shapes, *self.capture, *self.edits)
 
 
 def names(model: Any, *inputs: Any, **more: Any) -> dict[str, jax.ShapeDtypeStruct]:
@@ -92,12 +90,16 @@ def names(model: Any, *inputs: Any, **more: Any) -> dict[str, jax.ShapeDtypeStru
     return model.apply.shapes(model.params, *inputs, **more)
 
 
-def check_order(model: Any, source: str, target: str) -> None:
-    """``ValueError`` for names that are no taps of ``model``, and unless ``target`` is computed after ``source``."""
-    listed = names(model)
-    for name in (source, target):
+def check_names(listed: Mapping[str, object], *taps: str) -> None:
+    """``ValueError`` for a name that is not among those of a model's taps; it suggests the nearest."""
+    for name in taps:
         if name not in listed:
             raise ValueError(f"the model has no tap named {name!r}; {_suggestion(name, listed)}")
+
+
+def check_order(listed: Mapping[str, object], source: str, target: str) -> None:
+    """The same for two of them, in order of computation, and unless ``target`` comes after ``source``."""
+    check_names(listed, source, target)
     order = list(listed)
     if order.index(source) >= order.index(target):
         raise ValueError(f"the target {target!r} is computed before the source {source!r}; swap them.")

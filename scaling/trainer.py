@@ -49,7 +49,7 @@ from scaling.weights import read_json
 from sims import store
 from sims.files import write_text
 
-__all__ = ["TrainSpec", "read_corpus", "read_spec", "train"]
+__all__ = ["TrainSpec", "config_of", "read_corpus", "read_spec", "train"]
 
 RECORD, CHECKPOINT = "training.json", "checkpoint.safetensors"
 PATHS = ("dataset", "captions", "tokenizer")
@@ -225,6 +225,20 @@ def read_corpus(spec: TrainSpec) -> Corpus:
     )
 
 
+def config_of(spec: TrainSpec, corpus: Corpus) -> dict[str, Any]:
+    """The config.json of the network that ``spec`` trains; ``ValueError`` for what the images do not fit."""
+    return network_config(
+        spec.arch,
+        corpus.images.shape[1:],
+        channels=spec.channels,
+        layers=spec.layers,
+        heads=spec.heads,
+        patch_size=spec.patch_size,
+        context=spec.text_channels,
+        num_classes=int(max(corpus.labels.max(), 0)) + 1,
+    )
+
+
 def _own_folder(out: Path) -> bool:
     """Whether ``out`` has a run; an empty one has none. ``ValueError`` if it has something else."""
     if (out / RECORD).exists():
@@ -244,17 +258,7 @@ def _prepare(spec: TrainSpec) -> Prepared:
             prediction=spec.prediction, timesteps=spec.timesteps, beta_schedule=spec.beta_schedule, text=text
         )
     )
-    classes = int(max(corpus.labels.max(), 0)) + 1
-    config = network_config(
-        spec.arch,
-        corpus.images.shape[1:],
-        channels=spec.channels,
-        layers=spec.layers,
-        heads=spec.heads,
-        patch_size=spec.patch_size,
-        context=spec.text_channels,
-        num_classes=classes,
-    )
+    config = config_of(spec, corpus)
     key = jax.random.fold_in(jax.random.key(spec.seed), 0)
     models = {"network": _initial(jax.random.fold_in(key, 0), config)}
     if text:
@@ -280,7 +284,7 @@ def _prepare(spec: TrainSpec) -> Prepared:
         models["text_encoder"] = _initial(jax.random.fold_in(key, 1), config)
     elif spec.arch == "dit":
         condition = jnp.asarray(np.maximum(corpus.labels, 0).astype(np.int32))
-        null = jnp.asarray(np.int32(classes))
+        null = jnp.asarray(np.int32(config["num_embeds_ada_norm"]))
     rows = jnp.asarray(corpora.training_rows(corpus))
     examples = Examples(jnp.asarray(corpus.images), rows, condition, null)
     return Prepared(corpus, captions, tokenizer, files, schedule, models, examples)
