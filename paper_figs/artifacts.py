@@ -18,7 +18,7 @@ import numpy as np
 from sims.files import replace_file, write_text
 from sims.provenance import environment
 
-__all__ = ["STYLE", "Arrays", "load_arrays", "save"]
+__all__ = ["STYLE", "Arrays", "load_arrays", "over_seeds", "save"]
 
 Arrays = Mapping[str, np.ndarray]
 """The numbers of a figure, by name."""
@@ -50,3 +50,10 @@ def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
     """The numbers of a saved figure, to draw it again or differently; never unpickles."""
     with np.load(path, allow_pickle=False) as file:
         return dict(file)
+
+
+def over_seeds(curves: Arrays) -> dict[str, np.ndarray]:
+    """Of arrays (points, seeds, ...) means over seeds and, where there are several, as ``NAME_se`` their errors."""
+    arrays = {name: values.mean(axis=1) for name, values in curves.items()}
+    spread = {f"{k}_se": v.std(axis=1, ddof=1) / v.shape[1] ** 0.5 for k, v in curves.items() if v.shape[1] > 1}
+    return arrays | spread

@@ -14,7 +14,7 @@ import matplotlib.figure
 import numpy as np
 from matplotlib import pyplot as plt
 
-from paper_figs.artifacts import Arrays
+from paper_figs.artifacts import Arrays, over_seeds
 from scaling import zoo
 from scaling.corpus import load
 from scaling.examination import Setting, examine
@@ -70,11 +70,7 @@ def _reduced(steps: np.ndarray, setting: Setting, found: dict[str, np.ndarray]) 
     }
     arrays = {"steps": steps, "etas": np.asarray(setting.etas), "units": np.asarray(setting.units[0])}
     arrays["sigma"] = np.asarray(setting.sigmas[0])
-    for name, values in curves.items():
-        arrays[name] = values.mean(axis=1)
-        if values.shape[1] > 1:
-            arrays[f"{name}_se"] = values.std(axis=1, ddof=1) / np.sqrt(values.shape[1])
-    return arrays
+    return arrays | over_seeds(curves)
 
 
 def draw(arrays: Arrays) -> matplotlib.figure.Figure:

@@ -15,7 +15,7 @@ import numpy as np
 import xarray as xr
 from matplotlib import pyplot as plt
 
-from paper_figs.artifacts import Arrays
+from paper_figs.artifacts import Arrays, over_seeds
 from scaling import zoo
 from scaling.corpus import load
 from scaling.examination import Setting, examine
@@ -94,11 +94,7 @@ def _reduced(
     if "agreement" in found:
         curves |= {"agreement": found["agreement"], "chance": found["agreement_unpaired"]}
     arrays = {"num_samples": sizes, "sigma": np.asarray(sigmas[level])}
-    for name, values in curves.items():
-        arrays[name] = values.mean(axis=1)
-        if values.shape[1] > 1:
-            arrays[f"{name}_se"] = values.std(axis=1, ddof=1) / np.sqrt(values.shape[1])
-    return arrays
+    return arrays | over_seeds(curves)
 
 
 def draw(arrays: Arrays) -> matplotlib.figure.Figure:

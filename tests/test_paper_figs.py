@@ -77,3 +77,11 @@ def test_a_series_that_is_none_is_refused(tmp_path, capsys):
     sims.sweep(spec, ("train_error",), out=tmp_path / "run")
     assert run("deep_series", "--run", tmp_path / "run", "--out", tmp_path) == 2
     assert "no finished run of `python -m scaling transition`" in capsys.readouterr().err
+
+
+def test_standard_errors_are_over_seeds():
+    values = np.arange(12.0).reshape(2, 3, 2) ** 2
+    found = artifacts.over_seeds({"a": values, "b": values[:, :1]})
+    assert found.keys() == {"a", "a_se", "b"}
+    np.testing.assert_allclose(found["a"][1, 0], np.mean([36, 64, 100]))
+    np.testing.assert_allclose(found["a_se"][1, 0] ** 2, np.var([36, 64, 100]) / 2)
