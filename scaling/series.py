@@ -32,6 +32,7 @@ from scaling import corpus as corpora
 from scaling.api import understand
 from scaling.bridge import load_pipeline
 from scaling.captions import from_labels
+from scaling.compilation import still_lapack
 from scaling.examination import STANDARD, Setting, check, examine, variables
 from scaling.jacobian_runs import GROUPS
 from scaling.runs import checksum
@@ -311,7 +312,7 @@ def _computed(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, dict[str
             yield number, *_timed(function, *args)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, processes.share_cores, (workers,)) as pool:
+    with ProcessPoolExecutor(workers, context, _begin, (workers,)) as pool:
         running = {pool.submit(_timed, function, *args): number for number, (function, args, _) in enumerate(jobs)}
         try:
             for future in as_completed(running):
@@ -319,6 +320,12 @@ def _computed(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, dict[str
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _begin(workers: int) -> None:
+    """In a process that is one of so many: a program of its own."""
+    processes.share_cores(workers)
+    still_lapack()
 
 
 def _timed(function: Callable[..., dict[str, np.ndarray]], *args: Any) -> tuple[dict[str, np.ndarray], float]:
