@@ -43,6 +43,22 @@ def test_the_command_writes_every_field(tmp_path):
     assert memory["rival_temporary_bytes"] >= memory["matrix_bytes"]
 
 
+@pytest.mark.slow
+def test_rows_of_small_networks_run_without_the_rival(tmp_path):
+    done = command("--quick", "--repeats", "1", "--json", str(tmp_path / "rows.json"), "--only", *sorted(bench.SMALL))
+    assert done.returncode == 0, done.stderr
+    rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert rows.keys() == bench.SMALL
+    for row in rows.values():
+        assert row["ours_s"] > 0
+    for name in ("jacobian_900", "jacobian_unet"):
+        notes = rows[name]["notes"]
+        # Some singular value lies within the bound of each that was found, and the largest ones stand apart enough.
+        assert 0 < notes["top_error"] <= notes["top_bound"]
+        assert notes["time_over_limit"] > 0
+    assert rows["jacobian_unet"]["notes"]["top_error"] < 1e-3
+
+
 def test_loading_does_no_less_than_its_rival(tmp_path):
     model = network(bench.QUICK)
     path = save_pretrained(model, tmp_path) / "diffusion_pytorch_model.safetensors"
