@@ -88,9 +88,12 @@ class Apply:
 
     def taps(self, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
         """:meth:`shapes` of parameters of ``dtype`` and one example of the configured size."""
-        params = {name: jax.ShapeDtypeStruct(jax_shape(spec), dtype) for name, spec in self.parameters().items()}
         inputs, more = self.inputs(dtype)
-        return self.shapes(params, *inputs, **more)
+        return self.shapes(self.parameter_shapes(dtype), *inputs, **more)
+
+    def parameter_shapes(self, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        """Every parameter by name as JAX has it, of ``dtype``, without values."""
+        return {name: jax.ShapeDtypeStruct(jax_shape(spec), dtype) for name, spec in self.parameters().items()}
 
     def inputs(self, dtype: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Shapes of the arguments for one example of the configured size."""

@@ -44,7 +44,6 @@ from scaling import Model, bench_jacobian, bench_training, bench_unet, initializ
 from scaling.api import understand
 from scaling.bench_unet import QUICK, SD14, check_room, has_torch
 from scaling.compilation import still_lapack
-from scaling.models.config import jax_shape
 from scaling.weights import read_header
 from sims.benchmarks import Row, apart, compare, peak_memory, row, seconds, table, write_json
 
@@ -260,7 +259,7 @@ def _difference(ours: Any, theirs: np.ndarray) -> float:
 def _compile_seconds(config: dict[str, Any]) -> tuple[float, float]:
     jax.config.update("jax_enable_compilation_cache", False)
     apply = understand(config)
-    params = {name: jax.ShapeDtypeStruct(jax_shape(spec), np.float32) for name, spec in apply.parameters().items()}
+    params = apply.parameter_shapes(np.float32)
     inputs, more = apply.inputs(np.float32)
     start = time.perf_counter()
     lowered = jax.jit(apply).lower(params, *inputs, **more)
@@ -384,7 +383,7 @@ def _torch_unet(folder: str, y: np.ndarray, timestep: float, sigma: float) -> be
         return y - sigma * module(alpha * y.reshape(1, *shape), torch.tensor(timestep)).sample.reshape(-1)
 
     shape = y.shape
-    kernel = module.get_submodule("up_blocks.1.resnets.0.conv2").weight
+    kernel = module.get_submodule(bench_jacobian.CONVOLUTION).weight
     return _torch_derivatives(denoise, torch.from_numpy(y.reshape(-1)), kernel, shape[-1])
 
 

@@ -32,11 +32,24 @@ from scaling.jacobian import CHUNK, full_jacobian, top_singular
 from scaling.schedules import sigma_to_timestep
 from sims.benchmarks import Row, compare, seconds, temporaries
 
-__all__ = ["SIGMA", "Rival", "Sizes", "Twin", "UNetRival", "denoise", "draw_weights", "jacobian_900", "jacobian_unet"]
+__all__ = [
+    "CONVOLUTION",
+    "Rival",
+    "Sizes",
+    "Twin",
+    "UNetRival",
+    "denoise",
+    "draw_weights",
+    "jacobian_900",
+    "jacobian_unet",
+]
 
 RANK = 16
 MODEL, SIGMA = "digits", 0.25
 """Of the zoo, and the noise level that it is looked at."""
+
+CONVOLUTION = "up_blocks.1.resnets.0.conv2"
+"""Of that network, whose rate is the machine's."""
 
 
 class Sizes(NamedTuple):
@@ -121,7 +134,7 @@ def jacobian_unet(rival: UNetRival, repeats: int, quick: bool) -> Row:
 
     timestep = float(sigma_to_timestep(pipeline.schedule, jnp.float32(SIGMA)))
     twin = rival(str(zoo.folder(MODEL)), y, timestep, SIGMA)
-    kernel = network.params["up_blocks.1.resnets.0.conv2.weight"]
+    kernel = network.params[f"{CONVOLUTION}.weight"]
     case = _Case(denoiser, network.params, y.reshape(-1), SIGMA, kernel, image.shape[1])
     return _measured("jacobian_unet", case, twin, repeats)
 

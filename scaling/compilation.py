@@ -6,9 +6,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-
-# What JAX calls on CPUs: loaded here, for only what is loaded can be told.
-import scipy.linalg.cython_lapack  # noqa: F401
 import threadpoolctl
 
 from scaling.models.layers import cpu_aware
@@ -34,6 +31,9 @@ def still_lapack() -> None:
     convolutions a factorization that takes 1 ms costs 40. In a program of your own, setting
     ``OPENBLAS_THREAD_TIMEOUT=4`` before Python starts does the same.
     """
+    # What JAX calls on CPUs; only what is loaded can be told.
+    import scipy.linalg.cython_lapack  # noqa: F401
+
     threadpoolctl.threadpool_limits(limits=1, user_api="blas")
 
 

@@ -143,6 +143,7 @@ def examine(
     """
     check(setting, pipeline.schedule.num_train_timesteps, len(corpus.held_out))
     sample_key, noise_key, code_key = jax.random.split(key, 3)
+    # Beside the split: one part more would change the draws of the others.
     fit_key = jax.random.fold_in(key, 3)
     network, schedule = pipeline.network, pipeline.schedule
     repeated = np.isin(corpus.rows, membership(corpus)["duplicated"])

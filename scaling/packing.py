@@ -92,14 +92,16 @@ def _difference(exact: Pipeline, rounded: Pipeline, corpus: Corpus) -> float:
 
 def _facts(pipeline: Pipeline, spec: TrainSpec, corpus: Corpus) -> dict[str, Any]:
     captions = from_labels(corpus) if pipeline.text_encoders else None
+    asked = {}
+    if captions is not None:
+        kinds = np.asarray(captions.kinds)[sampled_prompts(captions, SAMPLES)]
+        asked = {str(kind): kinds == kind for kind in np.unique(kinds)}
     shares = {}
     for name, eta in ETAS.items():
         _, copies = draw_samples(jax.random.key(1), pipeline, corpus, captions, SAMPLES, SAMPLER_STEPS, eta)
         of_repeated = int(np.sum(corpus.counts[copies.nearest[copies.is_copy]] > 1))
         shares[name] = {**copy_share(copies)._asdict(), "of_repeated": of_repeated}
-        if captions is not None:
-            of_kind = np.asarray(captions.kinds)[sampled_prompts(captions, SAMPLES)]
-            asked = {str(kind): of_kind == kind for kind in np.unique(of_kind)}
+        if asked:
             shares[name]["by_kind"] = {k: [int(copies.is_copy[at].sum()), int(at.sum())] for k, at in asked.items()}
     models = (pipeline.network, *pipeline.text_encoders)
     return {

@@ -9,7 +9,7 @@ import pytest
 from networks import network
 from pipelines import PIXEL
 
-from dae_theory import memorizing_minimizer
+from dae_theory import exact_risk, memorizing_minimizer
 from scaling import initialize, local_fits
 from scaling.designs import network_config, scheduler_config
 from scaling.linearization import fit_relu_dae
@@ -72,8 +72,9 @@ def test_where_an_image_is_memorized_one_unit_does(silent, key, monkeypatch):
     for at in (0, 1):
         # Its risk relative to ‖x‖²; 64 dimensions fitted to 512 draws cost about 64/512 more.
         assert found["fit_error"][0, at, 0] == pytest.approx(sigma**2 / (size + sigma**2), rel=0.3)
-    # One code, and its scale: q = N/(N + σ²) is the squared norm of the unit.
+    # That is the exact risk of the corollary's unit, whose squared norm is q = N/(N + σ²).
     unit = memorizing_minimizer(x[None], sigma, 0.0, 1)
+    assert found["fit_error"][0, 0, 0] == pytest.approx(float(exact_risk(unit, x[None], sigma)) / size, rel=0.3)
     q = float(jnp.sum(jnp.square(unit.w1)))
     assert q == pytest.approx(size / (size + sigma**2))
     assert found["fit_l4_over_l2"][0, 0, 0] == pytest.approx(1)
