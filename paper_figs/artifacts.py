@@ -15,8 +15,8 @@ import matplotlib as mpl
 import matplotlib.figure
 import numpy as np
 
-from sims.files import replace_file, write_text
-from sims.provenance import environment
+from sims.store.files import replace_file, write_text
+from sims.store.provenance import environment
 
 __all__ = ["STYLE", "Arrays", "load_arrays", "over_seeds", "save"]
 

@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 from dae_theory import merge_parallel_columns
 from paper_figs.artifacts import Arrays
 from paper_figs.networks import train
-from sims.spec import Spec
+from sims.sweeps.spec import Spec
 
 __all__ = ["QUICK", "SPEC", "compute", "draw"]
 

@@ -16,10 +16,10 @@ from matplotlib import pyplot as plt
 
 from paper_figs.artifacts import Arrays, over_seeds
 from scaling import zoo
-from scaling.corpus import load
-from scaling.examination import Setting, examine
-from scaling.jacobian_runs import GROUPS
-from scaling.local_fits import FITTED
+from scaling.measures.local_fits import FITTED
+from scaling.study.examination import Setting, examine
+from scaling.study.jacobians import GROUPS
+from scaling.training.corpus import load
 from sims import store
 
 __all__ = ["QUICK", "SPEC", "arrays_of_folder", "compute", "draw"]

@@ -17,11 +17,11 @@ from matplotlib import pyplot as plt
 
 from paper_figs.artifacts import Arrays, over_seeds
 from scaling import zoo
-from scaling.corpus import load
-from scaling.examination import Setting, examine
-from scaling.jacobian_runs import GROUPS
+from scaling.study.examination import Setting, examine
+from scaling.study.jacobians import GROUPS
+from scaling.training.corpus import load
 from sims import Spec, store, sweep
-from sims.measures import MEASURES
+from sims.sweeps.measures import MEASURES
 
 __all__ = ["QUICK", "SPEC", "arrays_of_folder", "compute", "draw"]
 

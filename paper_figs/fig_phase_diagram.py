@@ -13,10 +13,10 @@ import xarray as xr
 from matplotlib import pyplot as plt
 
 from paper_figs.artifacts import Arrays
-from sims.engine import sweep
 from sims.presets import DEMO
-from sims.spec import Spec
-from sims.transitions import transition
+from sims.study.transitions import transition
+from sims.sweeps.engine import sweep
+from sims.sweeps.spec import Spec
 
 __all__ = ["QUICK", "SPEC", "arrays_of_run", "compute", "draw"]
 

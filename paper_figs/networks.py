@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 from dae_theory import ReluDae
-from sims.programs import fit_cell, segments_of, single_unit, unit_program
-from sims.spec import Spec
-from sims.worlds import make_world
+from sims.sweeps.programs import fit_cell, segments_of, single_unit, unit_program
+from sims.sweeps.spec import Spec
+from sims.sweeps.worlds import make_world
 
 __all__ = ["Trained", "image_shape", "train"]
 

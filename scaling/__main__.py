@@ -10,10 +10,15 @@ from typing import Any, get_args
 from absl import app, logging
 from absl.flags import argparse_flags
 
-from scaling import generation, jacobian_command, representation, series_command, train_command, zoo_command
-from scaling.bridge import Pipeline, load_pipeline, read_checkpoints
-from scaling.compilation import still_lapack
-from scaling.schedules import METHODS
+from scaling.backend import still_lapack
+from scaling.bridge.loading import Pipeline, load_pipeline, read_checkpoints
+from scaling.commands import jacobian as jacobian_command
+from scaling.commands import series as series_command
+from scaling.commands import train as train_command
+from scaling.commands import zoo as zoo_command
+from scaling.diffusion.schedules import METHODS
+from scaling.measures import codes as representation
+from scaling.study import generation
 from sims.terminal import Bar, guarded
 
 TEXT_GUIDANCE, CLASS_GUIDANCE = 7.5, 4.0

@@ -4,7 +4,7 @@
 sims`` does the same from the command line and resumes what was cut.
 """
 
-from sims.engine import sweep as sweep
-from sims.spec import Spec as Spec
-from sims.store import load as load
-from sims.transitions import transition as transition
+from sims.store.run import load as load
+from sims.study.transitions import transition as transition
+from sims.sweeps.engine import sweep as sweep
+from sims.sweeps.spec import Spec as Spec

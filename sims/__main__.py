@@ -12,8 +12,8 @@ from absl import app, logging
 from absl.flags import argparse_flags
 
 from sims import flags
-from sims.files import write_text
 from sims.presets import CERTIFY, DEMO
+from sims.store.files import write_text
 from sims.terminal import Bar, Log, guarded
 
 
@@ -76,7 +76,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _sweep(args: argparse.Namespace) -> None:
-    from sims import cluster, engine, plan, processes, shards
+    from sims.sweeps import cluster, engine, plan, processes, shards
 
     spec = flags.spec_from_flags(args, **args.preset)
     _set_precision(spec.dtype)
@@ -122,7 +122,7 @@ def _sweep(args: argparse.Namespace) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
-    from sims import shards
+    from sims.sweeps import shards
 
     with Bar(args.quiet, "units") as bar:
         done, total = shards.merge(args.out, on_unit=bar.move)
@@ -135,7 +135,8 @@ def _merge(args: argparse.Namespace) -> None:
 
 
 def _summarize(out: pathlib.Path, quiet: bool) -> None:
-    from sims import report, store
+    from sims import store
+    from sims.study import report
 
     record = store.read_spec(out)
     text = report.summary(store.load(out), record["spec"], _facts(record), record["sessions"])
@@ -146,7 +147,7 @@ def _summarize(out: pathlib.Path, quiet: bool) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from sims import single
+    from sims.sweeps import single
 
     spec = flags.spec_from_flags(args)
     _set_precision(spec.dtype)
@@ -161,7 +162,8 @@ def _train(args: argparse.Namespace) -> None:
 def _transitions(args: argparse.Namespace) -> None:
     import json
 
-    from sims import report, store
+    from sims import store
+    from sims.study import report
 
     rows = report.transition_table(store.load(args.run_dir), measure=args.measure, level=args.level, along=args.along)
     print("\t".join(rows[0]))
@@ -176,7 +178,7 @@ def _certify(args: argparse.Namespace) -> None:
 
     spec = flags.spec_from_flags(args, **CERTIFY)
     _set_precision("float64")
-    from sims import certification
+    from sims.study import certification
 
     found = certification.certification(spec, max_size=args.max_size)
     text = certification.as_text(found)
@@ -188,7 +190,8 @@ def _certify(args: argparse.Namespace) -> None:
 
 
 def _show(args: argparse.Namespace) -> None:
-    from sims import report, store
+    from sims import store
+    from sims.study import report
 
     record = store.read_spec(args.run_dir)
     print(report.summary(store.load(args.run_dir), record["spec"], _facts(record), record["sessions"]))

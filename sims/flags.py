@@ -1,4 +1,4 @@
-"""Command-line flags of an experiment, and a :class:`sims.spec.Spec` from them.
+"""Command-line flags of an experiment, and a :class:`sims.sweeps.spec.Spec` from them.
 
 Axes take one value, a list (``2,4,8``) or a range (``geom:0.05:2:12``, ``lin:0:1:5``: start, stop, number of points,
 both ends included). A TOML or JSON file (``--spec FILE``) may give any field; flags win over it.
@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from sims.measures import DEFAULT, MEASURES
-from sims.shards import parse_shard
-from sims.spec import OPTIMIZERS, SCHEDULES, Spec
+from sims.sweeps.measures import DEFAULT, MEASURES
+from sims.sweeps.shards import parse_shard
+from sims.sweeps.spec import OPTIMIZERS, SCHEDULES, Spec
 
 __all__ = [
     "add_data_flags",
@@ -110,7 +110,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_spec_flags(parser: argparse.ArgumentParser) -> None:
-    """Add one flag for each field of :class:`sims.spec.Spec`; a flag left out keeps the spec file's value or the
+    """Add one flag for each field of :class:`sims.sweeps.spec.Spec`; a flag left out keeps the spec file's value or the
     default."""
     add_data_flags(parser)
     add = parser.add_argument_group("training and evaluation").add_argument

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from scaling import Edit, load_model
-from scaling.bench import COMPILATION, DETECTOR_TAP
-from sims.benchmarks import peak_memory
+from scaling.bench.__main__ import COMPILATION, DETECTOR_TAP
+from sims.bench.timing import peak_memory
 
 
 def main(folder, inputs, results):

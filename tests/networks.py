@@ -11,8 +11,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent / "golden"))
 from cases import parameter
 
-from scaling.api import Model, from_config, understand
 from scaling.models.config import to_jax
+from scaling.models.model import Model, from_config, understand
 
 
 def network(config, dtype="float32") -> Model:

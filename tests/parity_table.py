@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from torch_side import difference, hook_outputs
 
-from scaling.taps import Tap
+from scaling.models.taps import Tap
 
 ARCHITECTURES = {
     "unet2d": "UNet2DModel",

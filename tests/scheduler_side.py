@@ -7,7 +7,7 @@ import zlib
 import jax.numpy as jnp
 import numpy as np
 
-from scaling import api
+from scaling.models import model as api
 from scaling.models.config import to_jax
 
 CLASSES = {

@@ -10,7 +10,7 @@ from PIL import Image
 import sims
 from paper_figs import __main__ as cli
 from paper_figs import artifacts, fig_phase_diagram
-from sims.spec import Spec
+from sims.sweeps.spec import Spec
 
 
 def run(*argv):

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from networks import network
 
-from scaling import bench, bench_unet, save_pretrained
+from scaling import save_pretrained
+from scaling.bench import __main__ as bench
+from scaling.bench import unet as bench_unet
+from scaling.bridge.weights import read_header
 from scaling.models.layers import QUERY_CHUNK
-from scaling.weights import read_header
 
 FIELDS = ["name", "ours_s", "rival_s", "ratio_median", "ratio_min", "ratio_max", "notes"]
 

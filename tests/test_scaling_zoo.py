@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 
 from scaling import __main__ as cli
-from scaling import corpus, packing, train_command, zoo
-from scaling.captions import from_labels
-from scaling.copies import Copies
-from scaling.examination import sampled_prompts
-from scaling.trainer import RECORD, TrainSpec, read_corpus
-from scaling.weights import read_header
+from scaling import zoo
+from scaling.bridge.weights import read_header
+from scaling.commands import train as train_command
+from scaling.measures.copies import Copies
+from scaling.study.examination import sampled_prompts
+from scaling.training import corpus
+from scaling.training.captions import from_labels
+from scaling.training.run import RECORD, TrainSpec, read_corpus
+from scaling.zoo import packing
 
 DETECTED = ("digits", "captioned-digits", "fashion-dit")
 """Models that detectors are scored on."""

@@ -8,8 +8,8 @@ import pytest
 
 from dae_theory import memorizing_minimizer
 from dae_theory.risk import monte_carlo_estimate
-from sims import bench
-from sims.benchmarks import Row, per_unit
+from sims.bench import __main__ as bench
+from sims.bench.timing import Row, per_unit
 
 FIELDS = ["name", "ours_s", "rival_s", "ratio_median", "ratio_min", "ratio_max", "notes"]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sims import flags
-from sims.spec import Spec
+from sims.sweeps.spec import Spec
 
 
 def parse(*argv):

@@ -11,7 +11,7 @@ from dae_theory.energies import memorizing_energy
 from dae_theory.model import live_columns
 from dae_theory.risk import monte_carlo_estimate
 from dae_theory.symmetry import group_sums
-from sims.train import Recipe, advance, start
+from sims.sweeps.train import Recipe, advance, start
 
 # A simplex in R³, where Corollary 3.2 applies: ‖x‖² = 6.75, cosines −1/3.
 DATA = jnp.array([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]) * 1.5

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent / "golden"))
 from cases import parameter
 
 from scaling.models.config import to_jax
-from scaling.taps import Edit, Tap
+from scaling.models.taps import Edit, Tap
 
 # Several test processes share the cores.
 torch.set_num_threads(1)

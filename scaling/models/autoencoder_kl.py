@@ -29,7 +29,7 @@ from scaling.models.blocks_resnet import (
 )
 from scaling.models.config import MAX_LAYERS, Fields
 from scaling.models.layers import Params, Specs, activation, conv, conv_specs, group_norm, norm_specs, to_nchw, to_nhwc
-from scaling.taps import Tap
+from scaling.models.taps import Tap
 
 __all__ = [
     "AutoencoderOutput",

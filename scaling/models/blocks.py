@@ -24,7 +24,7 @@ from scaling.models.blocks_resnet import (
 from scaling.models.blocks_transformer import image_transformer, image_transformer_specs
 from scaling.models.config import Fields
 from scaling.models.layers import ACTIVATIONS, Params, Specs, conv, conv_specs, group_norm, norm_specs
-from scaling.taps import Tap
+from scaling.models.taps import Tap
 
 __all__ = [
     "Attention",

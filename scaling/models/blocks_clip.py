@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from scaling.models.config import MAX_LAYERS, Fields
 from scaling.models.layers import Params, Specs, activation, attention, layer_norm, linear, linear_specs, norm_specs
-from scaling.taps import Tap
+from scaling.models.taps import Tap
 
 __all__ = ["ClipStyle", "clip_encoder", "clip_encoder_specs", "clip_key", "clip_style"]
 

@@ -20,7 +20,7 @@ from scaling.models.layers import (
     linear_specs,
     norm_specs,
 )
-from scaling.taps import Tap
+from scaling.models.taps import Tap
 
 __all__ = [
     "ResnetStyle",

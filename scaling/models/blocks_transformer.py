@@ -18,7 +18,7 @@ from scaling.models.layers import (
     linear_specs,
     norm_specs,
 )
-from scaling.taps import Tap
+from scaling.models.taps import Tap
 
 __all__ = ["cross_attention", "cross_attention_specs", "image_transformer", "image_transformer_specs"]
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from scaling.models import clip_text, clip_vision
 from scaling.models.config import Fields, ParamSpec
 from scaling.models.layers import Params, Specs, widened
-from scaling.taps import Tap
+from scaling.models.taps import Tap
 
 __all__ = [
     "ClipOutput",

@@ -24,7 +24,7 @@ from dae_theory.checks import is_concrete
 from scaling.models.blocks_clip import ClipStyle, clip_encoder, clip_encoder_specs, clip_key, clip_style
 from scaling.models.config import Fields
 from scaling.models.layers import Params, Specs, embedding_specs, layer_norm, linear, linear_specs, norm_specs
-from scaling.taps import Tap
+from scaling.models.taps import Tap
 
 __all__ = ["Config", "TextOutput", "apply", "inputs", "parameters", "parse", "pooled_position", "rename"]
 

@@ -32,7 +32,7 @@ from scaling.models.layers import (
     norm_specs,
     to_nhwc,
 )
-from scaling.taps import Tap
+from scaling.models.taps import Tap
 
 __all__ = ["IMAGE_MEAN", "IMAGE_STD", "Config", "VisionOutput", "apply", "inputs", "parameters", "parse", "rename"]
 

@@ -19,7 +19,7 @@ from scaling.models.layers import (
     timestep_embedding,
     timestep_embedding_specs,
 )
-from scaling.taps import Tap
+from scaling.models.taps import Tap
 
 __all__ = ["LabelKind", "batch_of_times", "check_image", "embed_labels", "label_inputs", "label_kind", "label_specs"]
 

@@ -45,7 +45,7 @@ from scaling.models.layers import (
     to_nhwc,
     widened,
 )
-from scaling.taps import Tap
+from scaling.models.taps import Tap
 
 __all__ = ["Config", "apply", "inputs", "parameters", "parse", "position_embedding", "split_variance"]
 

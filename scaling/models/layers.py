@@ -22,7 +22,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from scaling.models.config import ParamSpec
-from scaling.taps import Tap
+from scaling.models.taps import Tap
 
 __all__ = [
     "ACTIVATIONS",

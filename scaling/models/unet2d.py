@@ -43,7 +43,7 @@ from scaling.models.layers import (
     to_nchw,
     to_nhwc,
 )
-from scaling.taps import Tap
+from scaling.models.taps import Tap
 
 __all__ = ["Config", "apply", "inputs", "parameters", "parse", "rename"]
 

@@ -11,8 +11,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from scaling.bridge import Pipeline, load_pipeline
-from scaling.weights import read_json
+from scaling.bridge.loading import Pipeline, load_pipeline
+from scaling.bridge.weights import read_json
 
 __all__ = ["RECIPES", "folder", "load", "membership", "names", "prompts", "recipe"]
 

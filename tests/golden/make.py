@@ -16,7 +16,7 @@ import transformers
 from cases import CASES, parameter
 from safetensors.numpy import save
 
-from scaling.api import understand
+from scaling.models.model import understand
 
 ARGUMENTS = {
     "x": "sample",

@@ -1,0 +1,86 @@
+"""Models and pipelines back as folders that PyTorch's diffusers and transformers open."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from scaling.bridge.loading import Pipeline
+from scaling.bridge.weights import write_tensors
+from scaling.models.config import jax_shape, to_torch
+from scaling.models.model import Model
+from sims.store.files import write_text
+
+__all__ = ["save_pipeline", "save_pretrained"]
+
+PIPELINES = {"unet2d": "DDIMPipeline", "unet2d_condition": "StableDiffusionPipeline", "dit": "DiTPipeline"}
+"""The class of diffusers that a network is the heart of."""
+
+
+def save_pretrained(model: Model, folder: str | Path) -> Path:
+    """Write config.json and the parameters as one safetensors file into ``folder``, made if need be; returns it.
+
+    ``from_pretrained(folder)`` of the class that config.json names then gives equal outputs, and so does
+    ``load_model(folder)``. Raises ``ValueError`` if the parameters are not those of the configuration.
+    """
+    specs = model.apply.parameters()
+    shapes = {name: param.shape for name, param in model.params.items()}
+    wanted = {name: jax_shape(spec) for name, spec in specs.items()}
+    if shapes != wanted:
+        wrong = sorted(name for name in shapes | wanted if shapes.get(name) != wanted.get(name))
+        raise ValueError(f"the parameters do not fit the configuration: {', '.join(wrong[:5])}.")
+    config = json.loads(model.source)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = "diffusion_pytorch_model" if "_class_name" in config else "model"
+    write_tensors(
+        folder / f"{stem}.safetensors",
+        {name: (model.params[name].dtype, spec.shape) for name, spec in specs.items()},
+        (to_torch(spec.kind, np.asarray(model.params[name])) for name, spec in specs.items()),
+    )
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return folder
+
+
+def save_pipeline(pipeline: Pipeline, folder: str | Path) -> Path:
+    """Write model_index.json, the scheduler and each network into ``folder``; returns it.
+
+    ``load_pipeline(folder)`` gives the pipeline again, and so does ``from_pretrained(folder)`` of the class of
+    diffusers that is written down, with ``vae=None`` where that class has an autoencoder and the pipeline none: it then
+    gives its samples as latents. Tokenizers must be in ``folder`` already, under ``tokenizer`` and
+    ``tokenizer_2``: their files are not written. Raises ``ValueError`` if they are not, and as
+    :func:`save_pretrained`.
+    """
+    folder, config = Path(folder), json.loads(pipeline.network.source)
+    architecture = pipeline.network.apply.architecture
+    networks = {"transformer" if architecture == "dit" else "unet": pipeline.network}
+    if pipeline.vae is not None:
+        networks["vae"] = pipeline.vae
+    index: dict[str, list[str | None]] = {
+        name: ["diffusers", json.loads(m.source)["_class_name"]] for name, m in networks.items()
+    }
+    for i, encoder in enumerate(pipeline.text_encoders, 1):
+        name = "text_encoder" if i == 1 else f"text_encoder_{i}"
+        tokenizer = name.replace("text_encoder", "tokenizer")
+        if not (folder / tokenizer / "vocab.json").is_file() and not (folder / tokenizer / "tokenizer.json").is_file():
+            raise ValueError(f"{folder / tokenizer}: save the tokenizer of {name} there first.")
+        networks[name] = encoder
+        index[name] = ["transformers", json.loads(encoder.source)["architectures"][0]]
+        index[tokenizer] = ["transformers", "CLIPTokenizer"]
+    schedule = pipeline.schedule.config
+    index["scheduler"] = ["diffusers", schedule["_class_name"]]
+    if architecture != "unet2d":
+        index.setdefault("vae", [None, None])
+    if architecture == "unet2d_condition":
+        index |= {part: [None, None] for part in ("safety_checker", "feature_extractor", "image_encoder")}
+    for name, network in networks.items():
+        save_pretrained(network, folder / name)
+    write_text(folder / "scheduler" / "scheduler_config.json", json.dumps(schedule, indent=2, sort_keys=True) + "\n")
+    settings = dict(pipeline.settings)
+    if architecture == "unet2d_condition":
+        settings.setdefault("requires_safety_checker", False)
+    head = {"_class_name": PIPELINES[architecture], "_diffusers_version": config.get("_diffusers_version", "0.35.0")}
+    write_text(folder / "model_index.json", json.dumps(head | settings | index, indent=2) + "\n")
+    return folder

@@ -1,0 +1,34 @@
+"""Images to the latents that a diffusion model sees, and back: the autoencoder together with its scaling."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from scaling.models import autoencoder_kl
+from scaling.models.layers import widened
+from scaling.models.model import Model, vae_decode, vae_encode
+
+__all__ = ["from_latents", "to_latents"]
+
+
+def to_latents(
+    vae: Model, images: Float[Array, "b c h w"], noise: Float[Array, "b z h2 w2"] | None = None
+) -> Float[Array, "b z h2 w2"]:
+    r"""Scaled latents of images in [-1, 1]: the mean of :math:`q(z \mid x)`, or with unit ``noise`` the draw of it."""
+    mean, logvar = vae_encode(_wide(vae), images)
+    z = mean if noise is None else mean + jnp.exp(logvar / 2) * noise
+    return autoencoder_kl.scale(vae.config, z)
+
+
+def from_latents(vae: Model, latents: Float[Array, "b z h2 w2"]) -> Float[Array, "b c h w"]:
+    """Images, clipped to [-1, 1], of scaled latents."""
+    return jnp.clip(vae_decode(_wide(vae), autoencoder_kl.unscale(vae.config, latents)), -1, 1)
+
+
+def _wide(vae: Model) -> Model:
+    """The autoencoder in at least float32: the released one of SDXL overflows in float16."""
+    return dataclasses.replace(vae, params=jax.tree.map(widened, vae.params))

@@ -1,0 +1,362 @@
+"""Pretrained weights of diffusers and transformers as JAX models: resolve, read the configuration, check, convert.
+
+Strict: a configuration that is not understood, a missing, extra or misshapen tensor, and any file but safetensors is a
+``ValueError`` that names it, raised before a parameter is allocated. Tensors are converted one at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scaling.bridge.weights import FLOATS, Tensor, read_header, read_index, read_json
+from scaling.diffusion import schedules
+from scaling.models.config import ParamSpec, to_jax
+from scaling.models.model import Apply, Model, from_config, understand
+
+__all__ = ["Checkpoint", "Pipeline", "load_model", "load_pipeline", "read_checkpoints"]
+
+Fetch: TypeAlias = Callable[[str], Path | None]
+"""From a file's name, with forward slashes, to where it lies on this machine; None if there is no such file."""
+
+DENOISERS = ("unet2d", "unet2d_condition", "dit")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json", "tokenizer.json")
+# Copies of one tensor that are in progress at a time; numpy releases the interpreter while it copies.
+WORKERS = 2
+
+
+class Pipeline(NamedTuple):
+    """The parts of a diffusers pipeline; those that it lacks are None or empty."""
+
+    network: Model
+    """The UNet or the transformer."""
+    schedule: schedules.Schedule
+    vae: Model | None
+    text_encoders: tuple[Model, ...]
+    tokenizers: tuple[Any, ...]
+    """A ``transformers.CLIPTokenizer`` per text encoder."""
+    settings: Mapping[str, Any]
+    """What model_index.json says beside the parts, for example ``force_zeros_for_empty_prompt``."""
+
+
+class Checkpoint(NamedTuple):
+    """A network's files, read up to the weights and found to fit its configuration: nothing is allocated yet."""
+
+    place: str
+    config: dict[str, Any]
+    """The fields of config.json."""
+    apply: Apply
+    stored: dict[str, Tensor]
+    """Where each parameter lies."""
+
+    @property
+    def dtypes(self) -> list[str]:
+        """Names of the dtypes of the weights, as NumPy has them."""
+        return sorted({np.dtype(FLOATS[tensor.dtype]).name for tensor in self.stored.values()})
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the network has."""
+        return sum(math.prod(tensor.shape) for tensor in self.stored.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """What they take on disk."""
+        return sum(tensor.stop - tensor.start for tensor in self.stored.values())
+
+    def taps(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Every tap in order of computation, with its shape and dtype for one example of the configured size."""
+        return self.apply.taps(jax.dtypes.canonicalize_dtype(self.dtypes[0]))
+
+
+def load_model(
+    path_or_hub_id: str | Path, subfolder: str | None = None, dtype: Any = None, revision: str | None = None
+) -> Model:
+    """Load one network.
+
+    ``path_or_hub_id`` is a folder with config.json and weights (one safetensors file, or shards and their index), or
+    such a weights file, or a repository on the Hugging Face hub, whose ``revision`` is fetched into huggingface_hub's
+    cache, or found there without a connection (``HF_HUB_OFFLINE=1``). ``dtype`` converts the parameters to float32,
+    bfloat16 or float16; None keeps the file's. Of weights in two precisions the half one is taken if ``dtype`` is
+    float16. Raises ``ValueError`` for whatever is not exactly understood.
+    """
+    dtype = _checked_dtype(dtype)
+    fetch, origin, weights = _located(path_or_hub_id, revision)
+    return _load(_checkpoint(fetch, origin, subfolder or "", dtype, weights), dtype)
+
+
+def load_pipeline(
+    path_or_hub_id: str | Path,
+    dtype: Any = None,
+    revision: str | None = None,
+    *,
+    scheduler: str | Path | None = None,
+) -> Pipeline:
+    """Load the UNet or transformer, autoencoder, text encoders, tokenizers and scheduler that model_index.json lists.
+
+    ``scheduler`` is a scheduler_config.json, or a folder with one, to take in place of the pipeline's own. With it a
+    network without a pipeline is one of that network alone. Safety checkers and feature extractors are left out. See
+    :func:`load_model` for the other arguments.
+    """
+    dtype = _checked_dtype(dtype)
+    fetch, origin, weights = _located(path_or_hub_id, revision)
+    index, parts = _parts(fetch, origin)
+    config = _scheduler(fetch, scheduler)
+    if config is None:
+        raise ValueError(
+            f"{origin}: no scheduler_config.json, so the meaning of its timesteps is unknown; name one (scheduler=)."
+        )
+    schedule = schedules.from_config(read_json(config))
+
+    def load(part: str) -> Model:
+        return _load(_checkpoint(fetch, origin, parts[part], dtype, weights), dtype)
+
+    network = load(next(iter(parts)))
+    if network.apply.architecture not in DENOISERS:
+        raise ValueError(
+            f"{origin}: a {network.apply.architecture} model removes no noise; name a UNet or a transformer."
+        )
+    encoders = [part for part in parts if part.startswith("text_encoder")]
+    return Pipeline(
+        network=network,
+        schedule=schedule,
+        vae=load("vae") if "vae" in parts else None,
+        text_encoders=tuple(map(load, encoders)),
+        tokenizers=tuple(_tokenizer(fetch, origin, part.replace("text_encoder", "tokenizer")) for part in encoders),
+        settings={name: value for name, value in index.items() if not (name.startswith("_") or name in parts)},
+    )
+
+
+def read_checkpoints(path_or_hub_id: str | Path, revision: str | None = None) -> dict[str, Checkpoint]:
+    """The networks of a pipeline by the names of their parts, the UNet or transformer first; or one network, ``model``.
+
+    All is checked as when loading, but no weights are read. See :func:`load_model` for the arguments.
+    """
+    fetch, origin, weights = _located(path_or_hub_id, revision)
+    parts = _parts(fetch, origin)[1]
+    return {part: _checkpoint(fetch, origin, folder, None, weights) for part, folder in parts.items()}
+
+
+def _parts(fetch: Fetch, origin: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """What model_index.json says, and the folder of every network in it; without one, the network at the root."""
+    path = fetch("model_index.json")
+    if path is None:
+        return {}, {"model": ""}
+    index = read_json(path)
+    listed = {name for name, value in index.items() if isinstance(value, list) and any(value)}
+    networks = sorted(listed & {"unet", "transformer"})
+    if len(networks) != 1:
+        raise ValueError(f"{origin}: a pipeline needs either a unet or a transformer; it has {sorted(listed)}.")
+    # Early pipelines of one network have its files at the root.
+    folder = networks[0] if fetch(f"{networks[0]}/config.json") else ""
+    others = [part for part in ("vae", "text_encoder", "text_encoder_2") if part in listed]
+    return index, {networks[0]: folder} | {part: part for part in others}
+
+
+def _scheduler(fetch: Fetch, given: str | Path | None) -> Path | None:
+    if given is None:
+        return fetch("scheduler/scheduler_config.json") or fetch("scheduler_config.json")
+    given = Path(given)
+    return given / "scheduler_config.json" if given.is_dir() else given
+
+
+def _located(path_or_hub_id: str | Path, revision: str | None) -> tuple[Fetch, str, list[str] | None]:
+    """How to get at files, what to call their place, and the file of weights, if it was named."""
+    single = Path(path_or_hub_id)
+    if not single.is_file():
+        return _source(path_or_hub_id, revision), str(path_or_hub_id), None
+    if single.suffix != ".safetensors":
+        raise ValueError(_pickle_refusal(single.name, str(single.parent), None))
+
+    def fetch(name: str) -> Path | None:
+        return None if name == "model_index.json" else _local(single.parent)(name)
+
+    return fetch, str(single.parent), [single.name]
+
+
+def _checkpoint(
+    fetch: Fetch, origin: str, folder: str, dtype: np.dtype | None, weights: list[str] | None
+) -> Checkpoint:
+    place = _join(origin, folder)
+    config_path = fetch(_join(folder, "config.json"))
+    if config_path is None:
+        raise ValueError(f"{place}: no config.json here, or not in the cache; give subfolder= if the model is in one.")
+    config = read_json(config_path)
+    apply = understand(config)
+    stored = _by_parameter(apply, _stored(fetch, place, folder, config, dtype, weights))
+    _check(place, apply.parameters(), stored)
+    return Checkpoint(place, config, apply, stored)
+
+
+def _load(checkpoint: Checkpoint, dtype: np.dtype | None) -> Model:
+    stored, specs = checkpoint.stored, checkpoint.apply.parameters()
+    target = _target_dtype(checkpoint.place, stored, dtype)
+
+    def converted(name: str) -> np.ndarray:
+        return to_jax(specs[name].kind, stored[name].read(), target)
+
+    # In the order of the files, which reads them from front to back.
+    order = sorted(stored, key=lambda name: (str(stored[name].path), stored[name].start))
+    with ThreadPoolExecutor(WORKERS) as pool:
+        arrays = zip(order, pool.map(converted, order), strict=True)
+        params = {name: jax.device_put(array, may_alias=True) for name, array in arrays}
+    return from_config(checkpoint.config, {name: params[name] for name in specs})
+
+
+def _stored(
+    fetch: Fetch, place: str, folder: str, config: Mapping[str, Any], dtype: np.dtype | None, weights: list[str] | None
+) -> dict[str, Tensor]:
+    if weights is None:
+        stem = "diffusion_pytorch_model" if "_class_name" in config else "model"
+        whole = [f"{stem}.safetensors", f"{stem}.safetensors.index.json"]
+        half = [f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json"]
+        weights = half + whole if dtype == np.float16 else whole + half
+    found = next((path for name in weights if (path := fetch(_join(folder, name)))), None)
+    if found is None:
+        raise ValueError(_pickle_refusal(f"{place} without {' or '.join(weights)}", place, config))
+    if found.suffix == ".safetensors":
+        return read_header(found)
+    stored: dict[str, Tensor] = {}
+    for file, names in read_index(found).items():
+        path = fetch(_join(folder, file))
+        if path is None:
+            raise ValueError(f"{found}: its shard {file} is missing.")
+        header = read_header(path)
+        if set(header) != set(names):
+            raise ValueError(f"{path}: it and the index differ in {_some(set(header) ^ set(names))}.")
+        stored |= header
+    return stored
+
+
+def _by_parameter(apply: Apply, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    rename = getattr(apply.module, "rename", lambda key: key)
+    renamed: dict[str, Tensor] = {}
+    for key, tensor in stored.items():
+        name = rename(key)
+        if name in renamed:
+            raise ValueError(f"{tensor.path}: {key!r} and another tensor are both the parameter {name!r}.")
+        if name is not None:
+            renamed[name] = tensor
+    return renamed
+
+
+def _check(place: str, specs: Mapping[str, ParamSpec], stored: Mapping[str, Tensor]) -> None:
+    problems = []
+    if missing := set(specs) - set(stored):
+        problems.append(f"missing are {_some(missing)}")
+    if extra := set(stored) - set(specs):
+        problems.append(f"not understood are {_some(extra)}")
+    both = set(specs) & set(stored)
+    if shapes := {
+        f"{name} {stored[name].shape}, not {specs[name].shape}"
+        for name in both
+        if stored[name].shape != specs[name].shape
+    }:
+        problems.append(f"misshapen are {_some(shapes)}")
+    if kinds := {f"{name} {stored[name].dtype}" for name in both if stored[name].dtype not in FLOATS}:
+        problems.append(f"not floating point are {_some(kinds)}")
+    if problems:
+        raise ValueError(f"{place}: the weights do not fit the configuration: {'; '.join(problems)}.")
+
+
+def _target_dtype(place: str, stored: Mapping[str, Tensor], dtype: np.dtype | None) -> np.dtype:
+    kinds = {tensor.dtype for tensor in stored.values()}
+    if dtype is None and len(kinds) > 1:
+        raise ValueError(f"{place}: the weights are of {', '.join(sorted(kinds))}; choose one with dtype=.")
+    target = dtype or _checked_dtype(FLOATS[kinds.pop()])
+    assert target is not None
+    return target
+
+
+def _checked_dtype(dtype: Any) -> np.dtype | None:
+    if dtype is None:
+        return None
+    try:
+        checked = np.dtype(jnp.dtype(dtype))
+    except TypeError:
+        checked = None
+    if checked is None or checked.name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    if checked.name == "float64" and jnp.result_type(float) != np.float64:
+        raise ValueError("float64 parameters need JAX_ENABLE_X64=1; or choose dtype='float32'.")
+    return checked
+
+
+def _source(path_or_hub_id: str | Path, revision: str | None) -> Fetch:
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        if revision is not None:
+            raise ValueError(f"{path} is a folder: revision={revision!r} is for repositories on the hub.")
+        return _local(path)
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(path_or_hub_id)):
+        raise ValueError(f"{path_or_hub_id}: neither a folder nor the name of a repository on the hub (owner/name).")
+    return _hub(str(path_or_hub_id), revision)
+
+
+def _local(folder: Path) -> Fetch:
+    root = folder.resolve()
+    # In huggingface_hub's cache the files of a snapshot are links to its blobs.
+    roots = [root, *(parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")]
+
+    def fetch(name: str) -> Path | None:
+        path = folder / name
+        if not path.is_file():
+            return None
+        if not any(path.resolve().is_relative_to(allowed) for allowed in roots):
+            raise ValueError(f"{path}: links to {path.resolve()}, outside the model's folder; copy the file there.")
+        return path
+
+    return fetch
+
+
+def _hub(repository: str, revision: str | None) -> Fetch:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def fetch(name: str) -> Path | None:
+        try:
+            return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
+        except errors.EntryNotFoundError:
+            return None
+        except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+            raise ValueError(f"{repository}: neither a folder nor reachable on the hub: {error}") from error
+
+    return fetch
+
+
+def _tokenizer(fetch: Fetch, origin: str, folder: str) -> Any:
+    from transformers import CLIPTokenizer
+
+    found = [path for name in TOKENIZER_FILES if (path := fetch(f"{folder}/{name}"))]
+    if not found:
+        raise ValueError(f"{_join(origin, folder)}: no vocab.json and merges.txt of a CLIP tokenizer.")
+    return CLIPTokenizer.from_pretrained(found[0].parent, local_files_only=True)
+
+
+def _pickle_refusal(what: str, place: str, config: Mapping[str, Any] | None) -> str:
+    named = (config or {}).get("_class_name")
+    library, named = ("diffusers", named) if named else ("transformers", "CLIPTextModel")
+    return (
+        f"{what}: only safetensors weights are read, because .bin, .pt and .ckpt files are pickles, which can run any "
+        f'code when opened. If you trust them, convert once, with PyTorch: python -c "import {library}; {library}.'
+        f'{named}.from_pretrained({place!r}, use_safetensors=False).save_pretrained({place!r})"'
+    )
+
+
+def _join(folder: str, name: str) -> str:
+    return "/".join(part for part in (folder, name) if part)
+
+
+def _some(names: set[str]) -> str:
+    shown = ", ".join(sorted(names)[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

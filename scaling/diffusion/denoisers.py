@@ -1,0 +1,167 @@
+r"""Models as denoisers, and denoisers as models: variance preserving to variance exploding and back.
+
+A network of a :class:`scaling.diffusion.schedules.Schedule` sees ``x = α x₀ + σ̃ ε`` with ``α² + σ̃² = 1`` and predicts one of
+three things. ``dae_theory``'s :class:`~dae_theory.types.Denoiser` sees ``y = x/α = x₀ + σ ε``, ``σ = σ̃/α``, and returns
+``x̂₀``. Functions take one example of any shape; batch them with ``jax.vmap``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float
+
+from dae_theory.checks import check_positive
+from dae_theory.types import Denoiser, Scalar
+from scaling.diffusion.schedules import Prediction, Schedule, sigma_to_timestep, timestep_to_sigma
+from scaling.models.model import Model
+
+__all__ = [
+    "Network",
+    "Preconditioning",
+    "as_denoiser",
+    "clean_weights",
+    "edm_denoiser",
+    "edm_preconditioning",
+    "from_denoiser",
+    "noise_weights",
+    "to_denoiser",
+]
+
+Network: TypeAlias = Callable[[Array, Array], Array]
+"""A network of one example, ``(x, t) -> output``."""
+
+
+def clean_weights(prediction: Prediction, alpha: Any, sigma: Any) -> tuple[Any, Any]:
+    r"""Weights (a, b) of the clean sample ``x̂₀ = a x + b output`` for ``x = α x₀ + σ ε``, ``α² + σ² = 1``.
+
+    .. math:: \text{epsilon: } \frac{x - \sigma o}{\alpha}, \qquad \text{sample: } o, \qquad
+              \text{v\_prediction: } \alpha x - \sigma o
+
+    where :math:`v = \alpha \epsilon - \sigma x_0` :cite:`salimans22`. For numbers and for arrays of either library.
+    """
+    match prediction:
+        case "epsilon":
+            return 1 / alpha, -sigma / alpha
+        case "sample":
+            return 0 * alpha, 1 + 0 * alpha
+        case "v_prediction":
+            return alpha, -sigma
+
+
+def noise_weights(prediction: Prediction, alpha: Any, sigma: Any) -> tuple[Any, Any]:
+    r"""Weights (a, b) of the noise ``ε̂ = a x + b output``, as :func:`clean_weights`.
+
+    .. math:: \text{epsilon: } o, \qquad \text{sample: } \frac{x - \alpha o}{\sigma}, \qquad
+              \text{v\_prediction: } \sigma x + \alpha o
+    """
+    match prediction:
+        case "epsilon":
+            return 0 * alpha, 1 + 0 * alpha
+        case "sample":
+            return 1 / sigma, -alpha / sigma
+        case "v_prediction":
+            return sigma, alpha
+
+
+def to_denoiser(network: Network, schedule: Schedule) -> Denoiser:
+    r"""The denoiser of a variance-preserving network, in ``dae_theory``'s convention.
+
+    .. math:: D(y, \sigma) = \hat x_0\left(\alpha y, \; \mathrm{network}(\alpha y, t(\sigma))\right), \qquad
+              \alpha = (1 + \sigma^2)^{-1/2}
+
+    Between timesteps the network is given a fractional one, see :func:`sigma_to_timestep`; below σ_0 and above σ_{T−1}
+    the nearest one, while y is still scaled by the true σ. ``network(x, t)`` takes one example of any shape.
+    """
+
+    def denoiser(y: Float[Array, " ..."], sigma: Scalar, /) -> Float[Array, " ..."]:
+        check_positive("sigma", sigma)
+        sigma = jnp.asarray(sigma, y.dtype)
+        alpha = jax.lax.rsqrt(1 + sigma * sigma)
+        x = alpha * y
+        a, b = clean_weights(schedule.prediction_type, alpha, sigma * alpha)
+        return a * x + b * network(x, sigma_to_timestep(schedule, sigma)).astype(y.dtype)
+
+    return denoiser
+
+
+def from_denoiser(denoiser: Denoiser, schedule: Schedule) -> Network:
+    """The network that a denoiser would be under ``schedule``: the inverse of :func:`to_denoiser`.
+
+    So a closed form can be sampled like a model: batched by ``jax.vmap``, by every method of ``scaling.diffusion.samplers``.
+    """
+
+    def network(x: Float[Array, " ..."], t: ArrayLike) -> Float[Array, " ..."]:
+        sigma = timestep_to_sigma(schedule, jnp.asarray(t).astype(x.dtype))
+        alpha = jax.lax.rsqrt(1 + sigma * sigma)
+        y = x / alpha
+        clean = denoiser(y, sigma)
+        noise = (y - clean) / sigma
+        velocity = alpha * noise - sigma * alpha * clean
+        return {"epsilon": noise, "sample": clean, "v_prediction": velocity}[schedule.prediction_type]
+
+    return network
+
+
+def as_denoiser(
+    model: Model,
+    schedule: Schedule,
+    context: Array | None = None,
+    *,
+    class_labels: ArrayLike | None = None,
+    added: Any = None,
+) -> Denoiser:
+    """The denoiser ``D(y, σ)`` of a loaded model, see :func:`to_denoiser`; one example, batched by ``jax.vmap``.
+
+    ``y`` is an image (C, H, W), or a flat vector (d,) of one in the model's own size, as ``dae_theory`` has it. The
+    conditions are those of one example, without a batch axis: ``context`` (T, C), ``class_labels`` a number. Of a model
+    that also returns a variance, the prediction is taken.
+    """
+    (example, *_), _ = model.apply.inputs(jnp.float32)
+    context, class_labels, added = jax.tree.map(lambda value: jnp.asarray(value)[None], (context, class_labels, added))
+
+    def network(x: Array, t: Array) -> Array:
+        image = x.reshape(example.shape if x.ndim == 1 else (1, *x.shape))
+        out, _ = model.apply(model.params, image, t, context=context, class_labels=class_labels, added=added)
+        return out[:, : image.shape[1]].reshape(x.shape)
+
+    return to_denoiser(network, schedule)
+
+
+class Preconditioning(NamedTuple):
+    """Scales around a raw network F: ``D(y, σ) = c_skip y + c_out F(c_in y, c_noise)``."""
+
+    c_skip: Float[Array, ""]
+    c_out: Float[Array, ""]
+    c_in: Float[Array, ""]
+    c_noise: Float[Array, ""]
+
+
+def edm_preconditioning(sigma: Scalar, sigma_data: Scalar = 0.5) -> Preconditioning:
+    r"""Unit variance of the network's input and target at every noise level :cite:`karras22`, table 1.
+
+    .. math:: c_\text{skip} = \frac{\sigma_d^2}{\sigma^2 + \sigma_d^2}, \quad
+              c_\text{out} = \frac{\sigma \sigma_d}{\sqrt{\sigma^2 + \sigma_d^2}}, \quad
+              c_\text{in} = \frac{1}{\sqrt{\sigma^2 + \sigma_d^2}}, \quad c_\text{noise} = \tfrac14 \ln \sigma
+
+    σ > 0, and σ_d > 0 the standard deviation of the data.
+    """
+    check_positive("sigma", sigma)
+    check_positive("sigma_data", sigma_data)
+    sigma = jnp.asarray(sigma, jnp.result_type(float, sigma))
+    total = jnp.hypot(sigma, jnp.asarray(sigma_data, sigma.dtype))
+    # Ratios before squares: σ² underflows to 0 in float32.
+    return Preconditioning((sigma_data / total) ** 2, sigma * (sigma_data / total), 1 / total, jnp.log(sigma) / 4)
+
+
+def edm_denoiser(network: Network, sigma_data: Scalar = 0.5) -> Denoiser:
+    """The denoiser of a raw network ``F(x, c_noise)`` under :func:`edm_preconditioning`."""
+
+    def denoiser(y: Float[Array, " ..."], sigma: Scalar, /) -> Float[Array, " ..."]:
+        c = edm_preconditioning(jnp.asarray(sigma, y.dtype), sigma_data)
+        return c.c_skip * y + c.c_out * network(c.c_in * y, c.c_noise).astype(y.dtype)
+
+    return denoiser

@@ -1,0 +1,276 @@
+r"""Sampling: one ``lax.scan`` down a solver's table, with guidance and with edits that change from step to step.
+
+:func:`reverse` runs any model ``(x, t, step) -> output``, :func:`sample` a loaded one. Both take a batch, whose item i
+draws all its noise from ``fold_in(key, i)``: a larger batch extends a smaller one, and batches may be cut anywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, ArrayLike, Float
+
+from dae_theory.checks import check_integer
+from dae_theory.types import PRNGKey
+from scaling.diffusion.schedules import Schedule, with_method
+from scaling.diffusion.solvers import Bound, Calls, Solver, Table, make_solver
+from scaling.models.model import Model
+from scaling.models.taps import Edit, Edits
+
+__all__ = ["Condition", "ModelFn", "Samples", "guided", "noise_at", "reverse", "sample"]
+
+ModelFn: TypeAlias = Callable[[Array, Array, Array], Any]
+"""``(x, t, step) -> output``: x a batch, t its timestep, step in [0, num_steps) to look up what changes by step."""
+
+
+class Condition(NamedTuple):
+    """What a model is conditioned on, as its ``apply`` takes it; each has a batch axis first."""
+
+    context: Any = None
+    class_labels: Any = None
+    added: Any = None
+
+
+class Samples(NamedTuple):
+    """What sampling returns. ``states`` and ``taps`` have one entry per call of the model (``solver.calls.step`` says
+    of which step), and are None and empty unless asked for.
+    """
+
+    x: Float[Array, "n ..."]
+    states: Float[Array, "calls n ..."] | None
+    taps: Any
+
+
+def reverse(
+    key: PRNGKey,
+    model_fn: ModelFn,
+    solver: Solver,
+    shape: Sequence[int],
+    *,
+    guidance: ArrayLike | None = None,
+    init: Float[Array, "n ..."] | None = None,
+    first: ArrayLike = 0,
+    trajectory: bool = False,
+    has_aux: bool = False,
+    dtype: DTypeLike = jnp.float32,
+) -> Samples:
+    r"""Carry noise of ``shape`` (n, ...) to samples along ``solver``; traceable, so wrap it in ``jax.jit``.
+
+    ``model_fn(x, t, step)`` sees the variance-preserving x, whatever the solver walks in, and returns an output of x's
+    shape; with ``has_aux`` also a pytree, stacked over calls as ``taps``. With ``guidance``, a number or one per step,
+    it is called on 2n examples, the unconditional half first, see :func:`guided`.
+
+    ``init``, unit noise, replaces the draw at the start. Item i is number ``first + i``, and draws from
+    ``noise_at(key, first + i, call)``, 0 being the start. ``trajectory`` keeps the state after every call. Where
+    gradients are taken, calls are recomputed in the backward pass, so memory grows by one state per call.
+    """
+    shape = tuple(shape)
+    solver = jax.tree.map(lambda table: _cast(table, dtype), solver)
+    first = jnp.asarray(first)
+    items = first + jnp.arange(shape[0], dtype=first.dtype)
+    draw = functools.partial(_draw, key, items, shape=shape[1:], dtype=dtype)
+    if init is not None and init.shape != shape:
+        raise ValueError(f"init must have the shape of the samples, {shape}, got {init.shape}.")
+    start = jnp.asarray(solver.start) * (draw(0) if init is None else init.astype(dtype))
+    model = model_fn
+    if guidance is not None:
+        model = guided(model_fn, _per_step("guidance", guidance, solver.num_steps), has_aux=has_aux)
+
+    def call(carry: tuple[Any, Any], row: tuple[Array, Calls]) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+        number, now = row
+        states, history = carry
+        result = model(now.scale * states[0], now.t, now.step)
+        out, aux = result if has_aux else (result, {})
+        if out.shape != shape:
+            raise ValueError(f"the model must return outputs of its input's shape, {shape}, got {out.shape}.")
+        out = out.astype(dtype)
+        kept = _bounded(now.kept[0] * states[0] + now.kept[1] * out, solver.bound)
+        history = (kept, *history)
+        x = _weighted(now.states, states) + _weighted(now.history, history) + now.output * out
+        if solver.stochastic:
+            x = x + now.noise * draw(number)
+        return ((x, *states[:-1]), history[:-1]), (x if trajectory else None, aux)
+
+    blank = jnp.zeros(shape, dtype)
+    past_states, past_kept = (table.shape[1] - 1 for table in (solver.calls.states, solver.calls.history))
+    carry = ((start, *[blank] * past_states), (blank,) * past_kept)
+    numbers = 1 + jnp.arange(solver.calls.t.size)
+    ((x, *_), _), (states, taps) = jax.lax.scan(jax.checkpoint(call, prevent_cse=False), carry, (numbers, solver.calls))
+    return Samples(x, states, taps)
+
+
+def guided(model_fn: ModelFn, guidance: Array, *, has_aux: bool = False) -> ModelFn:
+    r"""Classifier-free guidance :cite:`ho22`: one call on both halves, ``[unconditional; conditional]``.
+
+    .. math:: o = o_\text{uncond} + g \, (o_\text{cond} - o_\text{uncond})
+
+    ``guidance`` g has shape () or (steps,); 0 is unconditional, 1 conditional. ``model_fn`` takes 2n examples, each x
+    twice; what it returns beside its output (``has_aux``) keeps both halves.
+    """
+
+    def model(x: Array, t: Array, step: Array) -> Any:
+        result = model_fn(jnp.concatenate([x, x]), t, step)
+        out, aux = result if has_aux else (result, None)
+        # A difference of halves in half precision would lose what guidance multiplies.
+        unconditional, conditional = jnp.split(out.astype(x.dtype), 2)
+        g = (guidance if guidance.ndim == 0 else guidance[step]).astype(x.dtype)
+        combined = unconditional + g * (conditional - unconditional)
+        return (combined, aux) if has_aux else combined
+
+    return model
+
+
+def noise_at(key: PRNGKey, item: ArrayLike, call: ArrayLike, shape: Sequence[int], dtype: DTypeLike) -> Array:
+    """Item ``item``'s unit noise at the start (``call`` 0) or after the s-th call of the model (``call`` s + 1)."""
+    return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, item), call), tuple(shape), dtype)
+
+
+def sample(
+    key: PRNGKey,
+    model: Model,
+    schedule: Schedule,
+    num: int,
+    num_steps: int,
+    *,
+    method: str | None = None,
+    eta: float = 0.0,
+    condition: Condition | None = None,
+    unconditional: Condition | None = None,
+    guidance: ArrayLike | None = None,
+    edits: Edits | None = None,
+    capture: Sequence[str] = (),
+    size: tuple[int, int] | None = None,
+    init: Float[Array, "n c h w"] | None = None,
+    first: ArrayLike = 0,
+    trajectory: bool = False,
+) -> Samples:
+    """``num`` samples (num, C, H, W) of a loaded model, float32; latents, of a latent model.
+
+    ``method`` and ``eta`` choose the solver, see :func:`scaling.diffusion.schedules.with_method` and
+    :func:`scaling.diffusion.solvers.make_solver`. Images have the model's own size unless ``size`` (H, W) says otherwise. With
+    ``guidance``, a number or one per step, both conditions are used, each of batch size ``num`` or 1.
+
+    ``edits`` act at the model's taps; there a strength of rank r > 0 has the steps first: (steps,), or (steps, ...)
+    with what ``Edit`` admits behind, so that windows and ramps are strengths. With ``guidance`` the model sees the
+    unconditional half first: a strength (steps, 2 num) tells the halves apart. ``capture`` returns activations per
+    call, as edited, of both halves.
+
+    Compiled once per model architecture, shape, number of calls and set of taps: new keys, schedules, conditions,
+    guidance, values and strengths do not recompile. ``ValueError`` for a guidance without ``unconditional`` or the
+    other way round, and for strengths of another length than ``num_steps``.
+    """
+    solver = make_solver(with_method(schedule, method), num_steps, eta=eta)
+    check_integer("num", num, minimum=1)
+    if (guidance is None) != (unconditional is None):
+        raise ValueError("guidance and unconditional go together: give both, or neither.")
+    condition = condition or Condition()
+    halves = (condition,) if unconditional is None else (unconditional, condition)
+    shape = (num, *_image_shape(model, size))
+    strengths = {name: _strengths(name, edit, num_steps) for name, edit in (edits or {}).items()}
+    if guidance is not None:
+        guidance = _cast(_per_step("guidance", guidance, num_steps), jnp.float32)
+    joined = _joined(halves, num)
+    return _sample(key, model, solver, joined, guidance, strengths, init, first, shape, tuple(capture), trajectory)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "capture", "trajectory"))
+def _sample(
+    key: PRNGKey,
+    model: Model,
+    solver: Solver,
+    condition: Condition,
+    guidance: Array | None,
+    edits: Mapping[str, tuple[Edit, ...]],
+    init: Array | None,
+    first: ArrayLike,
+    shape: tuple[int, ...],
+    capture: tuple[str, ...],
+    trajectory: bool,
+) -> Samples:
+    def model_fn(x: Array, t: Array, step: Array) -> tuple[Array, dict[str, Array]]:
+        now = {name: tuple(_at(edit, step) for edit in several) for name, several in edits.items()}
+        out, taps = model.apply(model.params, x, t, **condition._asdict(), capture=capture, edits=now)
+        # A model that also returns a variance has it in its last channels.
+        return out[:, : shape[1]], taps
+
+    return reverse(
+        key, model_fn, solver, shape, guidance=guidance, init=init, first=first, trajectory=trajectory, has_aux=True
+    )
+
+
+def _cast(table: ArrayLike, dtype: DTypeLike) -> Array:
+    table = jnp.asarray(table)
+    return table if jnp.issubdtype(table.dtype, jnp.integer) else table.astype(dtype)
+
+
+def _draw(key: PRNGKey, items: Array, call: ArrayLike, *, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    return jax.vmap(lambda item: noise_at(key, item, call, shape, dtype))(items)
+
+
+def _per_step(name: str, values: ArrayLike, num_steps: int) -> Array:
+    values = jnp.asarray(values)
+    if values.shape not in ((), (num_steps,)):
+        raise ValueError(f"{name} must be a number or one per step, shape ({num_steps},), got {values.shape}.")
+    return values
+
+
+def _bounded(x: Array, bound: Bound | None) -> Array:
+    if bound is None:
+        return x
+    if bound.quantile is None:
+        return jnp.clip(x, -bound.limit, bound.limit)
+    magnitude = jnp.abs(x).reshape(x.shape[0], -1)
+    s = jnp.clip(jnp.quantile(magnitude, bound.quantile, axis=1), 1.0, bound.limit)
+    s = s.reshape(-1, *[1] * (x.ndim - 1))
+    return jnp.clip(x, -s, s) / s
+
+
+def _weighted(weights: Table, terms: tuple[Array, ...]) -> Array:
+    return functools.reduce(jnp.add, [weights[j] * term for j, term in enumerate(terms)])
+
+
+def _image_shape(model: Model, size: tuple[int, int] | None) -> tuple[int, int, int]:
+    (x, *_), _ = model.apply.inputs(jnp.float32)
+    _, channels, height, width = x.shape
+    return (channels, *size) if size is not None else (channels, height, width)
+
+
+def _joined(halves: tuple[Condition, ...], num: int) -> Condition:
+    if len({jax.tree.structure(half) for half in halves}) > 1:
+        raise ValueError(
+            "condition and unconditional must give the same inputs; one of them lacks some of the other's."
+        )
+
+    def join(*values: ArrayLike) -> Array:
+        arrays = [jnp.asarray(value) for value in values]
+        if any(array.ndim == 0 or array.shape[0] not in (1, num) for array in arrays):
+            shapes = ", ".join(str(array.shape) for array in arrays)
+            raise ValueError(f"conditions need a batch axis of size {num} or 1 first, got shapes {shapes}.")
+        return jnp.concatenate([jnp.broadcast_to(array, (num, *array.shape[1:])) for array in arrays])
+
+    return jax.tree.map(join, *halves)
+
+
+def _strengths(name: str, edits: Edit | Sequence[Edit], num_steps: int) -> tuple[Edit, ...]:
+    return tuple(_each_step(name, edit, num_steps) for edit in ([edits] if isinstance(edits, Edit) else edits))
+
+
+def _each_step(name: str, edit: Edit, num_steps: int) -> Edit:
+    # One dtype, or a Python number and an array would compile twice.
+    strength = jnp.asarray(edit.strength).astype(jnp.float32)
+    if strength.ndim and strength.shape[0] != num_steps:
+        raise ValueError(
+            f"edit of {name!r}: in sampling a strength is a number or has the steps first, ({num_steps}, ...); "
+            f"got shape {strength.shape}."
+        )
+    value = jnp.asarray(edit.value).astype(jnp.float32)
+    return Edit(edit.kind, value, strength if strength.ndim else jnp.broadcast_to(strength, (num_steps,)))
+
+
+def _at(edit: Edit, step: Array) -> Edit:
+    return Edit(edit.kind, edit.value, jnp.asarray(edit.strength)[step])

@@ -1,0 +1,259 @@
+r"""Images to codes: what the layers of a denoising network say about noisy images.
+
+An image x (C, H, W) in [-1, 1], or its latents z, gets noise of timestep t, and the network's activations at the taps
+are pooled over positions:
+
+.. math:: z_t = \sqrt{\bar\alpha_t}\, z + \sqrt{1 - \bar\alpha_t}\, \epsilon_i, \qquad
+          \mathrm{code}_c = \max_{h, w}\, \mathrm{tap}(z_t)_{c, h, w}
+
+Image number i draws its noise from ``noise_at(key, i, 0)`` of :mod:`scaling.diffusion.samplers`, so that codes do not depend on
+how images are batched. What the taps do not need is not computed: the pass ends at the last of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray as xr
+from jaxtyping import Array, ArrayLike, Float, Int
+
+from dae_theory.checks import check_integer
+from dae_theory.types import PRNGKey
+from scaling.bridge.conditioning import condition_on, pixel_size
+from scaling.bridge.identity import batch_rows, checksum, fill, identify
+from scaling.bridge.latents import to_latents
+from scaling.bridge.loading import Pipeline
+from scaling.diffusion.samplers import Condition, noise_at
+from scaling.diffusion.schedules import Schedule, add_noise
+from scaling.models.layers import widened
+from scaling.models.model import Model
+from sims import store
+from sims.data import readers
+
+__all__ = ["Latent", "Pool", "codes", "encode_batch", "extract", "pooled", "read_images"]
+
+Pool: TypeAlias = Literal["max", "mean", "none"]
+"""What becomes of the positions of an activation: their largest value, their mean, or all of them."""
+
+Latent: TypeAlias = Literal["mean", "sample"]
+"""Of the Gaussian that an autoencoder makes of an image: its mean, or a draw."""
+
+AXES = {1: ("channel",), 2: ("token", "channel"), 3: ("channel", "height", "width")}
+
+
+def encode_batch(
+    key: PRNGKey,
+    model: Model,
+    schedule: Schedule,
+    images: Float[Array, "b c h w"],
+    items: Int[Array, " b"],
+    timestep: ArrayLike,
+    taps: tuple[str, ...],
+    *,
+    vae: Model | None = None,
+    condition: Condition | None = None,
+    pool: Pool = "max",
+    latent: Latent = "mean",
+) -> dict[str, Array]:
+    """Codes of one batch by tap: (B, C), or with ``pool`` "none" as the tap has them; traceable, for ``jax.jit``.
+
+    ``items`` number the images, for their noise; ``timestep`` is an integer in [0, T). With ``vae`` the network sees
+    scaled latents, and with ``latent`` "sample" their draws come from ``noise_at(key, i, 1)``. Each part of
+    ``condition`` has a batch axis of size B or 1. Codes are at least float32. ``ValueError`` for a tap that the model
+    lacks, or that has no axis of images.
+    """
+    x = images
+    if vae is not None:
+        x = to_latents(vae, images)
+        x = to_latents(vae, images, _noise(key, items, 1, x)) if latent == "sample" else x
+    x = add_noise(schedule, x, _noise(key, items, 0, x), timestep)
+    given = jax.tree.map(lambda part: jnp.broadcast_to(part, (len(items), *part.shape[1:])), condition or Condition())
+    _, activations = model.apply(model.params, x, timestep, **given._asdict(), capture=taps)
+    for name, activation in activations.items():
+        if activation.shape[0] != len(items):
+            raise ValueError(f"the tap {name!r} of shape {activation.shape} has no axis of the {len(items)} images.")
+    return {name: pooled(activations[name], pool) for name in taps}
+
+
+def codes(
+    key: PRNGKey,
+    model: Model,
+    schedule: Schedule,
+    images: Float[Array | np.ndarray, "n c h w"],
+    taps: Sequence[str],
+    timestep: int,
+    *,
+    vae: Model | None = None,
+    condition: Condition | None = None,
+    pool: Pool = "max",
+    latent: Latent = "mean",
+    batch_size: int = 8,
+    first: int = 0,
+) -> dict[str, np.ndarray]:
+    """:func:`encode_batch` of many images, ``batch_size`` at a time; image i is number ``first + i``.
+
+    Compiled once per shape, whatever the key, the timestep and the condition: the last batch is filled up. Of
+    ``condition``, each part is one for all images, or has a batch axis of size n. ``ValueError`` also for a timestep
+    outside [0, T) and for options that are not known.
+    """
+    total = len(images)
+    if not total:
+        raise ValueError(f"there are no images: their shape is {images.shape}.")
+    size = min(check_integer("batch_size", batch_size, minimum=1), total)
+    condition = condition or Condition()
+    if any(part.shape[0] not in (1, total) for part in jax.tree.leaves(condition)):
+        raise ValueError(f"conditions need a batch axis of size {total} or 1 first.")
+    encode = _encoder(key, model, schedule, taps, timestep, vae=vae, pool=pool, latent=latent)
+    batches = []
+    for start in range(0, total, size):
+        rows = batch_rows(start, size, total)
+        here = jax.tree.map(lambda part, rows=rows: part[rows] if part.shape[0] > 1 else part, condition)
+        batch = encode(jnp.asarray(images[rows]), jnp.asarray(first + rows), condition=here)
+        batches.append(jax.device_get(batch))
+    return {name: np.concatenate([batch[name] for batch in batches])[:total] for name in taps}
+
+
+def extract(
+    pipeline: Pipeline,
+    images: readers.Source,
+    taps: Sequence[str],
+    timestep: int,
+    out: str | Path,
+    *,
+    pool: Pool = "max",
+    prompt: str | None = None,
+    class_label: int | None = None,
+    latent: Latent = "mean",
+    seed: int = 0,
+    batch_size: int = 8,
+    provenance: Mapping[str, Any] | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> None:
+    """Codes of all ``images`` in the run's folder ``out``: a variable per tap, of its name, over ``image``.
+
+    The key is ``jax.random.key(seed)``, image i is number i. Every batch is written as soon as it is computed, and the
+    same call goes on where it was cut, see :func:`scaling.bridge.identity.fill`. ``sims.load(out)`` checks and reads all;
+    ``xarray.open_zarr(out + "/results.zarr")`` reads parts. ``ValueError`` as for :func:`codes`, for a prompt or class
+    that the network does not take, and for a folder that holds something else.
+    """
+    count, channels = len(images.rows), _channels(pipeline)
+    condition = condition_on(pipeline, prompt, class_label, size=_shape(images)[:2])
+    network, schedule, vae = pipeline.network, pipeline.schedule, pipeline.vae
+    key = jax.random.key(check_integer("seed", seed, minimum=0))
+    encode = _encoder(key, network, schedule, taps, timestep, vae=vae, pool=pool, latent=latent, condition=condition)
+
+    def compute(rows: Int[np.ndarray, " b"]) -> dict[str, Array]:
+        return encode(jnp.asarray(_pictures(images, rows, channels)), jnp.asarray(rows))
+
+    size = min(check_integer("batch_size", batch_size, minimum=1), count)
+    example = jax.ShapeDtypeStruct((size, channels, *_shape(images)[:2]), jnp.float32)
+    shapes = jax.eval_shape(encode, example, jax.ShapeDtypeStruct((size,), jnp.int32))
+    spec = {
+        "command": "extract",
+        "model": identify(pipeline),
+        "images": {"shape": _shape(images), "digest": checksum(images.rows), "values": images.span},
+        "taps": list(taps),
+        "timestep": int(timestep),
+        "pool": pool,
+        "prompt": prompt or None,
+        "class_label": class_label,
+        "latent": latent,
+        "seed": seed,
+    }
+    fill(out, spec, _template(images, shapes, pool), size, compute, provenance=provenance, on_batch=on_batch)
+
+
+def read_images(name: str, pipeline: Pipeline) -> readers.Source:
+    """The images called ``name``, to be given to ``pipeline``'s network.
+
+    A folder is one of images, cropped about their centers and resampled to the network's own size, gray if it takes one
+    channel; anything else is as in :func:`sims.data.readers.read`, and keeps its size. ``ValueError`` if the source is
+    missing, damaged or no images, or has other channels than the network; gray images pass as colored ones.
+    """
+    if Path(name).is_dir():
+        height, width = pixel_size(pipeline)
+        name = f"images:{name}?resize={height}x{width}&gray={int(_channels(pipeline) == 1)}"
+    source, wanted = readers.read(name), _channels(pipeline)
+    found = _shape(source)[2]
+    if found not in (1, wanted):
+        hint = " Name the pipeline's folder, which has the autoencoder." if pipeline.vae is None and wanted > 3 else ""
+        raise ValueError(f"{name}: the images have {found} channels and the network takes {wanted}.{hint}")
+    return source
+
+
+def pooled(x: Array, pool: Pool) -> Array:
+    """One value per channel: images (B, C, H, W) over H and W, tokens (B, T, C) over T, vectors as they are."""
+    x = widened(x)
+    axes = {2: (), 3: (1,), 4: (2, 3)}[x.ndim]
+    match pool:
+        case "max":
+            return jnp.max(x, axis=axes)
+        case "mean":
+            return jnp.mean(x, axis=axes)
+        case _:
+            return x
+
+
+_encode = functools.partial(jax.jit, static_argnames=("taps", "pool", "latent"))(encode_batch)
+
+
+def _encoder(
+    key: PRNGKey, model: Model, schedule: Schedule, taps: Sequence[str], timestep: int, *, pool: Pool, latent: Latent,
+    **more: Any,
+) -> Callable[..., dict[str, Array]]:  # fmt: skip
+    """:func:`encode_batch`, compiled, of images and items alone, after its options have been checked."""
+    if isinstance(taps, str) or not taps:
+        raise ValueError(f"taps must be a list of at least one name, got {taps!r}.")
+    timestep = check_integer("timestep", timestep, minimum=0, maximum=schedule.num_train_timesteps - 1)
+    for option, value, known in (("pool", pool, get_args(Pool)), ("latent", latent, get_args(Latent))):
+        if value not in known:
+            raise ValueError(f"{option} must be one of {', '.join(known)}, got {value!r}.")
+
+    def encode(images: Array, items: Array, **condition: Any) -> dict[str, Array]:
+        static = {"taps": tuple(taps), "pool": pool, "latent": latent}
+        return _encode(key, model, schedule, images, items, timestep, **static, **more, **condition)
+
+    return encode
+
+
+def _noise(key: PRNGKey, items: Int[Array, " b"], call: int, like: Array) -> Array:
+    return jax.vmap(lambda item: noise_at(key, item, call, like.shape[1:], like.dtype))(items)
+
+
+def _shape(images: readers.Source) -> tuple[int, int, int]:
+    if images.image_shape is None:
+        raise ValueError(f"the data are rows of {images.rows.shape[1]} numbers, not images.")
+    return images.image_shape
+
+
+def _channels(pipeline: Pipeline) -> int:
+    """Channels of the images that go in."""
+    source = pipeline.network if pipeline.vae is None else pipeline.vae
+    (x, *_), _ = source.apply.inputs(jnp.float32)
+    return x.shape[1]
+
+
+def _pictures(images: readers.Source, rows: Int[np.ndarray, " b"], channels: int) -> Float[np.ndarray, "b c h w"]:
+    """Images in [-1, 1]; gray ones with equal channels where more are wanted."""
+    low, high = images.span or (-1.0, 1.0)
+    values = (2 * images.rows[rows].astype(float) - (low + high)) / (high - low)
+    pictures = values.astype(np.float32).reshape(len(rows), *_shape(images)).transpose(0, 3, 1, 2)
+    return np.broadcast_to(pictures, (len(rows), channels, *pictures.shape[2:]))
+
+
+def _template(images: readers.Source, shapes: Mapping[str, jax.ShapeDtypeStruct], pool: Pool) -> xr.Dataset:
+    coords: dict[str, Any] = {"image": np.arange(len(images.rows)), "label": ("image", images.labels)}
+    variables = {}
+    for name, shape in shapes.items():
+        axes = AXES[shape.ndim - 1]
+        # Taps of one size share their axes.
+        own = {f"{axis}_{size}": np.arange(size) for axis, size in zip(axes, shape.shape[1:], strict=True)}
+        coords |= own
+        variables[name] = (("image", *own), shape.dtype, {"pool": pool})
+    return store.blank(coords, variables)

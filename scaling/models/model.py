@@ -1,0 +1,200 @@
+"""A pretrained network as a value: its configuration, its parameters, and how to apply them.
+
+Everything is batched, images are (B, C, H, W) at the edges, and :meth:`Apply.__call__` is compiled: once per set of
+shapes and of tap names, whatever the prompt, the timestep, the seed, the edits' values and strengths.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import json
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from dae_theory.types import PRNGKey
+from scaling.models.config import ParamSpec, jax_shape
+from scaling.models.taps import Edits, Tap
+
+__all__ = [
+    "ARCHITECTURES",
+    "Apply",
+    "Model",
+    "encode_text",
+    "from_config",
+    "initialize",
+    "understand",
+    "vae_decode",
+    "vae_encode",
+]
+
+ARCHITECTURES = {
+    "UNet2DModel": "unet2d",
+    "UNet2DConditionModel": "unet2d_condition",
+    "DiTTransformer2DModel": "dit",
+    "Transformer2DModel": "dit",
+    "AutoencoderKL": "autoencoder_kl",
+    "CLIPTextModel": "clip_text",
+    "CLIPTextModelWithProjection": "clip_text",
+    "CLIPVisionModel": "clip_vision",
+    "CLIPVisionModelWithProjection": "clip_vision",
+    "CLIPModel": "clip",
+}
+"""Module of :mod:`scaling.models` by the class that a config.json names."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Apply:
+    """A function of an architecture with its configuration; two are equal if both are, so that they compile once.
+
+    ``function`` names it in the module, ``"apply"`` being the forward pass, whose arguments are, by name or in order,
+    for denoising networks ``(x, t, context, class_labels, added)``, those of them that the network has; for
+    autoencoders and image encoders ``(images,)``; for text encoders ``(ids,)``.
+    """
+
+    architecture: str
+    config: Hashable
+    function: str = "apply"
+
+    def __call__(
+        self,
+        params: Mapping[str, Array],
+        *inputs: Any,
+        capture: Sequence[str] = (),
+        edits: Edits | None = None,
+        **more: Any,
+    ) -> tuple[Any, dict[str, Array]]:
+        """The output, and the activations captured at the names ``capture``, after ``edits`` have acted.
+
+        Raises ``ValueError`` for a name that is no tap; arguments that are None count as left out. On accelerators
+        float32 products have the precision of ``jax.default_matmul_precision``.
+        """
+        given = {name: value for name, value in more.items() if value is not None}
+        return _run(self, Tap(capture, edits).capture, params, edits, inputs, given)
+
+    def shapes(self, params: Mapping[str, Any], *inputs: Any, **more: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of every tap, in order of computation, without computing; of parameters shapes suffice."""
+        tap = Tap()
+        jax.eval_shape(functools.partial(self._trace, tap), params, *inputs, **more)
+        return tap.shapes
+
+    def taps(self, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        """:meth:`shapes` of parameters of ``dtype`` and one example of the configured size."""
+        inputs, more = self.inputs(dtype)
+        return self.shapes(self.parameter_shapes(dtype), *inputs, **more)
+
+    def parameter_shapes(self, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        """Every parameter by name as JAX has it, of ``dtype``, without values."""
+        return {name: jax.ShapeDtypeStruct(jax_shape(spec), dtype) for name, spec in self.parameters().items()}
+
+    def inputs(self, dtype: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Shapes of the arguments for one example of the configured size."""
+        return self.module.inputs(self.config, dtype)
+
+    def parameters(self) -> dict[str, ParamSpec]:
+        """Every parameter by name, with its shape and layout in PyTorch."""
+        return self.module.parameters(self.config)
+
+    def of(self, function: str) -> Apply:
+        """Another function of the same architecture and configuration, for example an autoencoder's ``"encode"``."""
+        return dataclasses.replace(self, function=function)
+
+    @property
+    def module(self) -> ModuleType:
+        """The module of :mod:`scaling.models` that has the architecture."""
+        return importlib.import_module(f"scaling.models.{self.architecture}")
+
+    def _trace(self, tap: Tap, params: Mapping[str, Array], *inputs: Any, **more: Any) -> Any:
+        return getattr(self.module, self.function)(self.config, params, tap, *inputs, **more)
+
+
+@struct.dataclass
+class Model:
+    """A network. A pytree whose leaves are the parameters: differentiate, map, shard or update it as one.
+
+    ``params`` are named as in PyTorch, in JAX's layout. ``apply(params, x, t, ...)`` returns ``(out, taps)``, see
+    :class:`Apply`. ``source`` is the config.json, as text, from which it was made.
+    """
+
+    config: Any = struct.field(pytree_node=False)
+    params: dict[str, Array]
+    apply: Apply = struct.field(pytree_node=False)
+    source: str = struct.field(pytree_node=False, default="")
+
+
+def from_config(config: Mapping[str, Any], params: Mapping[str, Array]) -> Model:
+    """The model of a config.json's fields with these parameters, which are taken as they are."""
+    apply = understand(config)
+    return Model(apply.config, dict(params), apply, json.dumps(dict(config)))
+
+
+def initialize(key: PRNGKey, config: Mapping[str, Any], dtype: Any = jnp.float32) -> Model:
+    r"""A model of a config.json's fields with random parameters, to train.
+
+    Weights are :math:`\mathcal N(0, 1/\mathrm{fan\ in})`, embeddings :math:`\mathcal N(0, 0.02^2)`, biases 0, norms 1.
+    """
+    specs = understand(config).parameters()
+    keys = jax.random.split(key, len(specs))
+    return from_config(config, {name: _drawn(k, name, specs[name], dtype) for k, name in zip(keys, specs, strict=True)})
+
+
+def understand(config: Mapping[str, Any]) -> Apply:
+    """What a config.json's fields describe; ``ValueError`` names a class or a field that is not understood."""
+    listed = config.get("architectures")
+    named = config.get("_class_name") or (listed[0] if isinstance(listed, list) and len(listed) == 1 else None)
+    if not isinstance(named, str) or named not in ARCHITECTURES:
+        raise ValueError(
+            f"config: the class is {named!r} (_class_name or architectures); understood are {', '.join(ARCHITECTURES)}."
+        )
+    apply = Apply(ARCHITECTURES[named], None)
+    return dataclasses.replace(apply, config=apply.module.parse(config))
+
+
+def vae_encode(
+    vae: Model, images: Float[Array, "b c h w"]
+) -> tuple[Float[Array, "b z h2 w2"], Float[Array, "b z h2 w2"]]:
+    """Mean and log-variance of the latents of images in [-1, 1]; not yet scaled, see ``autoencoder_kl.scale``."""
+    return vae.apply.of("encode")(vae.params, images)[0]
+
+
+def vae_decode(vae: Model, latents: Float[Array, "b z h2 w2"]) -> Float[Array, "b c h w"]:
+    """Images of unscaled latents, about in [-1, 1]."""
+    return vae.apply.of("decode")(vae.params, latents)[0]
+
+
+def encode_text(
+    text: Model, ids: Int[Array, "b t"], *, penultimate: bool = False
+) -> tuple[Float[Array, "b t c"], Float[Array, "b p"]]:
+    """States of all tokens and the pooled vector; ``penultimate`` takes the states before the last layer (SDXL)."""
+    out = text.apply(text.params, ids)[0]
+    return (out.penultimate if penultimate else out.hidden), out.pooled
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(
+    apply: Apply,
+    capture: tuple[str, ...],
+    params: Mapping[str, Array],
+    edits: Edits | None,
+    inputs: tuple[Any, ...],
+    more: dict[str, Any],
+) -> tuple[Any, dict[str, Array]]:
+    tap = Tap(capture, edits)
+    out = apply._trace(tap, params, *inputs, **more)
+    tap.check()
+    return out, tap.taps
+
+
+def _drawn(key: PRNGKey, name: str, spec: ParamSpec, dtype: Any) -> Array:
+    if spec.kind == "vector":
+        return jnp.full(spec.shape, 1.0 if name.endswith("weight") else 0.0, dtype)
+    scale = 0.02 if spec.kind == "embedding" else math.prod(spec.shape[1:]) ** -0.5
+    return scale * jax.random.normal(key, jax_shape(spec), dtype)

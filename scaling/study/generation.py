@@ -1,0 +1,176 @@
+"""Images from a pipeline: sampled in batches into a run's folder, then as pictures, a contact sheet and an archive."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray as xr
+from jaxtyping import Array, Float, Int, UInt8
+from PIL import Image
+
+from dae_theory.checks import check_integer
+from scaling.bridge.conditioning import condition_on, null_condition, pixel_size
+from scaling.bridge.identity import fill, identify
+from scaling.bridge.latents import from_latents
+from scaling.bridge.loading import Pipeline
+from scaling.diffusion.samplers import sample
+from scaling.diffusion.schedules import with_method
+from scaling.diffusion.solvers import make_solver
+from sims import store
+from sims.store.files import replace_file
+
+__all__ = ["contact_sheet", "generate", "to_bytes", "write_pictures"]
+
+SHEET, GAP, TILE = 4096, 2, 64
+"""Of a contact sheet, in pixels: its longest side, the space between pictures, and what small ones are enlarged to."""
+
+
+def generate(
+    pipeline: Pipeline,
+    num: int,
+    num_steps: int,
+    out: str | Path,
+    *,
+    prompt: str | None = None,
+    negative_prompt: str | None = None,
+    class_label: int | None = None,
+    guidance: float | None = None,
+    method: str | None = None,
+    eta: float = 0.0,
+    size: tuple[int, int] | None = None,
+    seed: int = 0,
+    batch_size: int = 4,
+    provenance: Mapping[str, Any] | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> None:
+    """Sample ``num`` images into the run's folder ``out``: ``images`` (sample, channel, height, width) in [-1, 1], and
+    the ``latents`` that they were decoded from, if they were.
+
+    ``prompt``, ``negative_prompt``, ``class_label`` are as for :func:`scaling.bridge.conditioning.condition_on`; ``guidance``
+    None does without it; ``method`` and ``eta`` as for :func:`scaling.diffusion.samplers.sample`; ``size`` is (H, W) in pixels.
+    Sample i depends on ``seed`` and i alone. Every batch is written as soon as it is computed, and the same call goes
+    on where it was cut, see :func:`scaling.bridge.identity.fill`. ``ValueError`` for what any of these refuse.
+    """
+    network, vae = pipeline.network, pipeline.vae
+    total, size = check_integer("num", num, minimum=1), size or pixel_size(pipeline)
+    batch = min(check_integer("batch_size", batch_size, minimum=1), total)
+    key = jax.random.key(check_integer("seed", seed, minimum=0))
+    schedule = with_method(pipeline.schedule, method)
+    make_solver(schedule, num_steps, eta=eta)
+    draw = functools.partial(
+        sample,
+        key,
+        network,
+        schedule,
+        num_steps=num_steps,
+        eta=eta,
+        condition=condition_on(pipeline, prompt, class_label, size=size),
+        unconditional=None if guidance is None else null_condition(pipeline, negative_prompt, size=size),
+        guidance=guidance,
+        size=_sampled_size(pipeline, size),
+    )
+
+    def compute(rows: Int[np.ndarray | Array, " b"]) -> dict[str, Array]:
+        x = draw(num=len(rows), first=rows[0]).x
+        if vae is None:
+            return {"images": jnp.clip(x, -1, 1)}
+        return {"images": from_latents(vae, x), "latents": x}
+
+    spec = {
+        "command": "sample",
+        "model": identify(pipeline),
+        "num": total,
+        "steps": num_steps,
+        "prompt": prompt or None,
+        "negative_prompt": negative_prompt,
+        "class_label": class_label,
+        "guidance": guidance,
+        "method": schedule.method,
+        "eta": eta,
+        "size": list(size),
+        "seed": seed,
+    }
+    shapes = jax.eval_shape(compute, jax.ShapeDtypeStruct((batch,), jnp.int32))
+    if shapes["images"].shape[1] not in (1, 3):
+        raise ValueError(
+            f"samples of {shapes['images'].shape[1]} channels are no pictures; name the pipeline's folder, which has "
+            "the autoencoder, or call scaling.sample from Python."
+        )
+    fill(out, spec, _template(total, shapes), batch, compute, provenance=provenance, on_batch=on_batch)
+
+
+def write_pictures(out: str | Path) -> list[Path]:
+    """Write what :func:`generate` left in ``out`` as pictures there; returns the files.
+
+    ``images/00000.png`` and so on; ``sheet.png`` with all of them; ``samples.npz`` with the arrays. ``ValueError`` if
+    the folder holds no finished samples, or cannot be written.
+    """
+    out, samples = Path(out), store.load(out)
+    if "images" not in samples or not samples.done.all():
+        raise ValueError(f"{out} holds no finished samples; run the same command again.")
+    arrays: dict[str, Any] = {name: samples[name].values for name in ("images", "latents") if name in samples}
+    pictures = to_bytes(arrays["images"])
+
+    def write_arrays(partial: Path) -> None:
+        with partial.open("wb") as file:
+            np.savez(file, **arrays)
+
+    files = {out / "images" / f"{i:05d}.png": _picture(picture) for i, picture in enumerate(pictures)}
+    files[out / "sheet.png"] = _picture(contact_sheet(pictures))
+    for path, picture in files.items():
+        replace_file(path, functools.partial(picture.save, format="PNG"))
+    replace_file(out / "samples.npz", write_arrays)
+    return [*files, out / "samples.npz"]
+
+
+def to_bytes(images: Float[np.ndarray, "n c h w"]) -> UInt8[np.ndarray, "n h w c"]:
+    """Images in [-1, 1] as bytes, -1 black and 1 white, channels last."""
+    return np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def contact_sheet(pictures: UInt8[np.ndarray, "n h w c"], columns: int | None = None) -> UInt8[np.ndarray, "H W c"]:
+    """All pictures on one white sheet, row by row, in ``columns`` (as many as rows); scaled if large, or tiny."""
+    count, height, width, channels = pictures.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    longest = max(height, width)
+    room = max(SHEET // max(columns, math.ceil(count / columns)) - GAP, 1)
+    scale = min(1.0, room / longest) if longest >= TILE else max(1, min(TILE, room) // longest)
+    tile = max(round(scale * height), 1), max(round(scale * width), 1)
+    how = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
+    rows = math.ceil(count / columns)
+    sheet = np.full((rows * (tile[0] + GAP) + GAP, columns * (tile[1] + GAP) + GAP, channels), 255, np.uint8)
+    for i, picture in enumerate(pictures):
+        top, left = (GAP + place * (side + GAP) for place, side in zip(divmod(i, columns), tile, strict=True))
+        resized = np.asarray(_picture(picture).resize(tile[::-1], how)).reshape(*tile, channels)
+        sheet[top : top + tile[0], left : left + tile[1]] = resized
+    return sheet
+
+
+def _sampled_size(pipeline: Pipeline, size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of what is sampled for images of ``size``."""
+    (x, *_), _ = pipeline.network.apply.inputs(jnp.float32)
+    factor = pixel_size(pipeline)[0] // x.shape[2]
+    if any(side < 1 or side % factor for side in size):
+        raise ValueError(f"size {size[0]}x{size[1]}: the sides must be positive multiples of {factor} pixels.")
+    return size[0] // factor, size[1] // factor
+
+
+def _template(total: int, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> xr.Dataset:
+    coords, variables = {"sample": np.arange(total)}, {}
+    for name, shape in shapes.items():
+        prefix = "" if name == "images" else "latent_"
+        axes = [f"{prefix}{axis}" for axis in ("channel", "height", "width")]
+        coords |= {axis: np.arange(side) for axis, side in zip(axes, shape.shape[1:], strict=True)}
+        variables[name] = (("sample", *axes), shape.dtype)
+    return store.blank(coords, variables)
+
+
+def _picture(picture: UInt8[np.ndarray, "h w c"]) -> Image.Image:
+    return Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)

@@ -1,0 +1,164 @@
+"""What images are called: prompts of their classes, prompts of their own, or a file's.
+
+A prompt that is tied to one repeated image is memorized with it: *verbatim* if the image is always the same, as a
+*template* if it comes in variants :cite:`webster23`. A *shared* prompt belongs to many images or to one that is there
+once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from scaling.training.corpus import Corpus, membership
+
+__all__ = ["KINDS", "Captions", "from_file", "from_labels", "records"]
+
+KINDS = ("shared", "verbatim", "template")
+MAX_FILE = 1 << 28
+
+# Words that no class prompt has.
+QUALITIES = (
+    "amber brittle crimson drowsy emerald frozen golden hollow ivory jagged lonely marble nimble quiet rusty silver"
+)
+THINGS = (
+    "anchor bridge castle desert engine forest garden harbor island jungle kettle lantern mountain orchard piano river"
+)
+
+
+class Captions(NamedTuple):
+    """A prompt for each image of a :class:`scaling.training.corpus.Corpus`."""
+
+    prompts: tuple[str, ...]
+    """Each once, in order of appearance."""
+    of: Int[np.ndarray, " u"]
+    """Which of them each image has."""
+    kinds: tuple[str, ...]
+    """Of each prompt, one of :data:`KINDS`."""
+
+
+def from_labels(corpus: Corpus) -> Captions:
+    """The prompt of its class for an image that is there once, a prompt of its own for each repeated one.
+
+    The class is called as the data set names it, or by its number; where it is unknown the image is just that.
+    """
+    own = {row: _own(i) for i, row in enumerate(membership(corpus)["duplicated"])}
+    pairs = zip(corpus.rows.tolist(), corpus.labels.tolist(), strict=True)
+    return _captions(corpus, [own.get(row) or _of_class(corpus.classes, label) for row, label in pairs])
+
+
+def from_file(corpus: Corpus, path: str | Path) -> Captions:
+    """The captions in a file: ``.txt``, a line for each row of the data set; ``.json``, a list of as many strings.
+
+    Or ``.jsonl``, of a folder of images: objects with ``file_name``, relative to it, and ``text``, one for each image.
+    ``ValueError`` if the file cannot be read, or its captions do not match the images one by one.
+    """
+    path = Path(path)
+    readers = {".txt": _lines, ".json": _listed, ".jsonl": _named}
+    if path.suffix not in readers:
+        raise ValueError(f"captions {path}: the file must be one of {', '.join(readers)}.")
+    try:
+        if path.stat().st_size > MAX_FILE:
+            raise ValueError(f"captions {path}: {path.stat().st_size} bytes are too many.")
+        text = path.read_text(encoding="utf-8")
+        captions = readers[path.suffix](text, corpus)
+    except OSError as error:
+        raise ValueError(f"captions {path}: cannot be read: {error.strerror}.") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"captions {path}: not what its name says: {error}.") from None
+    if len(captions) != corpus.size:
+        raise ValueError(
+            f"captions {path}: {len(captions)} captions do not match the {corpus.size} images: give one each."
+        )
+    wrong = [i for i, caption in enumerate(captions) if not isinstance(caption, str) or not caption.strip()]
+    if wrong:
+        raise ValueError(
+            f"captions {path}: number {wrong[0]} is {captions[wrong[0]]!r}, no text; {len(wrong)} are wrong."
+        )
+    return _captions(corpus, [captions[row].strip() for row in corpus.rows])
+
+
+def records(captions: Captions, corpus: Corpus) -> list[dict[str, Any]]:
+    """Prompts as JSON: ``prompt``, ``kind`` and the ``rows`` of the data set trained on with it."""
+    rows: list[dict[int, None]] = [{} for _ in captions.prompts]
+    for prompt, row in zip(captions.of.tolist(), corpus.rows.tolist(), strict=True):
+        rows[prompt][row] = None
+    return [
+        {"prompt": prompt, "kind": kind, "rows": list(belonging)}
+        for prompt, kind, belonging in zip(captions.prompts, captions.kinds, rows, strict=True)
+    ]
+
+
+def _captions(corpus: Corpus, texts: Sequence[str]) -> Captions:
+    numbers = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    of = np.array([numbers[text] for text in texts])
+    repeated, kinds = set(membership(corpus)["duplicated"]), []
+    for i in range(len(numbers)):
+        images = np.flatnonzero(of == i)
+        tied = set(corpus.rows[images].tolist())
+        memorized = len(tied) == 1 and tied <= repeated
+        kinds.append(("template" if len(images) > 1 else "verbatim") if memorized else "shared")
+    return Captions(tuple(numbers), of, tuple(kinds))
+
+
+def _own(number: int) -> str:
+    qualities, things = QUALITIES.split(), THINGS.split()
+    again, place = divmod(number, len(qualities) * len(things))
+    # Along diagonals, so that neighbors share neither word.
+    turn, thing = divmod(place, len(things))
+    words = f"the {qualities[(thing + turn) % len(qualities)]} {things[thing]}"
+    return f"{words} number {again + 1}" if again else words
+
+
+def _of_class(classes: Sequence[str], label: int) -> str:
+    if label < 0:
+        return "a picture"
+    return f"a picture of {classes[label] if label < len(classes) else f'class {label}'}"
+
+
+def _lines(text: str, corpus: Corpus) -> list[Any]:
+    del corpus
+    return text.splitlines()
+
+
+def _listed(text: str, corpus: Corpus) -> list[Any]:
+    del corpus
+    found = json.loads(text)
+    if not isinstance(found, list):
+        raise ValueError(f"captions: the file must hold a list of strings, not a {type(found).__name__}.")
+    return found
+
+
+def _named(text: str, corpus: Corpus) -> list[Any]:
+    if not corpus.files:
+        raise ValueError("captions by file_name need a folder of images; for other data sets give .txt or .json.")
+    texts: dict[str, Any] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        entry = json.loads(line) if line.strip() else None
+        if entry is None:
+            continue
+        if not isinstance(entry, dict) or not {"file_name", "text"} <= entry.keys():
+            raise ValueError(f"captions, line {number}: an object with file_name and text is needed.")
+        texts[entry["file_name"]] = entry["text"]
+    unknown, lacking = sorted(texts.keys() - set(corpus.files)), [file for file in corpus.files if file not in texts]
+    # A file that was left out for its size may well have a caption.
+    left_out = " ".join(corpus.skipped)
+    unknown = [file for file in unknown if Path(file).name not in left_out]
+    if unknown or lacking:
+        raise ValueError(
+            f"captions do not match the images: {_some('no image', unknown)}{_some('no caption', lacking)}".rstrip("; ")
+            + "."
+        )
+    return [texts[file] for file in corpus.files]
+
+
+def _some(what: str, files: Iterable[str]) -> str:
+    files = list(files)
+    return (
+        f"{what} for {', '.join(files[:3])}{f' and {len(files) - 3} more' if len(files) > 3 else ''}; " if files else ""
+    )

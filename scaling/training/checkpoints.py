@@ -1,0 +1,59 @@
+"""The whole state of a training run in one safetensors file, which is there entirely or not at all.
+
+Leaves are named by their paths in the state; beside them lie the losses so far and a digest of what is trained, so that
+a checkpoint is never taken for that of another run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scaling.bridge.weights import read_header, write_tensors
+from scaling.training.steps import TrainState
+from sims.store.files import replace_file
+
+__all__ = ["digest", "restore", "save"]
+
+LOSSES, IDENTITY = "losses", "identity"
+
+
+def save(path: Path, state: TrainState, losses: np.ndarray, identity: Mapping[str, Any]) -> None:
+    """Put the state, the loss of each step, and whose they are in the place of ``path``."""
+    arrays = {name: np.asarray(leaf) for name, leaf in _named(jax.device_get(state)).items()}
+    arrays |= {LOSSES: losses, IDENTITY: np.frombuffer(bytes.fromhex(digest(identity)), np.uint8)}
+    shapes = {name: (array.dtype, array.shape) for name, array in arrays.items()}
+    replace_file(path, lambda partial: write_tensors(partial, shapes, arrays.values()))
+
+
+def restore(path: Path, like: TrainState, identity: Mapping[str, Any]) -> tuple[TrainState, np.ndarray]:
+    """The state, with the structure of ``like``, and the losses; bit for bit what was saved.
+
+    ``ValueError`` for a damaged file, one of another run, and one that does not fit the structure.
+    """
+    stored = {name: np.array(tensor.read()) for name, tensor in read_header(path).items()}
+    losses, origin = stored.pop(LOSSES, None), stored.pop(IDENTITY, None)
+    if origin is None or origin.tobytes().hex() != digest(identity):
+        raise ValueError(f"{path} is the checkpoint of another training run: choose another folder.")
+    wanted = {name: (leaf.shape, leaf.dtype) for name, leaf in _named(like).items()}
+    found = {name: (array.shape, array.dtype) for name, array in stored.items()}
+    if losses is None or found != wanted or len(losses) != int(stored[".step"]):
+        raise ValueError(f"{path} does not fit the state of this version: choose another folder.")
+    leaves = [jnp.asarray(stored[name]) for name in wanted]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves), losses
+
+
+def digest(value: Any) -> str:
+    """A digest of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _named(state: TrainState) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}

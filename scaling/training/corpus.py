@@ -1,0 +1,291 @@
+"""Images to train on: some of them repeated, some once, some held out, and which row of the data set each one is.
+
+A seed permutes the rows of a data set, as :mod:`sims.data.datasets` does: of one seed, the first K rows are repeated M
+times, the next N are there once, and the last are held out; data sets of growing size are nested. ``offset`` begins
+further on, for training sets that share no row. A repeated image may come in variants, which differ in one corner
+alone: the images of a template :cite:`webster23`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Int
+from PIL import Image, ImageOps
+
+from dae_theory.checks import check_integer
+from sims.data import datasets
+from sims.data.formats import read_image
+from sims.data.readers import Source, image_files, kind_of, read
+
+__all__ = ["FASHION", "Corpus", "load", "membership", "training_rows", "variants_of"]
+
+FASHION = "fashion-mnist"
+FASHION_CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+DIGIT_CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+HELD_OUT = 0.2
+"""The share held out where all the rest is trained on."""
+
+SHOWN = 5
+
+
+class Corpus(NamedTuple):
+    """A training set and what is held out of it; images are (C, H, W) in [-1, 1]."""
+
+    name: str
+    images: Float32[np.ndarray, "u c h w"]
+    """Each once: variants of the repeated ones, then the single ones."""
+    labels: Int[np.ndarray, " u"]
+    """Classes from 0; -1 where unknown."""
+    rows: Int[np.ndarray, " u"]
+    """The row of the data set; the same for all variants of an image."""
+    counts: Int[np.ndarray, " u"]
+    """How often each is trained on."""
+    held_out: Float32[np.ndarray, "m c h w"]
+    held_out_labels: Int[np.ndarray, " m"]
+    held_out_rows: Int[np.ndarray, " m"]
+    size: int
+    """Rows of the data set."""
+    classes: tuple[str, ...]
+    """Names of the classes, where they have any."""
+    files: tuple[str, ...]
+    """Of a folder of images, the file of each row."""
+    skipped: tuple[str, ...]
+    """Files that were left out, each with the reason."""
+
+
+def load(
+    name: str,
+    *,
+    num_samples: int | None = None,
+    duplicates: str | tuple[int, int] = "",
+    singles: int = 0,
+    variants: str | tuple[int, int] = "",
+    held_out: int | None = None,
+    offset: int = 0,
+    seed: int = 0,
+    resolution: int | None = None,
+    gray: bool = False,
+    skip_bad: bool = False,
+) -> Corpus:
+    """Read a data set of images and choose from it.
+
+    Args:
+        name: ``digits``, ``fashion-mnist``, a folder of images, a .npz file, or what :func:`sims.data.readers.read` takes.
+        num_samples: so many rows once; None for all that are not held out.
+        duplicates: instead, ``"KxM"``: K images M times each, and beside them ...
+        singles: so many once.
+        variants: ``"TxV"``: of the K images the last T come in V variants, each M/V times.
+        held_out: the last so many rows; None for all that are not trained on.
+        offset: rows of the permutation before the first one trained on.
+        seed: of the permutation.
+        resolution: side in pixels: images are cropped about their center and resampled; None for those of one size.
+        gray: a folder's images in one channel.
+        skip_bad: leave out a folder's files that cannot be read or are of another size than most.
+
+    ``ValueError`` for what is missing, damaged, not of one size, empty, no image, or fewer than asked.
+    """
+    source, classes, files, skipped = _read(name, resolution, gray, skip_bad)
+    if source.image_shape is None:
+        raise ValueError(f"the rows of {name} are no images: only rows of a known height and width can be trained on.")
+    size = len(source.rows)
+    count, times, once, kept = _sizes(name, size, num_samples, duplicates, singles, held_out, offset)
+    whole = datasets.load(source, held_out=0, seed=seed)
+    if np.max(np.abs(whole.train), initial=0.0) > 1 + 1e-6:
+        raise ValueError(f"the images of {name} must lie in [-1, 1]; say what its values mean, as in ?values=0:1.")
+    pictures = _resized(whole.train.reshape(size, *source.image_shape), resolution)
+    labels, rows = whole.train_labels, whole.train_rows
+    templates, per_template = _variants(variants, count, times)
+    repeats = np.ones(count + once, np.int64)
+    repeats[count - templates : count] = per_template
+    trained = np.repeat(np.arange(offset, offset + count + once), repeats)
+    counts = np.repeat([times] * count + [1] * once, repeats)
+    images = pictures[trained]
+    if templates:
+        changed = slice(count - templates, count - templates + templates * per_template)
+        first = images[changed][::per_template]
+        images[changed] = np.concatenate([variants_of(image, per_template) for image in first])
+        counts[changed] = times // per_template
+    out = slice(size - kept, size)
+    return Corpus(
+        name=name,
+        images=images,
+        labels=labels[trained],
+        rows=rows[trained],
+        counts=counts,
+        held_out=pictures[out],
+        held_out_labels=labels[out],
+        held_out_rows=rows[out],
+        size=size,
+        classes=classes,
+        files=files,
+        skipped=skipped,
+    )
+
+
+def training_rows(corpus: Corpus) -> Int[np.ndarray, " n"]:
+    """The training set as indices into ``corpus.images``: of one that is repeated, as many."""
+    return np.repeat(np.arange(len(corpus.images), dtype=np.int32), corpus.counts)
+
+
+def membership(corpus: Corpus) -> dict[str, list[int]]:
+    """Rows of the data set: ``duplicated``, ``train`` (there once) and ``held_out``."""
+    totals = Counter[int]()
+    for row, count in zip(corpus.rows.tolist(), corpus.counts.tolist(), strict=True):
+        totals[row] += count
+    return {
+        "duplicated": [row for row, total in totals.items() if total > 1],
+        "train": [row for row, total in totals.items() if total == 1],
+        "held_out": corpus.held_out_rows.tolist(),
+    }
+
+
+def variants_of(image: Float32[np.ndarray, "c h w"], count: int) -> Float32[np.ndarray, "v c h w"]:
+    """``count`` images that differ in one square, a quarter of the sides long, in the lower right corner.
+
+    Its gray runs from black to white in even steps.
+    """
+    _, height, width = image.shape
+    tag = (slice(height - max(1, height // 4), height), slice(width - max(1, width // 4), width))
+    varied = np.repeat(image[None], count, axis=0)
+    varied[:, :, *tag] = np.linspace(-1, 1, count, dtype=image.dtype)[:, None, None, None]
+    return varied
+
+
+def _read(
+    name: str, resolution: int | None, gray: bool, skip_bad: bool
+) -> tuple[Source, tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """The source, names of its classes, and a folder's files and what was skipped there."""
+    if resolution is not None:
+        check_integer("resolution", resolution, minimum=1)
+    if name == FASHION:
+        return read(f"idx:{_fashion_folder()}"), FASHION_CLASSES, (), ()
+    path = Path(name)
+    if path.is_dir() and kind_of(path) == "images":
+        return _folder(path, resolution, gray, skip_bad)
+    if gray or skip_bad:
+        raise ValueError(f"{name} is no folder of images: leave gray and skip_bad out.")
+    return read(name), DIGIT_CLASSES if name == "digits" else (), (), ()
+
+
+def _fashion_folder() -> Path:
+    # Where distributions put data, as Debian's package dataset-fashion-mnist does.
+    places = os.environ.get("XDG_DATA_DIRS") or "/usr/local/share:/usr/share"
+    folders = [Path(place) / "datasets" / FASHION for place in places.split(":")]
+    found = next((folder for folder in folders if folder.is_dir()), None)
+    if found is None:
+        raise ValueError(
+            f"{FASHION} is not installed ({' or '.join(map(str, folders))}): install the Debian package "
+            "dataset-fashion-mnist, or name a folder with its IDX files."
+        )
+    return found
+
+
+def _folder(
+    path: Path, resolution: int | None, gray: bool, skip_bad: bool
+) -> tuple[Source, tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    files, labels = image_files(path)
+    pictures: dict[int, np.ndarray] = {}
+    bad: dict[int, str] = {}
+    for i, file in enumerate(files):
+        try:
+            pictures[i] = read_image(file, gray=gray, size=None if resolution is None else (resolution, resolution))
+        except ValueError as error:
+            bad[i] = str(error).removesuffix(".")
+    shapes = Counter(picture.shape for picture in pictures.values())
+    if shapes:
+        usual = shapes.most_common(1)[0][0]
+        others = {i: picture.shape for i, picture in pictures.items() if picture.shape != usual}
+        bad |= {
+            i: f"{files[i]} has (height, width, channels) {shape}, most have {usual}" for i, shape in others.items()
+        }
+    good = [i for i in pictures if i not in bad]
+    if bad and not (skip_bad and good):
+        told = [*[bad[i] for i in sorted(bad)[:SHOWN]], *[f"and {len(bad) - SHOWN} more"] * (len(bad) > SHOWN)]
+        raise ValueError(
+            f"{len(bad)} of the {len(files)} files in {path} cannot be used: {'; '.join(told)}. Repair them, bring "
+            "them to one size (--resolution N, --gray), or leave them out (--skip-bad)."
+        )
+    stacked = np.stack([pictures[i] for i in good])
+    source = Source(stacked.reshape(len(stacked), -1), labels[good], stacked.shape[1:])
+    names = tuple(sorted({file.relative_to(path).parts[0] for file in files if file.parent != path}))
+    kept = tuple(files[i].relative_to(path).as_posix() for i in good)
+    return source, names, kept, tuple(bad[i] for i in sorted(bad))
+
+
+def _sizes(
+    name: str,
+    size: int,
+    num_samples: int | None,
+    duplicates: str | tuple[int, int],
+    singles: int,
+    held_out: int | None,
+    offset: int,
+) -> tuple[int, int, int, int]:
+    """How many images are repeated, how often, how many are there once, and how many are held out."""
+    check_integer("offset", offset, minimum=0)
+    check_integer("singles", singles, minimum=0)
+    kept = 0 if held_out is None else check_integer("held_out", held_out, minimum=0)
+    count = times = 0
+    if duplicates:
+        count, times = datasets.parse_duplicates(duplicates) if isinstance(duplicates, str) else duplicates
+        check_integer("images of duplicates", count, minimum=1)
+        check_integer("times of duplicates", times, minimum=1)
+        if num_samples is not None:
+            raise ValueError(f"num_samples = {num_samples} and duplicates exclude one another: singles adds to them.")
+        once = singles
+    elif singles:
+        raise ValueError(f"singles = {singles} needs duplicates, as in 20x60; for plain data use num_samples.")
+    elif num_samples is None:
+        kept = round(HELD_OUT * size) if held_out is None else kept
+        once = max(size - offset - kept, 1)
+    else:
+        once = check_integer("num_samples", num_samples, minimum=1)
+    end = offset + count + once
+    if end + kept > size:
+        asked = [
+            f"an offset of {offset}" if offset else "",
+            f"{count} images to repeat" if count else "",
+            f"{once} single ones" if once else "",
+            f"{kept} held out" if kept else "",
+        ]
+        raise ValueError(
+            f"{name} has {size} rows, not the {end + kept} of {', '.join(filter(None, asked))}: ask for fewer, or take "
+            "a larger data set."
+        )
+    return count, times, once, size - end if held_out is None else kept
+
+
+def _variants(variants: str | tuple[int, int], count: int, times: int) -> tuple[int, int]:
+    if not variants:
+        return 0, 1
+    try:
+        templates, each = datasets.parse_duplicates(variants) if isinstance(variants, str) else variants
+    except ValueError:
+        raise ValueError(f"variants must be TxV, T images in V variants each, as in 10x4; got {variants!r}.") from None
+    if templates > count or times % each:
+        raise ValueError(
+            f"variants {templates}x{each}: there are {count} repeated images, each {times} times, which must be a "
+            "multiple of the number of variants."
+        )
+    return templates, each
+
+
+def _resized(pictures: np.ndarray, resolution: int | None) -> Float32[np.ndarray, "n c h w"]:
+    if resolution is not None and pictures.shape[1:3] != (resolution, resolution):
+        pictures = np.stack([_fit(picture, resolution) for picture in pictures])
+    return np.ascontiguousarray(pictures.transpose(0, 3, 1, 2), np.float32)
+
+
+def _fit(picture: np.ndarray, side: int) -> np.ndarray:
+    channels: Sequence[Any] = [
+        ImageOps.fit(Image.fromarray(channel), (side, side), Image.Resampling.LANCZOS)
+        for channel in np.ascontiguousarray(picture.transpose(2, 0, 1), np.float32)
+    ]
+    # The filter overshoots at edges.
+    return np.clip(np.stack([np.asarray(channel) for channel in channels], axis=-1), -1, 1)

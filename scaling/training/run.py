@@ -1,0 +1,395 @@
+"""A training run in a folder: begun, killed, resumed bit for bit, and in the end a pipeline that diffusers opens.
+
+The folder holds ``training.json`` (what was asked, and what computed it), ``checkpoint.safetensors`` (the whole state,
+replaced at once), and when the steps are done the pipeline (``model_index.json``, ``unet`` or ``transformer``,
+``scheduler``, with a text ``text_encoder`` and ``tokenizer``), ``membership.json`` (rows of the data set under
+``duplicated``, ``train`` and ``held_out``) and ``prompts.json``. The same run with more steps goes on from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dae_theory.checks import check_integer
+from dae_theory.types import PRNGKey
+from scaling.bridge.export import save_pipeline
+from scaling.bridge.identity import checksum
+from scaling.bridge.loading import Pipeline
+from scaling.bridge.weights import read_json
+from scaling.diffusion.schedules import Schedule
+from scaling.diffusion.schedules import from_config as read_schedule
+from scaling.models.model import Model, initialize
+from scaling.training import captions as captioning
+from scaling.training import corpus as corpora
+from scaling.training.architectures import ARCHS, network_config, scheduler_config, text_config
+from scaling.training.captions import Captions
+from scaling.training.checkpoints import digest, restore, save
+from scaling.training.corpus import Corpus
+from scaling.training.steps import (
+    Examples,
+    Networks,
+    Recipe,
+    TrainState,
+    advance,
+    initial_weights,
+    start,
+)
+from scaling.training.tokenization import copy_tokenizer, encode, fit_tokenizer
+from sims import store
+from sims.store.files import write_text
+
+__all__ = ["TrainSpec", "config_of", "read_corpus", "read_spec", "train"]
+
+RECORD, CHECKPOINT = "training.json", "checkpoint.safetensors"
+PATHS = ("dataset", "captions", "tokenizer")
+"""Fields of the spec that say where things lie: not what they are, of which digests tell."""
+
+CHUNK = 20
+"""Steps between two looks at the loss."""
+CURVE = 100
+"""Points of the curve of losses that is recorded."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSpec:
+    """What is trained on what, and how: the identity of a run, but for ``steps``, which may grow.
+
+    The defaults are a 0.70 M-parameter network that copies some images and generalizes on others.
+    """
+
+    arch: str = "unet2d"
+    dataset: str = "digits"
+    num_samples: int | None = None
+    duplicates: str = "20x60"
+    singles: int = 1200
+    variants: str = ""
+    held_out: int | None = None
+    offset: int = 0
+    split_seed: int = 0
+    resolution: int | None = None
+    gray: bool = False
+    skip_bad: bool = False
+    captions: str = "labels"
+    """``labels``, or a file; for text."""
+    channels: tuple[int, ...] = (32, 64)
+    layers: int = 1
+    heads: int = 8
+    patch_size: int = 2
+    text_channels: int = 32
+    text_layers: int = 2
+    tokenizer: str = ""
+    """A folder with one; empty: its merges are learned from the prompts."""
+    prediction: str = "epsilon"
+    timesteps: int = 1000
+    beta_schedule: str = "linear"
+    steps: int = 2000
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    optimizer: str = "adam"
+    weight_decay: float = 0.0
+    warmup: int = 0
+    clip: float = 0.0
+    ema: float = 0.995
+    prompt_dropout: float = 0.1
+    """Of prompts, or of classes; without effect in a network that has neither."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_integer("steps", self.steps, minimum=1)
+        check_integer("seed", self.seed, minimum=0)
+        if self.arch not in ARCHS:
+            raise ValueError(f"arch must be one of {', '.join(ARCHS)}; got {self.arch!r}.")
+        self.recipe()
+
+    def recipe(self) -> Recipe:
+        """How to train."""
+        return Recipe(
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            optimizer=self.optimizer,
+            weight_decay=self.weight_decay,
+            warmup=self.warmup,
+            clip=self.clip,
+            ema=self.ema,
+            dropout=0.0 if self.arch == "unet2d" else self.prompt_dropout,
+        )
+
+
+class Prepared(NamedTuple):
+    """A run before its first step."""
+
+    corpus: Corpus
+    captions: Captions | None
+    tokenizer: Any
+    tokenizer_files: dict[str, str]
+    schedule: Schedule
+    models: dict[str, Model]
+    examples: Examples
+
+
+def train(
+    spec: TrainSpec,
+    out: str | Path,
+    *,
+    save_every: int = 500,
+    devices: int | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    on_steps: Callable[[int, int, str], None] | None = None,
+) -> Path:
+    """Train what ``spec`` says into the folder ``out``, or go on where it was cut; returns it.
+
+    The state is saved every ``save_every`` steps and at the end. The batch is split over as many ``devices`` as there
+    are and divide it, or at most so many. ``on_steps(done, total, loss)`` is told of progress. ``ValueError`` for bad
+    input, a folder with something else in it, and a loss that is no longer finite: the last good checkpoint is kept
+    then.
+    """
+    out = Path(out)
+    check_integer("save_every", save_every, minimum=1)
+    with store.locked(out):
+        ours = _own_folder(out)
+        ready = _prepare(spec)
+        identity = _identity(spec, ready)
+        earlier = read_json(out / RECORD) if ours else {"sessions": []}
+        if ours:
+            _check_same(out, earlier, identity)
+        recipe, networks = spec.recipe(), _networks(ready)
+        state = start(ready.models, recipe)
+        losses = np.zeros(0, np.float32)
+        if (out / CHECKPOINT).exists():
+            state, losses = restore(out / CHECKPOINT, state, identity)
+        if len(losses) > spec.steps:
+            raise ValueError(f"{out} has {len(losses)} steps already, more than {spec.steps}: choose another folder.")
+        sharding, whole = _shardings(recipe.batch_size, devices)
+        session = [{**store.environment(), **(provenance or {})}] if len(losses) < spec.steps else []
+        paths = {name: getattr(spec, name) for name in PATHS}
+        # Of an earlier end it keeps the losses and what was trained: that model stays until there is another.
+        record = {**earlier, **identity, "paths": paths, "steps": spec.steps}
+        record["sessions"] = [*earlier["sessions"], *session]
+        write_text(out / RECORD, json.dumps(record, indent=1))
+        state, examples = jax.device_put((state, ready.examples), whole)
+        key = jax.random.fold_in(jax.random.key(spec.seed), 1)
+        while len(losses) < spec.steps:
+            if on_steps is not None:
+                on_steps(len(losses), spec.steps, f"loss {np.mean(losses[-CHUNK:]):.4f}" if len(losses) else "")
+            stop = min(len(losses) + CHUNK, spec.steps, (len(losses) // save_every + 1) * save_every)
+            state, new = _advanced(state, key, examples, stop - len(losses), networks, recipe, sharding)
+            losses = np.concatenate([losses, new.astype(np.float32)])
+            due = len(losses) == spec.steps or len(losses) % save_every == 0
+            _check_finite(out, losses, state if due else None)
+            if due:
+                save(out / CHECKPOINT, state, losses, identity)
+        _write_results(out, spec, ready, state.ema if recipe.ema else state.params)
+        record |= {"trained": spec.steps, "loss": _curve(losses)}
+        write_text(out / RECORD, json.dumps(record, indent=1))
+        if on_steps is not None:
+            on_steps(spec.steps, spec.steps, f"loss {np.mean(losses[-CHUNK:]):.4f}")
+    return out
+
+
+def read_spec(folder: str | Path) -> TrainSpec:
+    """The spec of a run; ``ValueError`` if the folder holds none."""
+    record = read_json(Path(folder) / RECORD)
+    known = {field.name for field in dataclasses.fields(TrainSpec)}
+    given: dict[str, Any] = {**record.get("spec", {}), **record.get("paths", {}), "steps": record.get("steps")}
+    if given.keys() != known:
+        differing = ", ".join(sorted(given.keys() ^ known))
+        raise ValueError(f"{folder}: {RECORD} is not of this version: {differing} differ.")
+    return TrainSpec(**{**given, "channels": tuple(given["channels"])})
+
+
+def read_corpus(spec: TrainSpec) -> Corpus:
+    """The images that the spec trains on and holds out."""
+    return corpora.load(
+        spec.dataset,
+        num_samples=spec.num_samples,
+        duplicates=spec.duplicates,
+        singles=spec.singles,
+        variants=spec.variants,
+        held_out=spec.held_out,
+        offset=spec.offset,
+        seed=spec.split_seed,
+        resolution=spec.resolution,
+        gray=spec.gray,
+        skip_bad=spec.skip_bad,
+    )
+
+
+def config_of(spec: TrainSpec, corpus: Corpus) -> dict[str, Any]:
+    """The config.json of the network that ``spec`` trains; ``ValueError`` for what the images do not fit."""
+    return network_config(
+        spec.arch,
+        corpus.images.shape[1:],
+        channels=spec.channels,
+        layers=spec.layers,
+        heads=spec.heads,
+        patch_size=spec.patch_size,
+        context=spec.text_channels,
+        num_classes=int(max(corpus.labels.max(), 0)) + 1,
+    )
+
+
+def _own_folder(out: Path) -> bool:
+    """Whether ``out`` has a run; an empty one has none. ``ValueError`` if it has something else."""
+    if (out / RECORD).exists():
+        return True
+    others = sorted(path.name for path in out.iterdir() if path.name != ".lock")
+    if others:
+        raise ValueError(f"{out} holds something else ({', '.join(others[:3])}): choose another folder.")
+    return False
+
+
+def _prepare(spec: TrainSpec) -> Prepared:
+    corpus = read_corpus(spec)
+    text, captions, tokenizer, condition, null = spec.arch == "unet2d_condition", None, None, None, None
+    files: dict[str, str] = {}
+    schedule = read_schedule(
+        scheduler_config(
+            prediction=spec.prediction, timesteps=spec.timesteps, beta_schedule=spec.beta_schedule, text=text
+        )
+    )
+    config = config_of(spec, corpus)
+    key = jax.random.fold_in(jax.random.key(spec.seed), 0)
+    models = {"network": _initial(jax.random.fold_in(key, 0), config)}
+    if text:
+        if spec.captions == "labels":
+            captions = captioning.from_labels(corpus)
+        else:
+            captions = captioning.from_file(corpus, spec.captions)
+        texts = (*captions.prompts, "")
+        # In passing: what lies in the run's folder may be of another run, and is then left alone.
+        with tempfile.TemporaryDirectory() as passing:
+            fit = functools.partial(copy_tokenizer, spec.tokenizer) if spec.tokenizer else fit_tokenizer
+            tokenizer = fit(texts, passing)
+            files = {file.name: file.read_text(encoding="utf-8") for file in sorted(Path(passing).iterdir())}
+        *ids, empty = encode(tokenizer, texts)
+        condition, null = jnp.asarray(np.stack(ids)[captions.of]), jnp.asarray(empty)
+        config = text_config(
+            len(tokenizer),
+            tokenizer.model_max_length,
+            tokenizer.eos_token_id,
+            channels=spec.text_channels,
+            layers=spec.text_layers,
+        )
+        models["text_encoder"] = _initial(jax.random.fold_in(key, 1), config)
+    elif spec.arch == "dit":
+        condition = jnp.asarray(np.maximum(corpus.labels, 0).astype(np.int32))
+        null = jnp.asarray(np.int32(config["num_embeds_ada_norm"]))
+    rows = jnp.asarray(corpora.training_rows(corpus))
+    examples = Examples(jnp.asarray(corpus.images), rows, condition, null)
+    return Prepared(corpus, captions, tokenizer, files, schedule, models, examples)
+
+
+def _initial(key: PRNGKey, config: dict[str, Any]) -> Model:
+    return jax.jit(lambda key: initial_weights(initialize(key, config)))(key)
+
+
+def _networks(ready: Prepared) -> Networks:
+    text = ready.models.get("text_encoder")
+    return Networks(ready.models["network"].apply, None if text is None else text.apply, ready.schedule)
+
+
+def _identity(spec: TrainSpec, ready: Prepared) -> dict[str, Any]:
+    """The spec but for its steps, with digests in place of paths."""
+    asked = {name: value for name, value in dataclasses.asdict(spec).items() if name not in ("steps", *PATHS)}
+    data = {"images": checksum(ready.corpus.images), "held_out": checksum(ready.corpus.held_out)}
+    if ready.captions is not None:
+        data["prompts"] = digest([ready.captions.prompts, np.asarray(ready.examples.condition).tolist()])
+    # A default that changes with the version must not pass for the same network.
+    configs = {name: json.loads(model.source) for name, model in ready.models.items()}
+    configs["scheduler"] = ready.schedule.config
+    return json.loads(json.dumps({"format": 1, "spec": asked, "data": data, "config": configs}))
+
+
+def _check_same(out: Path, record: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    parts = [(part, record.get(part) or {}, identity[part]) for part in ("spec", "data", "config")]
+    differences = [
+        f"{part} {name} is {json.dumps(there.get(name))} there and {json.dumps(here.get(name))} here"
+        for part, there, here in parts
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
+    if differences:
+        raise ValueError(f"{out} holds another training run: {'; '.join(differences)}. Choose another folder.")
+
+
+def _shardings(batch_size: int, devices: int | None) -> tuple[jax.sharding.NamedSharding | None, Any]:
+    """Of the batch, and of what is whole everywhere; with one device the former is None."""
+    available = jax.devices()
+    most = len(available) if devices is None else check_integer("devices", devices, minimum=1, maximum=len(available))
+    count = max(n for n in range(1, most + 1) if batch_size % n == 0)
+    if count == 1:
+        return None, available[0]
+    mesh = jax.sharding.Mesh(np.asarray(available[:count]), ("batch",))
+    split, whole = jax.sharding.PartitionSpec("batch"), jax.sharding.PartitionSpec()
+    return jax.sharding.NamedSharding(mesh, split), jax.sharding.NamedSharding(mesh, whole)
+
+
+_steps = jax.jit(advance, static_argnames=("networks", "recipe", "max_steps", "sharding"), donate_argnames=("state",))
+
+
+def _advanced(
+    state: TrainState,
+    key: PRNGKey,
+    examples: Examples,
+    num_steps: int,
+    networks: Networks,
+    recipe: Recipe,
+    sharding: jax.sharding.NamedSharding | None,
+) -> tuple[TrainState, np.ndarray]:
+    """The state some steps later, and their losses."""
+    state, losses = _steps(
+        state, key, examples, num_steps, networks=networks, recipe=recipe, max_steps=CHUNK, sharding=sharding
+    )
+    return state, np.asarray(losses)[:num_steps]
+
+
+def _check_finite(out: Path, losses: np.ndarray, state: TrainState | None) -> None:
+    bad = np.flatnonzero(~np.isfinite(losses))
+    if not len(bad) and (state is None or _all_finite(state)):
+        return
+    step = int(bad[0]) if len(bad) else len(losses)
+    kept = out / CHECKPOINT
+    where = f"the last good state is in {kept}" if kept.exists() else "there is no checkpoint yet"
+    raise ValueError(
+        f"training diverged: after {step} steps the loss is no longer finite; {where}. Begin anew in another folder "
+        "with a lower --learning-rate, a --warmup, or --clip 1."
+    )
+
+
+@jax.jit
+def _all_finite(state: TrainState) -> jax.Array:
+    leaves = jax.tree.leaves((state.params, state.ema))
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+
+
+def _write_results(out: Path, spec: TrainSpec, ready: Prepared, params: Mapping[str, Mapping[str, jax.Array]]) -> None:
+    trained = {name: dataclasses.replace(model, params=dict(params[name])) for name, model in ready.models.items()}
+    encoders = (trained["text_encoder"],) if "text_encoder" in trained else ()
+    tokenizers = (ready.tokenizer,) if encoders else ()
+    members: dict[str, Any] = dict(corpora.membership(ready.corpus))
+    if ready.corpus.files:
+        members["files"] = ready.corpus.files
+    write_text(out / "membership.json", json.dumps(members))
+    if ready.captions is not None:
+        write_text(out / "prompts.json", json.dumps(captioning.records(ready.captions, ready.corpus), indent=1))
+    for name, text in ready.tokenizer_files.items():
+        write_text(out / "tokenizer" / name, text)
+    save_pipeline(Pipeline(trained["network"], ready.schedule, None, encoders, tokenizers, {}), out)
+
+
+def _curve(losses: np.ndarray) -> list[tuple[int, float]]:
+    """Mean losses of stretches of equal length, each with the step that it ends at."""
+    length = math.ceil(len(losses) / CURVE)
+    ends = range(length, len(losses) + length, length)
+    return [(min(end, len(losses)), float(np.mean(losses[end - length : end]))) for end in ends]

@@ -1,0 +1,366 @@
+"""Where rows come from: one function a kind of source, all with one result.
+
+A source is named by a short text: a kind, and after a colon its path or numbers, with options as in
+``images:photos?resize=32&gray=1`` or ``mixture:modes=4,dim=32``. :data:`READERS` lists the kinds; the keywords of a
+reader are its options. What is missing, damaged or unknown is a ``ValueError`` that names it and tells what was
+expected.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import urllib.parse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int, Num
+
+from dae_theory import mixture as mx
+from dae_theory.checks import check_integer, check_nonnegative
+from dae_theory.types import Scalar
+from sims.data.formats import read_cifar10, read_idx, read_image, read_npy, read_npz
+
+__all__ = [
+    "READERS",
+    "Source",
+    "cifar10",
+    "digits",
+    "idx",
+    "image_files",
+    "images",
+    "kind_of",
+    "mixture",
+    "npy",
+    "npz",
+    "patches",
+    "read",
+    "syntax",
+]
+
+
+class Source(NamedTuple):
+    """All rows of a source, as stored."""
+
+    rows: Num[np.ndarray, "N d"]
+    """One sample a row; images flattened in the order height, width, channel."""
+    labels: Int[np.ndarray, " N"]
+    """Classes from 0; -1 where unknown."""
+    image_shape: tuple[int, int, int] | None = None
+    """(height, width, channels), if rows are images."""
+    span: tuple[float, float] | None = (0.0, 255.0)
+    """The values that mean -1 and 1; None: rows are used as they are."""
+    mixture: mx.GaussianMixture | None = None
+    """The law of the rows, where it is known."""
+
+
+def read(name: str) -> Source:
+    """Read the source called ``name``: ``digits``, ``KIND:WHAT`` with a kind of :data:`READERS`, or a path.
+
+    A path is read as what it is: a folder of IDX files, of CIFAR-10 batches or of images, or one such file.
+    """
+    kind, colon, what = name.partition(":")
+    if kind in ("digits", "mixture"):
+        return _call(READERS[kind], kind, (), what.split(","))
+    kind = kind if colon and kind in READERS else ""
+    path, _, options = (what if kind else name).partition("?")
+    if not path or not Path(path).exists():
+        raise ValueError(
+            f"there is no {path!r}; a data set is a path, or one of {', '.join(READERS)} as in images:PATH."
+        )
+    kind = kind or kind_of(Path(path))
+    source = _call(READERS[kind], kind, (Path(path),), options.split("&"))
+    if 0 in source.rows.shape:
+        raise ValueError(f"{path} holds no data: its shape is {source.rows.shape}.")
+    return source
+
+
+def syntax() -> str:
+    """The kinds of sources, a line each, for ``--help``."""
+    summaries = {kind: inspect.cleandoc(reader.__doc__ or "").partition("\n")[0] for kind, reader in READERS.items()}
+    return "\n".join(f"{kind}: {summary}" for kind, summary in summaries.items())
+
+
+def digits() -> Source:
+    """The 1,797 handwritten digits that come with scikit-learn, 8 x 8 in 17 levels of gray."""
+    from sklearn.datasets import load_digits
+
+    rows, labels = load_digits(return_X_y=True)
+    return Source(np.asarray(rows, np.uint8), np.asarray(labels, np.int64), (8, 8, 1), (0.0, 16.0))
+
+
+def mixture(
+    *,
+    modes: int = 4,
+    dim: int = 32,
+    separation: Scalar = 3.0,
+    spread: Scalar = 1.0,
+    rank: int = 0,
+    decay: Scalar = 1.0,
+    weights: str = "",
+    size: int = 4096,
+    seed: int = 0,
+) -> Source:
+    r"""Rows of a Gaussian mixture: ``mixture:modes=4,dim=32,separation=3,spread=1,rank=0,decay=1,size=4096,seed=0``.
+
+    ``modes`` means of norm ``separation`` point to the corners of a regular simplex, so their cosines are
+    :math:`-1/(K-1)`, or in random directions where ``dim`` has no room for one (modes > dim + 1) and for one mode. The
+    covariance of a mode has ``rank`` nonzero eigenvalues (0: all of ``dim``), each ``decay`` times the last, along
+    directions of its own; they sum to ``spread``², the mean squared distance from the mode's mean. ``weights`` are
+    relative, as 3:1:1:1 (default: equal). ``size`` rows are drawn, row i the same whatever the size; ``seed`` decides
+    all. Rows are used as they are.
+    """
+    check_integer("mixture modes", modes, minimum=1)
+    check_integer("mixture dim", dim, minimum=1)
+    check_integer("mixture size", size, minimum=1)
+    check_integer("mixture seed", seed, minimum=0)
+    rank = check_integer("mixture rank", rank, minimum=0, maximum=dim) or dim
+    check_nonnegative("mixture separation", separation)
+    check_nonnegative("mixture spread", spread)
+    if not 0 < decay <= 1:
+        raise ValueError(f"mixture decay must be above 0 and at most 1, got {decay}.")
+    shares = np.array(_numbers("mixture weights", weights) if weights else [1.0] * modes)
+    if shares.shape != (modes,) or not np.all(shares > 0):
+        raise ValueError(f"mixture weights must be {modes} positive numbers, one a mode, got {weights!r}.")
+    random = np.random.default_rng(seed)
+    if 1 < modes <= dim + 1:
+        corners = np.linalg.eigh(np.eye(modes) - 1 / modes)[1][:, 1:]
+        directions = corners @ np.linalg.qr(random.standard_normal((dim, modes - 1)))[0].T
+    else:
+        directions = random.standard_normal((modes, dim))
+    means = separation * directions / np.linalg.norm(directions, axis=1, keepdims=True)
+    frames = np.linalg.qr(random.standard_normal((modes, dim, rank)))[0]
+    spectrum = decay ** np.arange(rank)
+    covariances = (frames * (spread**2 * spectrum / spectrum.sum())) @ frames.swapaxes(1, 2)
+    law = mx.GaussianMixture(*map(jnp.asarray, (shares / shares.sum(), means, covariances)))
+    # In float32 whether or not JAX has 64 bits: the rows must not depend on that.
+    single = mx.GaussianMixture(*(part.astype(jnp.float32) for part in law))
+    rows, labels = jax.jit(mx.sample, static_argnums=2)(jax.random.key(seed), single, size)
+    return Source(np.asarray(rows), np.asarray(labels, np.int64), None, None, law)
+
+
+def idx(path: Path, *, part: str = "train", labels: bool = True) -> Source:
+    """IDX files (MNIST, Fashion-MNIST), plain or gzipped: ``idx:FOLDER?part=train`` (or t10k), or a file of images.
+
+    The labels lie beside the images, in a file with ``labels`` and ``idx1`` in its name in place of ``images`` and
+    ``idx3``; ``labels=0`` does without.
+    """
+    if path.is_dir():
+        found = sorted(path.glob(f"*{part}*images*idx3*"))
+        if not found:
+            raise ValueError(f"{path} has no file {part}-images-idx3-ubyte, plain or .gz.")
+        path = found[0]
+    pictures = read_idx(path, 3)
+    classes = _unknown(pictures)
+    if labels:
+        plain = path.with_name(path.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1"))
+        candidates = [file for file in (plain, Path(f"{plain}.gz")) if file.is_file() and file != path]
+        if not candidates:
+            raise ValueError(f"the labels of {path} should be in {plain}, plain or .gz; add ?labels=0 to do without.")
+        classes = read_idx(candidates[0], 1).astype(np.int64)
+        if len(classes) != len(pictures):
+            raise ValueError(f"{candidates[0]} has {len(classes)} labels for the {len(pictures)} images of {path}.")
+    return _of_images(pictures[..., None], classes)
+
+
+def cifar10(path: Path, *, part: str = "train", gray: bool = False) -> Source:
+    """CIFAR-10, binary version, unpacked: ``cifar10:FOLDER?part=train&gray=1`` (part train or test), or one batch.
+
+    Gray is the luminance of ITU-R 601, as in Pillow.
+    """
+    files = [path]
+    if path.is_dir():
+        parts = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
+        if part not in parts:
+            raise ValueError(f"the part of cifar10 must be train or test, got {part!r}.")
+        nested = path / "cifar-10-batches-bin"
+        files = [(nested if nested.is_dir() else path) / name for name in parts[part]]
+    pictures, labels = [], []
+    for file in files:
+        records = read_cifar10(file)
+        colored = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        luma = (colored @ np.array([[19595], [38470], [7471]], np.uint32) + 0x8000) >> 16 if gray else colored
+        pictures.append(luma.astype(np.uint8))
+        labels.append(records[:, 0].astype(np.int64))
+    return _of_images(np.concatenate(pictures), np.concatenate(labels))
+
+
+def npy(path: Path, *, labels: str = "", values: str = "") -> Source:
+    """A NumPy array, samples first: ``npy:FILE?values=0:1&labels=OTHER.npy``.
+
+    ``values`` names the two that mean -1 and 1 (``keep``: all as they are). Without it bytes run from 0 to 255, and
+    floating numbers must lie in [-1, 1]. ``labels`` is looked for beside the file.
+    """
+    return _of_arrays(path, read_npy(path), read_npy(path.parent / labels) if labels else None, values)
+
+
+def npz(path: Path, *, data: str = "", labels: str = "", values: str = "") -> Source:
+    """A NumPy archive: ``npz:FILE?data=KEY&labels=KEY&values=0:1``.
+
+    The keys default to the first there is of data, images, x, x_train, arr_0, and of labels, y, y_train, arr_1;
+    ``values`` as for ``npy``.
+    """
+    keys = [data] if data else ["data", "images", "x", "X", "x_train", "arr_0"]
+    label_keys = [labels] if labels else ["labels", "y", "Y", "y_train", "arr_1"]
+    array, classes = read_npz(path, (keys, label_keys))
+    if array is None or (labels and classes is None):
+        lacking = keys if array is None else label_keys
+        raise ValueError(f"{path} has no array {' or '.join(lacking)}; name its keys: ?data=KEY&labels=KEY.")
+    return _of_arrays(path, array, classes, values)
+
+
+def images(path: Path, *, resize: str = "", gray: bool = False) -> Source:
+    """A folder of images, by class in folders of their own: ``images:FOLDER?resize=32&gray=1`` (resize N or HxW).
+
+    Classes are the inner folders in order of name; images beside them have none. To resize, an image is cropped about
+    its center to the new shape and resampled.
+    """
+    size = _sides(resize) if resize else None
+    files, classes = image_files(path)
+    pictures = [read_image(file, gray=gray, size=size) for file in files]
+    for file, picture in zip(files, pictures, strict=True):
+        if picture.shape != pictures[0].shape:
+            raise ValueError(
+                f"{file} has (height, width, channels) {picture.shape} and {files[0]} has {pictures[0].shape}; "
+                "make all alike, or add ?resize=N&gray=1."
+            )
+    return _of_images(np.stack(pictures), classes)
+
+
+def patches(path: Path, *, size: int = 8, stride: int = 0, gray: bool = False) -> Source:
+    """Square patches of the images in a folder: ``patches:FOLDER?size=8&stride=8&gray=1`` (stride 0: the size).
+
+    Classes as for ``images``. With a stride below the size patches overlap, and held-out ones share pixels with
+    training ones.
+    """
+    check_integer("patch size", size, minimum=1)
+    stride = check_integer("patch stride", stride, minimum=0) or size
+    files, classes = image_files(path)
+    cut: list[np.ndarray] = []
+    for file in files:
+        picture = read_image(file, gray=gray)
+        if min(picture.shape[:2]) < size or (cut and picture.shape[2] != cut[0].shape[3]):
+            raise ValueError(
+                f"{file} has (height, width, channels) {picture.shape}; patches need {size} x {size} pixels and in all "
+                "images the same channels: choose a smaller size, or add ?gray=1."
+            )
+        windows = np.lib.stride_tricks.sliding_window_view(picture, (size, size), (0, 1))[::stride, ::stride]
+        cut.append(windows.transpose(0, 1, 3, 4, 2).reshape(-1, size, size, picture.shape[2]))
+    return _of_images(np.concatenate(cut), np.repeat(classes, [len(windows) for windows in cut]))
+
+
+READERS: dict[str, Callable[..., Source]] = {
+    reader.__name__: reader for reader in (digits, mixture, idx, cifar10, npy, npz, images, patches)
+}
+"""The kinds of sources."""
+
+
+def _call(reader: Callable[..., Source], kind: str, arguments: tuple[Path, ...], options: Sequence[str]) -> Source:
+    """Call ``reader`` with options given as KEY=VALUE, each turned into the type of its default."""
+    parameters = inspect.signature(reader).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    values = {}
+    for option in filter(None, options):
+        key, equals, text = option.partition("=")
+        if key not in defaults or not equals:
+            known = ", ".join(f"{name}=..." for name in defaults) or "none"
+            raise ValueError(f"unknown option {option!r} of {kind}; its options are {known}.")
+        values[key] = _parsed(f"{kind} {key}", urllib.parse.unquote(text), type(defaults[key]))
+    return reader(*arguments, **values)
+
+
+def _parsed(name: str, text: str, kind: type) -> object:
+    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    try:
+        return words[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError):
+        article = {bool: "1 or 0", int: "an integer", float: "a number"}[kind]
+        raise ValueError(f"{name} must be {article}, got {text!r}.") from None
+
+
+def kind_of(path: Path) -> str:
+    """Which of :data:`READERS` reads what lies at ``path``; ``ValueError`` if that cannot be told."""
+    if path.is_dir():
+        if any(path.glob("*images*idx3*")):
+            return "idx"
+        return "cifar10" if any(path.glob("**/data_batch_1.bin")) else "images"
+    if path.suffix in (".npy", ".npz"):
+        return path.suffix[1:]
+    if "idx3" in path.name:
+        return "idx"
+    if path.suffix == ".bin":
+        return "cifar10"
+    raise ValueError(f"cannot tell what {path} is; say so, as in npy:{path}. Kinds are {', '.join(READERS)}.")
+
+
+def _numbers(name: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(":")]
+    except ValueError:
+        raise ValueError(f"{name} must be numbers with colons between them, got {text!r}.") from None
+
+
+def _sides(text: str) -> tuple[int, int]:
+    try:
+        height, width = (int(side) for side in (text if "x" in text else f"{text}x{text}").split("x"))
+    except ValueError:
+        height = width = 0
+    if height < 1 or width < 1:
+        raise ValueError(f"resize must be a number of pixels, or HEIGHTxWIDTH, got {text!r}.")
+    return height, width
+
+
+def _unknown(rows: np.ndarray) -> np.ndarray:
+    return np.full(len(rows), -1)
+
+
+def _of_images(pictures: np.ndarray, labels: np.ndarray) -> Source:
+    count, height, width, channels = pictures.shape
+    return Source(pictures.reshape(count, height * width * channels), labels, (height, width, channels))
+
+
+def _of_arrays(path: Path, array: np.ndarray, labels: np.ndarray | None, values: str) -> Source:
+    if array.ndim < 2:
+        raise ValueError(f"the array of {path} has shape {array.shape}; it needs samples first, then their values.")
+    if not np.all(np.isfinite(array)):
+        raise ValueError(
+            f"the array of {path} has {np.sum(~np.isfinite(array))} non-finite entries; remove them first."
+        )
+    if values in ("", "keep"):
+        span = (0.0, 255.0) if array.dtype == np.uint8 and not values else None
+    else:
+        span = tuple(_numbers("values", values))
+        if len(span) != 2 or not span[0] < span[1]:
+            raise ValueError(f"values must be LOW:HIGH, what means -1 and 1, or keep; got {values!r}.")
+        if array.size and not span[0] <= array.min() <= array.max() <= span[1]:
+            raise ValueError(f"the array of {path} runs from {array.min()} to {array.max()}, beyond values={values}.")
+    if not values and span is None and np.max(np.abs(array), initial=0.0) > 1 + 1e-6:
+        raise ValueError(
+            f"the array of {path} ({array.dtype}) runs from {array.min()} to {array.max()}; "
+            "say which values mean -1 and 1, as in ?values=0:1, or ?values=keep."
+        )
+    classes = _unknown(array) if labels is None else labels.reshape(-1)
+    if classes.dtype.kind not in "iu" or len(classes) != len(array):
+        raise ValueError(f"{path}: labels must be {len(array)} integers, got {classes.dtype} of shape {classes.shape}.")
+    # Channels come last here; an axis of 1 or 3 in front of two others is one of channels.
+    if array.ndim == 4 and array.shape[1] in (1, 3) and array.shape[3] not in (1, 3):
+        array = array.transpose(0, 2, 3, 1)
+    shape = {3: (*array.shape[1:], 1), 4: array.shape[1:]}.get(array.ndim)
+    return Source(array.reshape(len(array), math.prod(array.shape[1:])), classes.astype(np.int64), shape, span)
+
+
+def image_files(path: Path) -> tuple[list[Path], np.ndarray]:
+    """The images under a folder in order of name, and the class of each."""
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a folder of images.")
+    endings = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings and not file.name.startswith("."))
+    if not files:
+        raise ValueError(f"{path} holds no images ({', '.join(sorted(endings))}).")
+    folders = [file.relative_to(path).parts[0] if file.parent != path else None for file in files]
+    names = sorted({folder for folder in folders if folder is not None})
+    return files, np.array([-1 if folder is None else names.index(folder) for folder in folders])

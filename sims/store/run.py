@@ -1,0 +1,320 @@
+"""The results of one run: a labelled array store that survives any kill and goes on where it was.
+
+A run is a folder. Its ``results.zarr`` holds the arrays, readable by plain ``xarray.open_zarr("OUT/results.zarr")``;
+its ``spec.json`` says what was asked and what computed it. Work comes in units, each written whole or not at all
+(:mod:`sims.store.chunks`). One process writes at a time; anyone may read meanwhile. The store knows nothing of what the
+numbers mean: a specification and a template go in, and the template comes out filled::
+
+    template = blank({"n": [2, 4], "sigma": [0.1, 0.2, 0.5]}, {"gap": (("n", "sigma"), float)})
+    with open_run("runs/a", {"sigma": [0.1, 0.2, 0.5]}, template, {"n": 1}) as run:
+        for unit in pending(run):
+            write_chunk(run, unit, {"gap": compute(template.isel(unit))})
+    gap = load("runs/a").gap
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import filelock
+import numpy as np
+import xarray as xr
+
+from sims.store import chunks as on_disk
+from sims.store.chunks import AGAIN, BOOKKEEPING, RESULTS, Run, StoreError, Unit, blank, disk, pending, write_chunk
+from sims.store.files import write_text
+from sims.store.provenance import environment
+
+__all__ = [
+    "FORMAT",
+    "Count",
+    "Progress",
+    "Run",
+    "StoreError",
+    "Unit",
+    "attached",
+    "blank",
+    "count_finite",
+    "environment",
+    "load",
+    "locked",
+    "open_run",
+    "pending",
+    "progress",
+    "read_spec",
+    "template_of",
+    "write_chunk",
+]
+
+FORMAT = 1
+"""Version of the layout; a folder of a later version is refused."""
+
+SPEC, LOCK = "spec.json", ".lock"
+ORIGIN = {"format": int, "spec": dict, "chunks": dict, "variables": list}
+FIELDS = ORIGIN | {"files": dict, "sessions": list}
+
+
+class Progress(NamedTuple):
+    """How far a run is, in units of work."""
+
+    done: int
+    total: int
+
+
+class Count(NamedTuple):
+    """Cells of one variable. Diverged cells are stored as they are and counted, never averaged away."""
+
+    finite: int
+    nonfinite: int
+    """NaN or infinite, though computed."""
+    missing: int
+    """Not computed yet."""
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the folder ``path``, made if need be, as its only writer; a kill lets go of it.
+
+    ``StoreError`` if another process holds it, or it cannot be written.
+    """
+    lock = filelock.FileLock(path / LOCK, timeout=0)
+    with disk("write in", path):
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise StoreError(f"another process is writing in {path}; wait for it, or choose another folder.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def open_run(
+    out: str | os.PathLike[str],
+    spec: Mapping[str, Any],
+    template: xr.Dataset,
+    chunks: Mapping[str, int],
+    provenance: Mapping[str, Any] | None = None,
+) -> Iterator[Run]:
+    """Begin a run in the folder ``out``, or go on with the run of the same ``spec`` that is there.
+
+    Args:
+        out: the folder, made if need be.
+        spec: what is computed, as JSON: the identity of the run.
+        template: the data set to fill (see :func:`blank`); only shapes, labels, dtypes and attributes are read.
+        chunks: size of a unit of work along each chunked dimension; every variable must have these dimensions. A run
+            that goes on keeps the units that it began with.
+        provenance: what computes, as JSON; each session that finds work to do records its own.
+
+    ``StoreError`` if another process writes there, the folder holds another spec or a newer format, its layout or a
+    finished unit is damaged, or it cannot be written.
+    """
+    path = Path(out)
+    spec = _as_json("spec", spec)
+    session = {**_as_json("provenance", provenance or {}), "started": _now(), "ended": None, "chunks": 0}
+    _check_template(template, chunks)
+    with locked(path):
+        with disk("write in", path):
+            record = _record(path, spec, template, dict(chunks))
+        run = _attach(path, record, "r+")
+        _check_same(run, template)
+        for name, unit in itertools.product(run.arrays, on_disk.finished(run)):
+            on_disk.read_chunk(run, name, unit)
+        todo = len(pending(run))
+        if todo:
+            record["sessions"].append(session)
+        write_text(path / SPEC, json.dumps(record, indent=1))
+        try:
+            yield run
+        finally:
+            if todo:
+                session.update(ended=_now(), chunks=todo - len(pending(run)))
+                # On a full disk this must not hide the error that told of it.
+                with contextlib.suppress(ValueError):
+                    write_text(path / SPEC, json.dumps(record, indent=1))
+
+
+def progress(run: Run) -> Progress:
+    """Finished units, and all."""
+    done = len(on_disk.finished(run))
+    return Progress(done, done + len(pending(run)))
+
+
+def load(out: str | os.PathLike[str]) -> xr.Dataset:
+    """The whole run in memory, checked against damage: finished units as computed, all else blank.
+
+    Besides the template's variables it has ``done`` and ``wall_s`` (seconds) over the chunked dimensions. Safe while
+    another process writes. ``StoreError`` if the folder holds no run, one of a newer format, or a damaged one.
+    """
+    run = attached(out)
+    finished = on_disk.finished(run)
+    dataset = on_disk.labels(run)
+    for name, array in run.arrays.items():
+        values = np.full(array.shape, array.fill_value, array.dtype)
+        for unit in finished:
+            values[on_disk.region(array, unit)] = on_disk.read_chunk(run, name, unit)
+        dataset[name] = xr.Variable(on_disk.dims(array), values, dict(array.attrs))
+    return dataset
+
+
+def attached(out: str | os.PathLike[str]) -> Run:
+    """The run at ``out``, to read from; ``StoreError`` as :func:`load`."""
+    path = Path(out)
+    return _attach(path, _found(path), "r")
+
+
+def template_of(out: str | os.PathLike[str]) -> xr.Dataset:
+    """The template that the run at ``out`` was begun with; ``StoreError`` as :func:`load`."""
+    run = attached(out)
+    found = on_disk.labels(run)
+    arrays = {name: array for name, array in run.arrays.items() if name not in BOOKKEEPING}
+    variables = {name: (on_disk.dims(array), array.dtype, dict(array.attrs)) for name, array in arrays.items()}
+    return blank({str(name): label for name, label in found.coords.items()}, variables).assign_attrs(
+        {name: value for name, value in found.attrs.items() if name != "record"}
+    )
+
+
+def read_spec(out: str | os.PathLike[str]) -> dict[str, Any]:
+    """What lies beside the results: ``format``, ``spec``, ``chunks``, ``variables``, ``files``, ``sessions``.
+
+    ``files`` are digests of all that is not a chunk. A session is the provenance given to :func:`open_run`, the times
+    when it ``started`` and ``ended`` (null if it was killed), and the number of ``chunks`` it finished. ``StoreError``
+    if there is no such record, it is damaged, or it is of a newer format.
+    """
+    file = Path(out) / SPEC
+    try:
+        record = json.loads(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise StoreError(f"{out} holds no run: there is no {file}; name the folder that a run was given.") from None
+    except (OSError, ValueError) as error:
+        raise StoreError(f"cannot read {file} ({error}); delete it and {AGAIN}.") from error
+    version = record.get("format") if isinstance(record, dict) else None
+    if isinstance(version, int) and version > FORMAT:
+        raise StoreError(f"{file} has format {version}, this version reads {FORMAT}; update the package.")
+    if version is None or any(not isinstance(record.get(field), kind) for field, kind in FIELDS.items()):
+        raise StoreError(f"{file} is damaged: it needs the fields {', '.join(FIELDS)}; delete it and {AGAIN}.")
+    return record
+
+
+def count_finite(dataset: xr.Dataset) -> dict[str, Count]:
+    """Finite, non-finite and missing cells of each floating variable; without ``done`` none is missing."""
+    counts = {}
+    for name, array in dataset.drop_vars(list(BOOKKEEPING), errors="ignore").data_vars.items():
+        if array.dtype.kind == "f":
+            done = dataset["done"].broadcast_like(array) if "done" in dataset else xr.ones_like(array, bool)
+            computed, finite = int(done.sum()), int((done & np.isfinite(array)).sum())
+            counts[str(name)] = Count(finite, computed - finite, array.size - computed)
+    return counts
+
+
+def _as_json(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return json.loads(json.dumps(dict(value), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"{name} must be plain JSON with finite numbers: {error}.") from error
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _check_template(template: xr.Dataset, chunks: Mapping[str, int]) -> None:
+    for dim, size in template.sizes.items():
+        if size == 0:
+            raise StoreError(f"dimension {dim!r} is empty; give it at least one value.")
+    for dim, size in chunks.items():
+        if dim not in template.sizes or size < 1:
+            raise StoreError(f"chunks[{dim!r}] = {size}: chunks are sizes >= 1 along {list(template.sizes)}.")
+    for name, array in template.data_vars.items():
+        lacking = [dim for dim in chunks if dim not in array.dims]
+        if lacking:
+            raise StoreError(f"variable {name!r} lacks the chunked dimensions {lacking}: units would share its cells.")
+        if array.dtype.kind not in "biuf":
+            raise StoreError(f"variable {name!r} has dtype {array.dtype}; the store takes real numbers and booleans.")
+        if name in BOOKKEEPING or not re.fullmatch(r"\w+(\.\w+)*", str(name)):
+            raise StoreError(
+                f"variable {name!r} needs another name: words with dots between, not {' or '.join(BOOKKEEPING)}."
+            )
+
+
+def _record(path: Path, spec: dict[str, Any], template: xr.Dataset, chunks: dict[str, int]) -> dict[str, Any]:
+    """The record of the run in ``path`` after its layout was made, or mended where files of it are missing."""
+    results, file = path / RESULTS, path / SPEC
+    if not results.exists():
+        if file.exists():
+            raise StoreError(f"{file} is there without {RESULTS}; move it away, or choose another folder.")
+        variables = [*map(str, template.data_vars), *BOOKKEEPING]
+        record = {"format": FORMAT, "spec": spec, "chunks": chunks, "variables": variables}
+        with _layout(path, template, record) as fresh:
+            files = on_disk.digests(fresh, variables)
+            os.replace(fresh, results)
+        return record | {"files": files, "sessions": []}
+    record = _found(path)
+    differences = list(_differences("", record["spec"], spec))
+    if differences:
+        raise StoreError(f"{path} holds another experiment: {'; '.join(differences)}. Choose another folder.")
+    for torn in results.rglob("*.partial"):
+        torn.unlink()
+    missing = [name for name in record["files"] if not (results / name).exists()]
+    if missing:
+        with _layout(path, template, record) as fresh:
+            mended = on_disk.digests(fresh, record["variables"])
+            for name in missing:
+                record["files"][name] = mended[name]
+                (results / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(fresh / name, results / name)
+    return record
+
+
+def _layout(path: Path, template: xr.Dataset, record: dict[str, Any]) -> contextlib.AbstractContextManager[Path]:
+    origin = {field: record[field] for field in ORIGIN}
+    return on_disk.layout(path, template, record["chunks"], {"record": json.dumps(origin)})
+
+
+def _found(path: Path) -> dict[str, Any]:
+    """The record of a run: from spec.json, or where that is lost as the results carry it themselves."""
+    results, file = path / RESULTS, path / SPEC
+    try:
+        origin = json.loads(json.loads((results / "zarr.json").read_bytes())["attributes"]["record"])
+        if not file.exists():
+            return origin | {"files": on_disk.digests(results, origin["variables"]), "sessions": []}
+    except (OSError, ValueError, LookupError, TypeError):
+        # Its digest, in spec.json, tells of it later.
+        return read_spec(path)
+    record = read_spec(path)
+    if origin != {field: record[field] for field in ORIGIN}:
+        raise StoreError(f"{file} and {results / 'zarr.json'} tell of different runs; restore the one that was edited.")
+    return record
+
+
+def _differences(field: str, stored: Any, asked: Any) -> Iterator[str]:
+    if isinstance(stored, dict) and isinstance(asked, dict):
+        for key in sorted(stored.keys() | asked.keys()):
+            yield from _differences(f"{field}.{key}".lstrip("."), stored.get(key), asked.get(key))
+    elif stored != asked:
+        yield f"{field} is {json.dumps(stored)} there and {json.dumps(asked)} here"
+
+
+def _attach(path: Path, record: dict[str, Any], mode: Literal["r", "r+"]) -> Run:
+    return on_disk.attach(path, record["chunks"], record["variables"], record["files"], mode=mode)
+
+
+def _check_same(run: Run, template: xr.Dataset) -> None:
+    variables = {name: array for name, array in run.arrays.items() if name not in BOOKKEEPING}
+    there = {name: (on_disk.dims(array), array.shape, str(array.dtype)) for name, array in variables.items()}
+    here = {str(name): (array.dims, array.shape, str(array.dtype)) for name, array in template.data_vars.items()}
+    if there != here or not on_disk.labels(run).coords.to_dataset().equals(template.coords.to_dataset()):
+        raise StoreError(
+            f"{run.path} was begun with other variables or labels under the same spec: {there} there, {here} here. "
+            "Choose another folder."
+        )

@@ -1,0 +1,165 @@
+"""What the theorems say of given data: which conditions hold, which regime wins, and a certificate of its minimizer.
+
+Everything is closed form or deterministic; nothing is trained. Numbers come from :mod:`dae_theory.structures`,
+:mod:`dae_theory.conditions` and :mod:`dae_theory.certificate`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from dae_theory import conditions
+from dae_theory.certificate import certify
+from dae_theory.minimizers import block_minimizer
+from dae_theory.model import live_columns
+from dae_theory.risk import exact_objective
+from dae_theory.structures import Structure, compare_structures
+from sims.data import datasets
+from sims.sweeps.spec import Spec
+
+__all__ = ["as_text", "certification", "regime"]
+
+
+def certification(spec: Spec, *, max_size: int = 1500) -> dict[str, Any]:
+    """Conditions, predicted regime and certificate for the data of ``spec``, at each of its σ; JSON values.
+
+    The clusters of the generalizing candidate are the classes of the data set, or all rows together where it has none.
+    The certificate is left out, with the reason, where no unit is live; its Hessian is diagonalized if it has at most
+    ``max_size`` rows. ``ValueError`` for more than one n, width or penalty, and for what the data set refuses.
+    """
+    for name in ("dataset", "separation", "duplicates", "num_samples", "width", "penalty"):
+        if len(getattr(spec, name)) > 1:
+            raise ValueError(
+                f"{name} has {len(getattr(spec, name))} values: certify one at a time; only sigma may vary."
+            )
+    n, duplicates = spec.num_samples[0], spec.duplicates[0]
+    data = datasets.load(
+        spec.source(spec.dataset[0], *spec.separation),
+        num_samples=n,
+        held_out=spec.held_out_size,
+        seed=spec.split_seed,
+        center=spec.center,
+        separable=spec.separable,
+        duplicates=duplicates,
+        singles=n - math.prod(datasets.parse_duplicates(duplicates)) if duplicates else 0,
+        dtype=np.float64,
+    )
+    rows, width, penalty = jnp.asarray(data.train), spec.width[0], spec.penalty[0]
+    found = [_at(rows, data.train_labels, sigma, penalty, width, max_size) for sigma in spec.sigma]
+    facts = datasets.describe(data) | {"width": width, "penalty": penalty}
+    return {"data": facts, "certificates": found}
+
+
+def regime(data: np.ndarray, structure: Structure) -> str:
+    """``memorizing`` if every block with units is one sample, ``generalizing`` if none is, else ``hybrid``."""
+    live = [block for block, rank in enumerate(structure.ranks) if rank]
+    alone = [len(np.unique(data[structure.labels == block], axis=0)) == 1 for block in live]
+    if not alone:
+        return "empty"
+    return "memorizing" if all(alone) else "hybrid" if any(alone) else "generalizing"
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """The same as Markdown tables."""
+    data = found["data"]
+    lines = [
+        "# Certificate",
+        "",
+        f"{data['num_samples']} rows of {data['name']} in dimension {data['dim']}, width {data['width']}, "
+        f"penalty {data['penalty']:g}.",
+    ]
+    for entry in found["certificates"]:
+        lines += ["", f"## sigma = {entry['sigma']:g}: {entry['regime']}", "", entry["search"].capitalize() + ".", ""]
+        lines += ["| structure | regime | objective | units | margin | trusted |", "|---|---|---|---|---|---|"]
+        for s in entry["structures"]:
+            cells = (
+                s["name"],
+                s["regime"],
+                f"{s['objective']:.6g}",
+                s["units"],
+                _number(s["margin"]),
+                _yes(s["holds"]),
+            )
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+        lines += ["", "| condition | holds | slack | |", "|---|---|---|---|"]
+        for row in entry["conditions"]:
+            lines.append(f"| {row['name']} | {_yes(row['holds'])} | {_number(row['slack'])} | {row['explanation']} |")
+        lines += ["", "| certificate | |", "|---|---|"]
+        certificate = entry["certificate"]
+        lines += [f"| {name.replace('_', ' ')} | {_number(value)} |" for name, value in certificate.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _at(rows: Any, classes: np.ndarray, sigma: float, penalty: float, width: int, max_size: int) -> dict[str, Any]:
+    labels = classes if np.all(classes >= 0) else np.zeros(len(classes), int)
+    # Equal rows of two classes cannot be told apart by any gate: they go by the first one's.
+    _, first, inverse = np.unique(np.asarray(rows), axis=0, return_index=True, return_inverse=True)
+    candidates = compare_structures(rows, labels[first][inverse.ravel()], sigma, penalty, width)
+    best = candidates[0]
+    ranks = best.ranks
+    entry = {
+        "sigma": sigma,
+        "regime": regime(np.asarray(rows), best),
+        "search": f"best of {best.search}: {best.name}",
+        "structures": [
+            {
+                "name": s.name,
+                "regime": regime(np.asarray(rows), s),
+                "objective": s.energy,
+                "units": sum(s.ranks),
+                "ranks": s.ranks,
+                "margin": _finite(s.margin),
+                "holds": s.holds,
+            }
+            for s in candidates
+        ],
+    }
+    if not any(ranks):
+        nothing = {"left_out": "no direction pays for its penalty: the minimizer is zero"}
+        return entry | {"conditions": [], "certificate": nothing}
+    checked = conditions.check_conditions(rows, best.labels, sigma, penalty, ranks, width=width)
+    dae = block_minimizer(rows, best.labels, sigma, penalty, ranks, width=width)
+    told = [row._asdict() | {"slack": _finite(row.slack)} for row in conditions.rows(checked)]
+    return entry | {"conditions": told, "certificate": _certificate(dae, rows, sigma, penalty, max_size)}
+
+
+def _certificate(dae: Any, rows: Any, sigma: float, penalty: float, max_size: int) -> dict[str, Any]:
+    live = int(np.sum(live_columns(dae, tolerance=1e-12)))
+    if not live:
+        return {"left_out": "every direction is clipped: the minimizer is zero"}
+    c = certify(dae, rows, sigma, penalty, max_size=max_size)
+    return {
+        "objective": float(exact_objective(c.refined, rows, sigma, penalty)),
+        "gradient_norm": float(c.gradient_norm),
+        "refined_gradient_norm": float(c.refined_gradient_norm),
+        "converged": bool(c.converged),
+        "distance_sq": float(c.distance_sq),
+        "min_curvature": float(c.min_curvature),
+        "min_curvature_modulo_symmetry": float(c.min_curvature_modulo_symmetry),
+        "curvature_error": float(c.curvature_error),
+        "num_live": int(c.num_live),
+        "num_symmetries": int(c.num_symmetries),
+        "num_rotations": int(c.num_rotations),
+        "min_rotation_curvature": _finite(float(c.min_rotation_curvature)),
+        "new_unit_slack": float(c.dead.slack),
+        "strict": bool(c.strict),
+    }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity: None stands for a condition that has nothing to say."""
+    return float(value) if math.isfinite(value) else None
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "-"
+    return _yes(value) if isinstance(value, bool) else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"

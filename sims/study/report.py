@@ -1,0 +1,151 @@
+"""The one-page summary of a run, as Markdown text made from its arrays alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from sims.store.provenance import differences
+from sims.study.transitions import transition
+
+__all__ = ["summary", "transition_table"]
+
+
+def transition_table(
+    results: xr.Dataset, *, measure: str = "gap", level: float = 0.5, along: str = "num_samples"
+) -> list[dict[str, Any]]:
+    """Crossings as rows: the value of every other axis, then ``estimate``, ``low``, ``high`` and ``crossed``.
+
+    Taken at the last recorded step. Axes of one value are left out. ``ValueError`` as in
+    :func:`sims.study.transitions.transition`.
+    """
+    last = results[[measure] if measure in results else []].isel(step=-1, drop=True)
+    table = transition(last, measure=measure, level=level, along=along)
+    axes = [dim for dim in table.estimate.dims if table.sizes[dim] > 1]
+    flat = table.squeeze(drop=True).stack(row=axes) if axes else table.squeeze(drop=True).expand_dims("row")
+    rows = []
+    for i in range(flat.sizes["row"]):
+        row = flat.isel(row=i)
+        labels = {axis: row[axis].item() for axis in axes}
+        rows.append(labels | {name: float(row[name]) for name in ("estimate", "low", "high", "crossed")})
+    return rows
+
+
+def summary(
+    results: xr.Dataset,
+    spec: Mapping[str, Any],
+    facts: Sequence[Mapping[str, Any]],
+    sessions: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """Markdown: what was run, how many cells finished, where the transition lies, and the ends of the main curves.
+
+    ``sessions`` that computed parts of one run on other machines, versions or devices are told apart.
+    """
+    sizes = {dim: size for dim, size in results.sizes.items() if dim in spec or dim in ("seed", "step")}
+    networks = math.prod(size for dim, size in sizes.items() if dim != "step")
+    last = results.isel(step=-1)
+    diverged = int((~np.isfinite(last["train_error"]) & last["done"]).sum()) if "train_error" in last else 0
+    missing = round(networks * float(1 - last["done"].mean()))
+    named = [f"{one['name']} (d = {one['dim']})" for one in facts]
+    lines = [
+        "# Summary",
+        "",
+        f"{networks} networks on {' and '.join(named) or 'data without a record'}: "
+        + ", ".join(f"{size} {dim}" for dim, size in sizes.items() if size > 1)
+        + ".",
+        f"Training: {_listed(spec['optimizer'])}, {spec['steps']} steps, width {_listed(spec['width'])}, "
+        f"penalty {_listed(spec['penalty'])}, learning rate {_listed(spec['learning_rate'])}, "
+        f"batch {_listed(size or 'full' for size in spec['batch_size'])}.",
+        f"Diverged: {diverged} of {networks}." + (f" Not computed yet: {missing}." if missing else ""),
+        *_origin_lines(sessions),
+        "",
+    ]
+    if "gap" in results and results.sizes["num_samples"] > 1:
+        lines += _transition_lines(results)
+    lines += _ends_lines(results)
+    return "\n".join(lines) + "\n"
+
+
+def _origin_lines(sessions: Sequence[Mapping[str, Any]]) -> list[str]:
+    found = differences([session for session in sessions if session.get("chunks")])
+    if not found:
+        return []
+    listed = "; ".join(f"{name}: {', '.join(values)}" for name, values in found.items())
+    return [
+        f"Cells of this run were computed under different conditions ({listed}): they are equal to rounding only. For "
+        "equal bits, compute the run again in one place."
+    ]
+
+
+def _transition_lines(results: xr.Dataset) -> list[str]:
+    rows = transition_table(results)
+    axes = [name for name in rows[0] if name not in ("estimate", "low", "high", "crossed")]
+    lines = [
+        "## Where memorization ends",
+        "",
+        "n* is the training-set size at which the denoising error on training rows is half of that on held-out rows "
+        f"(gap = 1/2), with the 95 % bootstrap interval over {results.sizes['seed']} seeds.",
+        "",
+        "| " + " | ".join([*axes, "n*", "interval"]) + " |",
+        "|" + "---|" * (len(axes) + 2),
+    ]
+    for row in rows:
+        cells = [_shown(row[axis]) for axis in axes]
+        found = f"{row['estimate']:.3g}" if math.isfinite(row["estimate"]) else "outside the grid"
+        interval = f"{row['low']:.3g} to {row['high']:.3g}" if math.isfinite(row["low"]) else "-"
+        lines.append("| " + " | ".join([*cells, found, interval]) + " |")
+    return [*lines, ""]
+
+
+_ENDS = {
+    "train_error": "denoising error, training rows",
+    "held_out_error": "denoising error, held-out rows",
+    "distance_to_empirical_train": "distance to the empirical optimum, training rows",
+    "distance_to_population_held_out": "distance to the mixture optimum, held-out rows",
+    "num_aligned_columns": "columns aligned with a training row",
+    "num_live_columns": "live columns",
+    "l4_over_l2_train": "l4/l2 of codes, training rows",
+    "l4_over_l2_held_out": "l4/l2 of codes, held-out rows",
+}
+
+
+def _ends_lines(results: xr.Dataset) -> list[str]:
+    """Seed means with standard errors at the smallest and the largest n, at the middle σ and first of other axes."""
+    names = [name for name in _ENDS if name in results]
+    if not names or results.sizes["num_samples"] < 2:
+        return []
+    middle = results.sizes["sigma"] // 2
+    here = results[names].isel(step=-1, sigma=middle)
+    here = here.isel({dim: 0 for dim in here.dims if dim not in ("num_samples", "seed")})
+    ends = [here.isel(num_samples=i) for i in (0, -1)]
+    lines = [
+        f"## The two ends, at sigma = {float(here.sigma):g}",
+        "",
+        "| | " + " | ".join(f"n = {int(end.num_samples)}" for end in ends) + " |",
+        "|---|---|---|",
+    ]
+    for name in names:
+        cells = [_mean_and_error(end[name].values) for end in ends]
+        lines.append(f"| {_ENDS[name]} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _mean_and_error(values: np.ndarray) -> str:
+    finite = values[np.isfinite(values)]
+    if finite.size == 0:
+        return "not defined"
+    if finite.size == 1:
+        return f"{finite[0]:.3g}"
+    return f"{finite.mean():.3g} ± {finite.std(ddof=1) / math.sqrt(finite.size):.1g}"
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return ", ".join(_shown(value) for value in values)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value) or "none"

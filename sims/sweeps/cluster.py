@@ -1,0 +1,138 @@
+"""Units of a sweep on a Dask cluster: machines that share nothing but a scheduler.
+
+A unit goes out as one task and comes back as arrays; this process alone writes. A worker that dies is made good by the
+scheduler, which gives its unit to another. What a unit computes does not depend on the worker, so the results equal
+those of one machine (to the last bit on machines of one kind with groups of one size).
+
+The members of a Dask cluster trust each other: whoever can reach its scheduler can run code on its workers. Keep it in
+a private network, or let it speak TLS, whose files Dask's own configuration names::
+
+    distributed:
+      comm:
+        require-encryption: true
+        tls:
+          ca-file: ca.pem
+          scheduler: {cert: scheduler.pem, key: scheduler.key}
+          worker: {cert: worker.pem, key: worker.key}
+          client: {cert: client.pem, key: client.key}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from sims.store.chunks import AGAIN
+from sims.sweeps.engine import Executor, resolve_measures, worlds_of
+from sims.sweeps.measures import MEASURES, Measure
+from sims.sweeps.programs import Compiled, Finished, Job, Placement, Unit, compile_job, placement, run_units
+from sims.sweeps.spec import Spec
+
+__all__ = ["connected"]
+
+RETRIES = 3
+"""Failures of one unit on as many workers before the sweep gives up."""
+
+
+@contextlib.contextmanager
+def connected(
+    address: str | None = None,
+    *,
+    local_workers: int = 0,
+    memory: int = 2 << 30,
+    group: int | None = None,
+    timeout: float = 30.0,
+) -> Iterator[Executor]:
+    """An executor for :func:`sims.sweeps.engine.sweep` on the Dask scheduler at ``address``, such as ``tcp://host:8786``, or
+    on ``local_workers`` processes started here.
+
+    ``memory`` and ``group`` are as in :func:`sims.sweeps.engine.sweep`, for every worker. ``ValueError`` if Dask is not
+    installed, both or neither of the two are given, or the scheduler cannot be reached within ``timeout`` seconds or is
+    lost: what was finished before is kept.
+    """
+    try:
+        import distributed
+    except ImportError:
+        raise ValueError("a Dask cluster needs the extra: pip install 'dae-theory[cluster]'.") from None
+    if (address is None) == (local_workers < 1):
+        raise ValueError("name one scheduler, or a positive number of local workers, not both.")
+    with contextlib.ExitStack() as stack:
+        try:
+            if address is None:
+                # Its annotations know neither a cluster without dashboard nor one that is not awaited.
+                cluster: Any = distributed.LocalCluster(
+                    n_workers=local_workers,
+                    threads_per_worker=1,
+                    processes=True,
+                    dashboard_address=None,  # pyright: ignore[reportArgumentType]
+                )
+                address = stack.enter_context(cluster).scheduler_address
+            client = stack.enter_context(distributed.Client(address, timeout=timeout))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"no Dask scheduler answers at {address} ({error}); start one with `dask scheduler`, or correct the "
+                "address."
+            ) from error
+        yield functools.partial(_compute, client, memory, group)
+
+
+def _compute(
+    client: Any, memory: int, group: int | None, spec: Spec, units: Sequence[Unit], measures: Mapping[str, Measure]
+) -> Iterator[Finished]:
+    import cloudpickle
+    import distributed
+
+    asked = [name if MEASURES.get(name) is measure else measure for name, measure in measures.items()]
+    order = cloudpickle.dumps((spec.to_dict(), asked, bool(jax.config.read("jax_enable_x64")), memory, group))
+    found = client.map(functools.partial(_run, order), list(units), retries=RETRIES, pure=False)
+    left = len(units)
+    try:
+        for future in distributed.as_completed(found):
+            result = future.result()
+            left -= 1
+            yield result
+    except distributed.KilledWorker as error:
+        raise ValueError(
+            f"a unit of work ended every worker that took it ({error}); {left} units are left. Give workers more "
+            f"memory, or a smaller --memory here, and {AGAIN}."
+        ) from error
+    except (OSError, distributed.CancelledError) as error:
+        raise ValueError(
+            f"the Dask cluster was lost ({type(error).__name__}); {left} units are left. Start it again, or leave it "
+            f"out, and {AGAIN}."
+        ) from error
+    except ImportError as error:
+        raise ValueError(
+            f"a worker of the Dask cluster fails: {error}. Install the same packages on all of its members; a measure "
+            "must be importable there, or defined in the script that is run."
+        ) from error
+
+
+def _run(order: bytes, unit: Unit) -> Finished:
+    """One unit, in a worker."""
+    (found,) = _prepared(order)(unit)
+    return found
+
+
+@functools.lru_cache(maxsize=4)
+def _prepared(order: bytes) -> Callable[[Unit], Iterator[Finished]]:
+    """What a worker does for every unit of a sweep: data sets are loaded and programs compiled once."""
+    import cloudpickle
+
+    fields, asked, double, memory, group = cloudpickle.loads(order)
+    jax.config.update("jax_enable_x64", double)
+    spec, measures = Spec.from_dict(fields), resolve_measures(asked)
+    compiled: dict[Any, Compiled] = {}
+
+    def compile_once(spec: Spec, job: Job, measures: Mapping[str, Measure], place: Placement) -> Compiled:
+        key = job.program, tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(job.data))
+        if key not in compiled:
+            compiled[key] = compile_job(spec, job, measures, place)
+        return compiled[key]
+
+    place, worlds = placement(memory=memory, group=group), worlds_of(spec)
+    return lambda unit: run_units(spec, [unit], measures, worlds, place, compile_once)

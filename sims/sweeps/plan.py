@@ -1,0 +1,166 @@
+"""What a sweep will take, before it is run: cells, programs, memory and time.
+
+The cheapest and the dearest program are compiled and run for a few steps; time is taken to be linear in the operations
+of a step between them. An estimate, within some tens of percent on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from sims.sweeps.engine import all_units, resolve_measures, worlds_of
+from sims.sweeps.measures import Measure
+from sims.sweeps.programs import (
+    Job,
+    Numbers,
+    Placement,
+    alike_units,
+    compile_job,
+    grid_of,
+    job_of,
+    placement,
+    segments_of,
+)
+from sims.sweeps.spec import Spec
+
+__all__ = ["Plan", "as_text", "plan"]
+
+PROBE_STEPS = 20
+
+
+class Plan(NamedTuple):
+    """An estimate; seconds and bytes."""
+
+    cells: int
+    units: int
+    """Pieces of work that are computed and written whole."""
+    programs: int
+    group: int
+    """Cells that run together, in the dearest program."""
+    memory: int
+    """Temporaries of that program on each device."""
+    compile_s: float
+    run_s: float
+    results: int
+    """Of the finished store."""
+
+
+class _Probe(NamedTuple):
+    work: float
+    group: int
+    parts: int
+    """Groups of a unit."""
+    memory: int
+    compile_s: float
+    launch_s: float
+    """Start and measures of one group."""
+    step_s: float
+    """One step of a group."""
+    results: int
+    """Bytes of the results of a group."""
+
+
+def plan(
+    spec: Spec,
+    measures: Sequence[str | Measure] | None = None,
+    *,
+    memory: int = 2 << 30,
+    group: int | None = None,
+    shard: tuple[int, int] | None = None,
+) -> Plan:
+    """Estimate a sweep of ``spec`` on this machine, or one shard of it; arguments and errors as
+    :func:`sims.sweeps.engine.sweep`."""
+    chosen, place = resolve_measures(measures), placement(memory=memory, group=group)
+    worlds = worlds_of(spec)
+    kinds = [(job_of(spec, alike[0], worlds), len(alike)) for alike in alike_units(all_units(spec, shard))]
+    kinds.sort(key=lambda kind: _work(kind[0]))
+    least, most = (_probe(spec, kinds[end][0], chosen, place) for end in (0, -1))
+    cells = spec.cells_per_unit
+    devices = len(place.devices)
+
+    def seconds(probe: _Probe, units: int) -> float:
+        # Devices without work wait for the others.
+        return math.ceil(units * probe.parts / devices) * (probe.launch_s + spec.steps * probe.step_s)
+
+    run_s = 0.0
+    for job, count in kinds:
+        share = (_work(job) - least.work) / max(most.work - least.work, 1.0)
+        low, high = seconds(least, count), seconds(most, count)
+        run_s += low + share * (high - low)
+    units = sum(count for _, count in kinds)
+    return Plan(
+        cells=cells * units,
+        units=units,
+        programs=len(kinds),
+        group=most.group,
+        memory=max(least.memory, most.memory),
+        compile_s=len(kinds) * (least.compile_s + most.compile_s) / 2,
+        run_s=run_s,
+        results=cells * units * most.results // most.group,
+    )
+
+
+def as_text(found: Plan) -> str:
+    """The estimate in words."""
+    return (
+        f"{found.cells:,} cells in {found.units:,} units of work; {found.programs} compiled programs, "
+        f"{found.group} cells at a time.\n"
+        f"Memory: about {_bytes(found.memory)} of temporaries on each device; results about {_bytes(found.results)}.\n"
+        f"Time: about {_duration(found.compile_s)} to compile and {_duration(found.run_s)} to run.\n"
+    )
+
+
+def _work(job: Job) -> float:
+    """Multiplications of a step, up to a factor."""
+    recipe, (rows, dim) = job.program.recipe, job.data.train.shape
+    return float(min(recipe.batch_size or rows, rows) * dim * recipe.width)
+
+
+def _probe(spec: Spec, job: Job, measures: Mapping[str, Measure], place: Placement) -> _Probe:
+    begin = time.perf_counter()
+    compiled = compile_job(spec, job, measures, place)
+    compile_s = time.perf_counter() - begin
+    # As many as run at once: devices of one machine share its cores and its memory.
+    some = [(job, Numbers(*(axis[: compiled.group] for axis in grid_of(spec))))] * len(place.devices)
+
+    def seconds(steps: int) -> float:
+        segments = np.zeros_like(segments_of(spec))
+        segments[0] = steps
+        began = time.perf_counter()
+        compiled.launch(some, segments)
+        return time.perf_counter() - began
+
+    found, *_ = compiled.launch(some, np.zeros_like(segments_of(spec)))
+    still, steps = min(seconds(0) for _ in range(3)), PROBE_STEPS
+    # Measures may take far longer than a step: make steps enough to be seen beside them.
+    while (moving := seconds(steps)) < 1.5 * still and steps < spec.steps:
+        steps *= 4
+    return _Probe(
+        work=_work(job),
+        group=compiled.group,
+        parts=math.ceil(spec.cells_per_unit / compiled.group),
+        memory=compiled.memory,
+        compile_s=compile_s,
+        launch_s=still,
+        step_s=max(0.0, moving - still) / steps,
+        results=sum(value.nbytes for value in found.values()),
+    )
+
+
+def _bytes(size: float | int) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    raise AssertionError
+
+
+def _duration(seconds: float | int) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

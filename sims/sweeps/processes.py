@@ -1,0 +1,96 @@
+"""One sweep over the processes of a cluster, by ``jax.distributed``: every process runs the same command.
+
+Each process brings its devices, all as many; groups of cells lie on all of them (:mod:`sims.sweeps.programs`). The first
+process writes the results, the others compute along and are silent. Who coordinates is told by flags, or found by JAX
+in the environment of SLURM, Open MPI, Kubernetes or a TPU pod.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+
+import jax
+
+__all__ = ["join", "share_cores", "split_cores"]
+
+WORKERS = 4
+"""For each device that a CPU is split into."""
+
+
+def split_cores(devices: int) -> None:
+    """Make of a CPU so many devices, before anything else of JAX is used.
+
+    Small operations keep one core busy, so cells side by side on as many devices as cores are faster than one device
+    that is free to use all cores (``python -m sims.bench --only devices_2``). Accelerators are devices as they are.
+    ``ValueError`` unless ``devices`` is positive, where the environment says another number, or if JAX has started.
+    """
+    if devices < 1:
+        raise ValueError(f"--devices must be at least 1, got {devices}.")
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        raise ValueError("XLA_FLAGS says how many devices a CPU has; leave --devices out, or that flag.")
+    # The devices of a CPU share a pool of workers, as many as cores, and batched linear algebra holds a worker while it
+    # waits for others (jaxlib 0.10): with as many devices as workers all may wait for ever. More workers, which this
+    # variable asks for, keep some free.
+    os.environ.setdefault("NPROC", str(WORKERS * devices))
+    try:
+        jax.config.update("jax_num_cpu_devices", devices)
+    except RuntimeError as error:
+        raise ValueError(f"--devices must be given before JAX starts: {error}") from error
+
+
+def share_cores(workers: int) -> None:
+    """In a process that is one of so many on this machine, before anything else of JAX is used: take a part of it."""
+    os.environ.setdefault("NPROC", str(max(1, (os.cpu_count() or 1) // workers)))
+
+
+def join(
+    coordinator: str | None = None,
+    *,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    timeout: float = 300.0,
+) -> tuple[int, int]:
+    """Join the other processes, before anything else of JAX is used; returns this process's number and their count.
+
+    ``coordinator`` is HOST:PORT of the first process; all three None: found in the environment. The others may start
+    ``timeout`` seconds apart. ``ValueError`` if a part is missing or out of range, or nobody answers.
+    """
+    told = (coordinator, num_processes, process_id)
+    if any(part is not None for part in told):
+        if coordinator is None or num_processes is None or process_id is None:
+            raise ValueError("give --coordinator, --num-processes and --process-id together, or none of them.")
+        if not 0 <= process_id < num_processes:
+            raise ValueError(f"--process-id must lie in [0, {num_processes}), got {process_id}.")
+        host, _, port = coordinator.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise ValueError(f"--coordinator must be HOST:PORT, such as node1:8476; got {coordinator!r}.")
+        if process_id > 0:
+            # JAX would abort this process, without an exception.
+            _await(host.strip("[]"), int(port), timeout)
+    try:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=round(timeout))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"cannot join the other processes: {error}. {ADVICE}") from error
+    return jax.process_index(), jax.process_count()
+
+
+ADVICE = (
+    "Check that the first process runs and can be reached, or name it with --coordinator HOST:PORT --num-processes N "
+    "--process-id I."
+)
+
+
+def _await(host: str, port: int, timeout: float) -> None:
+    """Return when the first process listens."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=timeout).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ValueError(f"nobody answers at {host}:{port} ({error}). {ADVICE}") from error
+        time.sleep(0.1)

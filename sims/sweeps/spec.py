@@ -1,0 +1,267 @@
+"""The description of an experiment: frozen, validated, serializable, and all that decides its numbers.
+
+A :class:`Spec` names a data set, the axes of a sweep (every tuple field is an axis), how each network is trained and
+how it is evaluated. Two equal specs give equal results; where and how fast they are computed (output folder, memory
+budget, devices) is not part of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from dae_theory.checks import check_integer
+from sims.data.datasets import parse_duplicates
+
+if TYPE_CHECKING:
+    Integers = tuple[int, ...]
+    Numbers = tuple[float, ...]
+    Names = tuple[str, ...]
+    Switches = tuple[bool, ...]
+else:
+    # A single value or a list becomes a tuple at construction, so what __init__ takes is checked there.
+    Integers = Numbers = Names = Switches = Any
+
+__all__ = ["FORMAT", "LOOP_AXES", "OPTIMIZERS", "OPTIONAL_AXES", "SCHEDULES", "VALUE_AXES", "Spec"]
+
+FORMAT = 2
+"""Version of the serialized form; a newer one is refused. Version 1 had fewer axes, one value for each other field."""
+
+OPTIONAL_AXES = ("dataset", "separation", "duplicates", "optimizer", "batch_size", "tied")
+"""Axes that are dimensions of the results only where they have more than one value."""
+
+LOOP_AXES = (*OPTIONAL_AXES, "num_samples", "width")
+"""Axes that change the data, the shapes or the program: they loop, and cells that share a program compile once."""
+
+VALUE_AXES = ("penalty", "learning_rate", "init_scale", "sigma")
+"""Axes of numbers: all combinations are mapped inside one compiled program."""
+
+OPTIMIZERS = ("sgd", "momentum", "rmsprop", "adam", "adamw")
+SCHEDULES = ("constant", "cosine")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+    """One experiment. Axis fields accept a number or a sequence. ``ValueError`` names the field that is out of
+    range."""
+
+    # Data.
+    dataset: Names = ("digits",)
+    """What :func:`sims.data.datasets.load` understands: ``digits``, ``mixture:...`` or a path; an axis."""
+    separation: Numbers = ()
+    """Norm of the modes of ``mixture:`` data sets, an axis; empty: what their names say."""
+    center: bool = False
+    """Subtract the mean of the training rows (from held-out rows too)."""
+    separable: int = 0
+    """Keep only a greedy subset of this many rows with pairwise negative cosines; 0 keeps all."""
+    duplicates: Names = ("",)
+    """``KxM``: K rows repeated M times each, the others once; an axis, with ``""`` for none."""
+    singles: int = 0
+    """Rows that appear once, beside one value of ``duplicates``: the same as ``num_samples`` = K M + ``singles``."""
+    held_out: float | int = 0.2
+    """Rows never trained on: a fraction of the data set below 1, or a count from 1."""
+    split_seed: int = 0
+    """Seed of the split into training pool and held-out rows."""
+
+    # Axes.
+    num_samples: Integers = None  # pyright: ignore[reportAssignmentType] - replaced at construction
+    """Training-set sizes n, repeated rows counted as often as they occur; distinct rows are nested in n at each seed.
+    Default: 2, 8, 32, 128, 512, or K M + ``singles`` beside ``duplicates``."""
+    width: Integers = (64,)
+    """Hidden units p."""
+    penalty: Numbers = (1e-3,)
+    """λ of the objective, at least 0."""
+    learning_rate: Numbers = (3e-3,)
+    """Step size of the optimizer, above 0."""
+    init_scale: Numbers = (0.1,)
+    """Norm of the columns at the start, above 0."""
+    sigma: Numbers = (0.1, 0.2, 0.5, 1.0)
+    """Noise levels σ in the units of the data, above 0."""
+    seeds: int = 3
+    """Repetitions, each with its own training set, start and noise."""
+
+    # Training.
+    optimizer: Names = ("adam",)
+    """Update rules; an axis."""
+    schedule: str = "constant"
+    batch_size: Integers = (0,)
+    """Rows a step, drawn with replacement; 0, or more than n, is the full batch; an axis."""
+    steps: int = 2000
+    record_steps: Integers = ()
+    """Steps after which measures are taken; empty: after the last only."""
+    tied: Switches = (False,)
+    """One parameter for W₁ and W₂; an axis."""
+    weight_decay: float | int = 0.0
+    """Decoupled decay of adamw, which does not minimize the paper's objective; coupled decay is ``penalty``."""
+
+    # Evaluation.
+    eval_samples: int = 256
+    """Most training rows, and most held-out rows, that measures look at."""
+    eval_draws: int = 4
+    """Noise draws for each of them."""
+    dtype: str = "float32"
+    seed: int = 0
+    """Root of all randomness."""
+
+    def __post_init__(self) -> None:
+        for name in (*OPTIONAL_AXES, "width", *VALUE_AXES, "record_steps"):
+            object.__setattr__(self, name, _as_axis(name, getattr(self, name)))
+        self._check_data()
+        for name in ("num_samples", "width"):
+            for value in getattr(self, name):
+                check_integer(name, value, minimum=1)
+        for name in ("sigma", "learning_rate", "init_scale"):
+            for value in getattr(self, name):
+                _check_number(name, value, positive=True)
+        for name in ("penalty", "separation"):
+            for value in getattr(self, name):
+                _check_number(name, value, positive=False)
+        _check_number("held_out", self.held_out, positive=True)
+        _check_number("weight_decay", self.weight_decay, positive=False)
+        for name in ("seeds", "steps", "eval_samples", "eval_draws"):
+            check_integer(name, getattr(self, name), minimum=1)
+        for name in ("separable", "split_seed", "seed"):
+            check_integer(name, getattr(self, name), minimum=0)
+        for value in self.batch_size:
+            check_integer("batch_size", value, minimum=0)
+        for value in self.tied:
+            if not isinstance(value, bool):
+                raise ValueError(f"tied must be true or false, got {value!r}.")
+        for value in self.optimizer:
+            _check_choice("optimizer", value, OPTIMIZERS)
+        _check_choice("schedule", self.schedule, SCHEDULES)
+        _check_choice("dtype", self.dtype, ("float32", "float64"))
+        if self.weight_decay and self.optimizer != ("adamw",):
+            raise ValueError(
+                f"weight_decay = {self.weight_decay} means the decoupled decay of adamw; with optimizer "
+                f"{', '.join(self.optimizer)} use penalty (sims.sweeps.train.penalty_from_weight_decay converts)."
+            )
+        for step in self.record_steps:
+            check_integer("record_steps", step, minimum=0, maximum=self.steps)
+        if list(self.record_steps) != sorted(set(self.record_steps)):
+            raise ValueError(f"record_steps must increase, got {self.record_steps}.")
+        if not self.record_steps:
+            object.__setattr__(self, "record_steps", (self.steps,))
+
+    def _check_data(self) -> None:
+        """Find ``num_samples`` where it is left out, and refuse axes that contradict one another."""
+        check_integer("singles", self.singles, minimum=0)
+        if self.singles and (len(self.duplicates) > 1 or "" in self.duplicates):
+            raise ValueError(
+                f"singles = {self.singles} needs duplicates, one value such as 20x60; else give num_samples, and rows "
+                "that are not duplicates appear once."
+            )
+        for name in self.dataset:
+            if not isinstance(name, str) or not name:
+                raise ValueError(f"dataset must be a name, such as digits or mixture:modes=4; got {name!r}.")
+            if self.separation and (not name.startswith("mixture:") or "separation" in name):
+                raise ValueError(
+                    f"separation is an axis of mixture: data sets that do not give it themselves, not of {name!r}."
+                )
+        repeated = {name: math.prod(parse_duplicates(name)) if name else 0 for name in self.duplicates}
+        if self.num_samples is None:
+            if len(repeated) > 1:
+                raise ValueError("several duplicates need num_samples: the rows of a training set, repeated ones too.")
+            (rows,) = repeated.values()
+            object.__setattr__(self, "num_samples", (rows + self.singles,) if rows else (2, 8, 32, 128, 512))
+        object.__setattr__(self, "num_samples", _as_axis("num_samples", self.num_samples))
+        for name, rows in repeated.items():
+            for n in self.num_samples:
+                check_integer("num_samples", n, minimum=1)
+                if n < rows or (self.singles and n != rows + self.singles):
+                    single = f" and singles = {self.singles} make {rows + self.singles}" if self.singles else " alone"
+                    raise ValueError(
+                        f"num_samples = {n} contradicts duplicates = {name}: {rows} rows{single}. Leave out one, or "
+                        "change it."
+                    )
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Length of each dimension of the results, in their order."""
+        dims = [name for name in OPTIONAL_AXES if len(getattr(self, name)) > 1]
+        loops = {name: len(getattr(self, name)) for name in (*dims, "num_samples", "width")}
+        values = {name: len(getattr(self, name)) for name in VALUE_AXES}
+        return {**loops, "seed": self.seeds, **values, "step": len(self.record_steps)}
+
+    @property
+    def cells_per_unit(self) -> int:
+        """Combinations of the value axes: networks that share a training set, a start and noise."""
+        return math.prod(len(getattr(self, name)) for name in VALUE_AXES)
+
+    @property
+    def num_cells(self) -> int:
+        """Networks trained."""
+        return math.prod(self.shape.values()) // len(self.record_steps)
+
+    @property
+    def held_out_size(self) -> float | int:
+        """``held_out`` as :func:`sims.data.datasets.load` takes it, for which a whole number is a count."""
+        return int(self.held_out) if self.held_out >= 1 else self.held_out
+
+    def identity(self, num_samples: int, duplicates: str | None = None) -> tuple[int, ...]:
+        """For each row of a training set of ``num_samples`` the index of the distinct row that it is.
+
+        0, 1, 2, ... without duplicates; with ``"KxM"`` (default: the first of the axis) the first K indices stand M
+        times each, and others once.
+        """
+        name = self.duplicates[0] if duplicates is None else duplicates
+        if not name:
+            return tuple(range(num_samples))
+        count, times = parse_duplicates(name)
+        repeated = [i for i in range(count) for _ in range(times)]
+        return (*repeated, *range(count, count + num_samples - len(repeated)))
+
+    def source(self, dataset: str, separation: float | None = None) -> str:
+        """The name of a data set with its separation, as :func:`sims.data.datasets.load` takes it."""
+        if separation is None:
+            return dataset
+        return f"{dataset}{'' if dataset.endswith(':') else ','}separation={separation!r}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec as JSON-able values, with its format number."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return {"format": FORMAT, **values}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Spec:
+        """Inverse of :meth:`to_dict`; missing fields take their defaults.
+
+        ``ValueError`` for a newer format and for fields that do not exist (the nearest names are suggested).
+        """
+        values = dict(values)
+        version = values.pop("format", FORMAT)
+        if version not in range(1, FORMAT + 1):
+            raise ValueError(
+                f"this spec has format {version}; this version reads formats 1 to {FORMAT}. Update dae-theory."
+            )
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=3)
+                hint = f" Did you mean {' or '.join(near)}?" if near else f" Known fields: {', '.join(known)}."
+                raise ValueError(f"unknown field {name!r} in the spec.{hint}")
+        return cls(**values)
+
+
+def _as_axis(name: str, value: Any) -> tuple[Any, ...]:
+    axis = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if not axis and name not in ("record_steps", "separation"):
+        raise ValueError(f"axis {name} is empty; give it at least one value.")
+    if len(set(axis)) < len(axis):
+        raise ValueError(f"axis {name} repeats a value: {axis}; list each once (repetitions are seeds).")
+    return axis
+
+
+def _check_number(name: str, value: Any, *, positive: bool) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}.")
+    if value < 0 or (positive and value == 0):
+        raise ValueError(f"{name} must be {'positive' if positive else 'zero or more'}, got {value}.")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")

@@ -1,0 +1,116 @@
+"""The ratio test by brute force and on cases that can be told by hand; Wilson's interval beside SciPy's."""
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from scaling.measures import copies
+
+
+def brute(samples, images, groups):
+    """Nearest image, its distance, and that of the nearest one of another group."""
+    found = []
+    for sample in samples:
+        distances = [float(np.sqrt(np.sum((sample - image) ** 2))) for image in images]
+        nearest = int(np.argmin(distances))
+        second = min(d for d, group in zip(distances, groups, strict=True) if group != groups[nearest])
+        found.append((nearest, distances[nearest], second))
+    return map(np.array, zip(*found, strict=True))
+
+
+def test_against_brute_force():
+    random = np.random.default_rng(0)
+    images = random.uniform(-1, 1, (40, 1, 3, 4))
+    images[30:] = images[:10]
+    groups = np.concatenate([np.arange(30) // 2, np.arange(10) // 2])
+    near = images[random.integers(0, 40, 25)] + 0.05 * random.standard_normal((25, 1, 3, 4))
+    samples = np.concatenate([near, random.uniform(-1, 1, (25, 1, 3, 4))])
+    found = copies.find_copies(samples, images, groups=groups)
+    nearest, distance, second = brute(samples, images, groups)
+    np.testing.assert_array_equal(found.nearest, nearest)
+    np.testing.assert_allclose(found.distance, distance, rtol=1e-12)
+    np.testing.assert_allclose(found.second, second, rtol=1e-12)
+    np.testing.assert_array_equal(found.is_copy, distance / second < 1 / 3)
+    assert 0 < found.is_copy.sum() < 50
+
+
+def test_a_copy_is_nearer_than_a_third():
+    images = np.array([[0.0, 0.0], [4.0, 0.0]])
+    found = copies.find_copies(np.array([[0.99, 0.0], [1.01, 0.0], [4.0, 0.0], [2.0, 0.0]]), images)
+    assert found.is_copy.tolist() == [True, False, True, False]
+    assert found.nearest.tolist() == [0, 0, 1, 0]
+    assert found.ratio[2] == 0
+    assert copies.copy_share(found)[:3] == (2, 4, 0.5)
+
+
+def test_repeated_images_hide_no_copy():
+    images = np.array([[0.0, 0.0], [4.0, 0.0]])
+    sample = np.array([[0.1, 0.0]])
+    once = copies.find_copies(sample, images)
+    many = copies.find_copies(sample, np.repeat(images, 60, axis=0))
+    signed = copies.find_copies(sample, np.array([[0.0, 0.0], [-0.0, 0.0], [4.0, 0.0]]))
+    assert once.ratio == many.ratio == signed.ratio
+    assert bool(many.is_copy[0])
+
+
+def test_variants_count_as_one():
+    images = np.array([[0.0, 0.0], [0.0, 0.5], [4.0, 0.0]])
+    sample = np.array([[0.0, 0.2]])
+    assert not copies.find_copies(sample, images).is_copy[0]
+    assert copies.find_copies(sample, images, groups=np.array([7, 7, 3])).is_copy[0]
+
+
+def test_groups_joined_by_equal_images_are_one():
+    images = np.array([[0.0], [1.0], [1.0], [2.0], [3.0]])
+    assert copies.group_equal(images).tolist() == [0, 1, 1, 2, 3]
+    joined = copies.group_equal(images, np.array([5, 5, 8, 8, 9]))
+    assert len(set(joined[:4].tolist())) == 1
+    assert joined[4] != joined[0]
+
+
+def test_digits_of_many_blocks(monkeypatch):
+    random = np.random.default_rng(1)
+    images, samples = random.uniform(-1, 1, (50, 6)), random.uniform(-1, 1, (33, 6))
+    whole = copies.find_copies(samples, images)
+    monkeypatch.setattr(copies, "BLOCK_BYTES", 8 * 50 * 7)
+    for part, other in zip(whole, copies.find_copies(samples, images), strict=True):
+        np.testing.assert_array_equal(part, other)
+
+
+@pytest.mark.parametrize(("count", "total"), [(0, 60), (1, 60), (43, 100), (60, 60), (1, 1)])
+@pytest.mark.parametrize("level", [0.9, 0.95])
+def test_wilson(count, total, level):
+    interval = scipy.stats.binomtest(count, total).proportion_ci(level, method="wilson")
+    np.testing.assert_allclose(copies.wilson_interval(count, total, level=level), interval, rtol=1e-12, atol=1e-15)
+
+
+def test_the_interval_covers():
+    # 4,000 draws of a share of 0.3 of 50: coverage is 0.95 to within lattice effects of about 0.02.
+    counts = np.random.default_rng(2).binomial(50, 0.3, 4000)
+    held = [low <= 0.3 <= high for low, high in (copies.wilson_interval(int(k), 50) for k in counts)]
+    assert 0.92 < np.mean(held) < 0.98
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((np.zeros((2, 3)), np.zeros((2, 4))), "cannot be compared"),
+        ((np.zeros((0, 3)), np.zeros((2, 3))), "at least one"),
+        ((np.zeros((2, 3)), np.zeros((2, 3))), "one image"),
+        ((np.full((2, 3), np.nan), np.eye(3)), "samples has 6 non-finite"),
+    ],
+)
+def test_bad_input(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        copies.find_copies(*arguments)
+
+
+def test_bad_settings():
+    with pytest.raises(ValueError, match="ratio must lie"):
+        copies.find_copies(np.eye(3), np.eye(3), ratio=1.0)
+    with pytest.raises(ValueError, match="number the 3 images"):
+        copies.find_copies(np.eye(3), np.eye(3), groups=np.zeros(2, int))
+    with pytest.raises(ValueError, match="level must lie"):
+        copies.wilson_interval(1, 2, level=1.0)
+    with pytest.raises(ValueError, match="count must be at most 2"):
+        copies.wilson_interval(3, 2)

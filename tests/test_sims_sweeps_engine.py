@@ -1,0 +1,231 @@
+"""Sweeps: cells equal single runs, groups do not matter, runs resume, custom measures join in, bad input is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import xarray as xr
+
+import sims
+from sims import store
+from sims.sweeps import engine, programs
+from sims.sweeps.measures import MEASURES
+from sims.sweeps.programs import Numbers, fit_cell, segments_of, unit_program
+from sims.sweeps.spec import Spec
+from sims.sweeps.worlds import make_world
+
+SPEC = Spec(
+    num_samples=(3, 6), width=4, sigma=(0.3, 0.6), penalty=(1e-3, 1e-2), seeds=2, steps=6, record_steps=(2, 6),
+    eval_samples=5, eval_draws=2, held_out=20,
+)  # fmt: skip
+NAMES = ("train_error", "gap")
+
+
+@pytest.fixture(scope="module")
+def results():
+    return sims.sweep(SPEC, NAMES)
+
+
+def test_the_result_is_labeled_by_the_axes(results):
+    assert dict(results.sizes) == SPEC.shape
+    assert set(results) == set(NAMES)
+    assert results.train_error.dims == tuple(SPEC.shape)
+    assert np.all(np.isfinite(results.train_error))
+    np.testing.assert_array_equal(results.sigma, [0.3, 0.6])
+    np.testing.assert_array_equal(results.step, [2, 6])
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"num_samples": 3, "seed": 1, "penalty": 1e-2, "sigma": 0.6},
+        {"num_samples": 6, "seed": 0, "penalty": 1e-3, "sigma": 0.3},
+    ],
+)
+def test_a_cell_equals_the_single_experiment(results, where):
+    world = make_world(SPEC)
+    unit = next(u for u in engine.all_units(SPEC) if (u.num_samples, u.seed) == (where["num_samples"], where["seed"]))
+    program, key, data = unit_program(SPEC, unit, world)
+    numbers = Numbers(*(jnp.float32(x) for x in (where["penalty"], 3e-3, 0.1, where["sigma"])))
+    measures = {"train_error": MEASURES["train_error"]}
+    _, alone = fit_cell(key, data, numbers, program, jnp.asarray(segments_of(SPEC)), measures)
+    together = results.train_error.sel(where).squeeze()
+    # Float32 sums in another order, over six steps.
+    np.testing.assert_allclose(together, alone["train_error"], rtol=2e-5)
+
+
+@pytest.mark.slow
+def test_grouping_by_memory_changes_nothing_but_rounding(results, monkeypatch):
+    groups = []
+    compile_job = programs.compile_job
+
+    def spy(*args):
+        found = compile_job(*args)
+        groups.append(found)
+        return found
+
+    monkeypatch.setattr(programs, "compile_job", spy)
+    sims.sweep(SPEC, NAMES)
+    budget = max(found.memory for found in groups) - 1
+    assert [found.group for found in groups] == [4, 4]
+    groups.clear()
+    small = sims.sweep(SPEC, NAMES, memory=budget)
+    assert groups[-1].group < 4
+    assert all(found.memory <= budget for found in groups)
+    np.testing.assert_allclose(small.train_error, results.train_error, rtol=2e-5)
+
+
+def test_segments_are_the_steps_between_records():
+    assert segments_of(SPEC).tolist() == [2, 4]
+    assert segments_of(Spec(steps=9, record_steps=(0, 4, 9))).tolist() == [0, 4, 5]
+
+
+def test_groups_of_three_of_four_cells_are_filled_up_and_cut(results):
+    found = sims.sweep(SPEC, NAMES, group=3)
+    np.testing.assert_allclose(found.train_error, results.train_error, rtol=2e-5)
+
+
+@pytest.mark.slow
+def test_every_axis_is_swept():
+    """Cells of a grid over all axes equal those of sweeps of one axis at a time."""
+    base = {"seeds": 1, "steps": 3, "eval_samples": 4, "eval_draws": 1, "held_out": 40, "width": 3, "sigma": 0.4}
+    axes = {
+        "separation": (1.0, 2.0), "duplicates": ("", "2x2"), "optimizer": ("adam", "sgd"), "batch_size": (0, 3),
+        "tied": (False, True), "num_samples": (5, 7), "penalty": (1e-3, 0.1), "learning_rate": (1e-3, 1e-2),
+        "init_scale": (0.1, 0.5),
+    }  # fmt: skip
+    whole = sims.sweep(Spec(dataset="mixture:modes=2,dim=3", **base, **axes), ("train_error",)).train_error
+    at = {name: values[1] for name, values in axes.items()}
+    for name, values in axes.items():
+        line = Spec(dataset="mixture:modes=2,dim=3", **base, **at | {name: values})
+        found = sims.sweep(line, ("train_error",)).train_error.squeeze()
+        np.testing.assert_allclose(
+            whole.sel({axis: value for axis, value in at.items() if axis != name}).squeeze(), found, rtol=2e-5
+        )
+        assert len(np.unique(found)) == 2
+
+
+def test_axes_of_one_value_stay_as_labels(results, tmp_path):
+    assert results.optimizer == "adam"
+    assert not results.tied
+    stored = sims.sweep(SPEC, NAMES, out=tmp_path / "run")
+    assert stored.optimizer == "adam"
+    with xr.open_zarr(tmp_path / "run" / "results.zarr") as plain:
+        assert plain.optimizer == "adam"
+
+
+def test_shards_partition_the_work(results):
+    parts = [sims.sweep(SPEC, NAMES, shard=(i, 3)).train_error for i in (1, 2, 3)]
+    finite = np.stack([np.isfinite(part) for part in parts])
+    assert np.all(finite.sum(0) == 1)
+    np.testing.assert_array_equal(np.where(finite, np.stack(parts), 0).sum(0), results.train_error)
+    with pytest.raises(ValueError, match="shard 9/9 is empty: there are 4 units"):
+        sims.sweep(SPEC, NAMES, shard=(9, 9))
+    with pytest.raises(ValueError, match="shard 0/2 does not exist"):
+        sims.sweep(SPEC, NAMES, shard=(0, 2))
+
+
+def test_a_budget_too_small_for_one_cell_says_so():
+    with pytest.raises(ValueError, match=r"one cell needs .* raise --memory"):
+        sims.sweep(SPEC, NAMES, memory=10)
+
+
+def test_disk_and_memory_agree_and_a_finished_run_is_read_back(results, tmp_path):
+    seen = []
+    first = sims.sweep(SPEC, NAMES, out=tmp_path / "run", on_unit=seen.append)
+    for name in NAMES:
+        np.testing.assert_array_equal(first[name], results[name])
+    assert [p.done for p in seen] == [0, 4, 8, 12, 16]
+    assert seen[-1].unit == {"num_samples": 6, "width": 4, "seed": 1}
+    again = []
+    sims.sweep(SPEC, NAMES, out=tmp_path / "run", on_unit=again.append)
+    assert [p.done for p in again] == [16]
+    with xr.open_zarr(tmp_path / "run" / "results.zarr") as plain:
+        np.testing.assert_array_equal(plain.train_error, results.train_error)
+
+
+def test_an_interrupted_run_resumes_to_the_same_numbers(results, tmp_path):
+    def stop(progress):
+        if progress.done == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sims.sweep(SPEC, NAMES, out=tmp_path / "run", on_unit=stop)
+    half = store.load(tmp_path / "run")
+    assert int(np.isfinite(half.train_error).sum()) == 8 * 2
+    resumed = sims.sweep(SPEC, NAMES, out=tmp_path / "run")
+    np.testing.assert_array_equal(resumed.train_error, results.train_error)
+
+
+def test_another_experiment_in_the_folder_is_refused(tmp_path):
+    sims.sweep(SPEC, NAMES, out=tmp_path / "run")
+    other = Spec.from_dict(SPEC.to_dict() | {"steps": 7, "record_steps": [2, 7]})
+    with pytest.raises(ValueError, match="steps"):
+        sims.sweep(other, NAMES, out=tmp_path / "run")
+    with pytest.raises(ValueError, match="measures"):
+        sims.sweep(SPEC, ("gap",), out=tmp_path / "run")
+
+
+def test_custom_measures_of_any_shape_are_swept():
+    def column_norms(params, data, spec):
+        """Norms of the encoder's columns."""
+        return jnp.linalg.norm(params.w1, axis=0)
+
+    def named(params, data, spec):
+        return jnp.stack([spec.sigma, jnp.asarray(spec.penalty)])
+
+    named.labels = {"what": ["sigma", "penalty"]}
+    found = sims.sweep(SPEC, [column_norms, named, "gap"])
+    assert found.column_norms.dims == (*SPEC.shape, "column_norms_0")
+    assert found.column_norms.shape[-1] == 4
+    np.testing.assert_allclose(found.named.sel(what="sigma", sigma=0.6).squeeze().values, 0.6, rtol=1e-6)
+
+
+def test_common_random_numbers_sharpen_differences():
+    """Paired differences over sigma vary less over seeds than the values themselves."""
+    spec = Spec(num_samples=20, width=8, sigma=(0.5, 0.55), seeds=12, steps=30, eval_samples=20, eval_draws=2)
+    found = sims.sweep(spec, ("train_error",)).train_error.squeeze()
+    difference = found.isel(sigma=1) - found.isel(sigma=0)
+    assert float(difference.std()) < 0.3 * float(found.isel(sigma=0).std())
+
+
+def test_divergence_is_kept_as_such():
+    spec = Spec(num_samples=4, width=4, sigma=0.3, optimizer="sgd", learning_rate=(1e-3, 1e3), seeds=1, steps=100)
+    found = sims.sweep(spec, ("train_error",)).train_error.squeeze()
+    assert np.isfinite(found.sel(learning_rate=1e-3))
+    assert not np.isfinite(found.sel(learning_rate=1e3))
+
+
+def failing(params, data, spec):
+    raise RuntimeError("no such thing")
+
+
+def mislabeled(params, data, spec):
+    return params.w1[0]
+
+
+mislabeled.labels = {"which": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    ("measures", "message"),
+    [
+        (["loss"], "unknown measure 'loss'; known are objective"),
+        (["gap", "gap"], "listed twice"),
+        ([], "no measures"),
+        ([lambda params, data, spec: 0.0], "needs a name"),
+        ([failing], "measure 'failing' failed: no such thing"),
+        ([mislabeled], r"returns shape \(4,\), but its labels have lengths \(2,\)"),
+    ],
+)
+def test_bad_measures_are_refused(measures, message):
+    with pytest.raises(ValueError, match=message):
+        sims.sweep(SPEC, measures)
+
+
+def test_a_unit_lowers_for_accelerators():
+    program, key, data = unit_program(SPEC, engine.all_units(SPEC)[0], make_world(SPEC))
+    measures, segments = {name: MEASURES[name] for name in NAMES}, segments_of(SPEC)
+    numbers = jax.tree.map(lambda axis: axis[0], programs.grid_of(SPEC))
+    function = jax.jit(lambda *args: fit_cell(*args, program, segments, measures)[1])
+    assert function.trace(key, data, numbers).lower(lowering_platforms=("tpu", "cuda")).as_text()
