@@ -15,7 +15,7 @@ import matplotlib as mpl
 import matplotlib.figure
 import numpy as np
 
-from sims.store.files import replace_file, write_text
+from sims.store.files import replace_file, write_npz, write_text
 from sims.store.provenance import environment
 
 __all__ = ["STYLE", "Arrays", "load_arrays", "over_seeds", "save"]
@@ -33,13 +33,7 @@ def save(
     written."""
     paths = [out / f"{name}.{suffix}" for suffix in ("npz", "json", "png")]
     record = {"figure": name, "spec": spec, "environment": environment()}
-
-    def write_arrays(partial: pathlib.Path) -> None:
-        contents: dict[str, Any] = {key: np.asarray(value) for key, value in arrays.items()}
-        with partial.open("wb") as file:
-            np.savez_compressed(file, **contents)
-
-    replace_file(paths[0], write_arrays)
+    write_npz(paths[0], arrays, compress=True)
     write_text(paths[1], json.dumps(record, indent=1))
     with mpl.rc_context(fname=STYLE):
         replace_file(paths[2], lambda partial: figure.savefig(partial, format="png"))

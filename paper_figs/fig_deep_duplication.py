@@ -18,8 +18,7 @@ from paper_figs.artifacts import Arrays, over_seeds
 from scaling import zoo
 from scaling.measures.local_fits import FITTED
 from scaling.study.examination import Setting, examine
-from scaling.study.jacobians import GROUPS
-from scaling.training.corpus import load
+from scaling.training.corpus import GROUPS, load
 from sims import store
 
 __all__ = ["QUICK", "SPEC", "arrays_of_folder", "compute", "draw"]

@@ -18,8 +18,7 @@ from matplotlib import pyplot as plt
 from paper_figs.artifacts import Arrays, over_seeds
 from scaling import zoo
 from scaling.study.examination import Setting, examine
-from scaling.study.jacobians import GROUPS
-from scaling.training.corpus import load
+from scaling.training.corpus import GROUPS, load
 from sims import Spec, store, sweep
 from sims.sweeps.measures import MEASURES
 

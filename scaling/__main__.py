@@ -10,7 +10,7 @@ from typing import Any, get_args
 from absl import app, logging
 from absl.flags import argparse_flags
 
-from scaling.backend import still_lapack
+from scaling.backend import limit_blas_threads
 from scaling.bridge.loading import Pipeline, load_pipeline, read_checkpoints
 from scaling.commands import jacobian as jacobian_command
 from scaling.commands import series as series_command
@@ -28,7 +28,7 @@ TEXT_GUIDANCE, CLASS_GUIDANCE = 7.5, 4.0
 def main() -> None:
     """Run the command line and exit: 0 done, 2 bad input, 130 interrupted."""
     logging.set_verbosity(logging.WARNING)
-    still_lapack()
+    limit_blas_threads()
     app.run(lambda args: args.run(args), flags_parser=_parse)
 
 

@@ -8,12 +8,16 @@ import jax
 import jax.numpy as jnp
 import threadpoolctl
 
-from scaling.models.layers import cpu_aware
-
-__all__ = ["compiler_options", "still_lapack"]
+__all__ = ["compiler_options", "cpu_aware", "limit_blas_threads"]
 
 # XLA's own fusions for CPUs run a convolution on one core (jaxlib 0.10); without them it takes all.
 PARALLEL_CONVOLUTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
+
+
+def cpu_aware() -> bool:
+    """Whether to take the CPU's own routines: true if JAX computes on a CPU by default, else the plain ones serve."""
+    device = getattr(jax.config, "jax_default_device", None)
+    return (getattr(device, "platform", device) or jax.default_backend()) == "cpu"
 
 
 def compiler_options() -> dict[str, str]:
@@ -24,7 +28,7 @@ def compiler_options() -> dict[str, str]:
     return dict(_known()) if cpu_aware() else {}
 
 
-def still_lapack() -> None:
+def limit_blas_threads() -> None:
     """For entry points, as it is of the whole process: LAPACK on CPUs takes one thread.
 
     OpenBLAS's other threads wait for its next call by spinning, some 40 ms, in which XLA has one core less: between

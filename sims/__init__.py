@@ -4,7 +4,6 @@
 sims`` does the same from the command line and resumes what was cut.
 """
 
-from sims.store.run import load as load
-from sims.study.transitions import transition as transition
-from sims.sweeps.engine import sweep as sweep
-from sims.sweeps.spec import Spec as Spec
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -11,7 +11,7 @@ from typing import Any
 from absl import app, logging
 from absl.flags import argparse_flags
 
-from sims import flags
+from sims.commands import options as flags
 from sims.presets import CERTIFY, DEMO
 from sims.store.files import write_text
 from sims.terminal import Bar, Log, guarded

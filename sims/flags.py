@@ -1,39 +1,116 @@
-"""Command-line flags of an experiment, and a :class:`sims.sweeps.spec.Spec` from them.
+"""Flags from dataclass fields: name, default, help and unit of an option stand once, where its value is declared.
 
-Axes take one value, a list (``2,4,8``) or a range (``geom:0.05:2:12``, ``lin:0:1:5``: start, stop, number of points,
-both ends included). A TOML or JSON file (``--spec FILE``) may give any field; flags win over it.
+A field made by :func:`flag` is an option of every command that calls :func:`add_fields` on its class, and a line of the
+class's docstring (:func:`documented`). Axes take one value, a list (``2,4,8``) or a range (``geom:0.05:2:12``,
+``lin:0:1:5``: start, stop, number of points, both ends included). Nothing here imports JAX, so ``--help`` is quick.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import pathlib
-import tomllib
-from collections.abc import Callable
-from typing import Any, TypeVar
-
-import numpy as np
-
-from sims.sweeps.measures import DEFAULT, MEASURES
-from sims.sweeps.shards import parse_shard
-from sims.sweeps.spec import OPTIMIZERS, SCHEDULES, Spec
+import inspect
+import textwrap
+from collections.abc import Callable, Container, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 __all__ = [
-    "add_data_flags",
-    "add_run_flags",
-    "add_spec_flags",
-    "add_sweep_flags",
+    "AXIS",
+    "Flag",
+    "add_fields",
+    "documented",
+    "flag",
+    "flag_of",
+    "given",
     "parse_bools",
     "parse_bytes",
     "parse_floats",
     "parse_ints",
     "parse_names",
-    "spec_from_flags",
 ]
 
 T = TypeVar("T", int, float)
+C = TypeVar("C", bound=type)
+
+AXIS = "a value, a list 1,2,4 or a range geom:START:STOP:NUM / lin:START:STOP:NUM"
+
+
+class Flag(NamedTuple):
+    """What a command line says of a dataclass field."""
+
+    help: str
+    """One line, with unit and range; the default is appended."""
+    group: str
+    """Title of its group in ``--help``; empty for the command's own options."""
+    options: dict[str, Any]
+    """Further keywords of :meth:`argparse.ArgumentParser.add_argument`: ``type``, ``metavar``, ``choices``, ..."""
+
+
+def flag(default: Any, help: str, *, group: str = "", **options: Any) -> Any:
+    """A dataclass field that is also an option of the command line.
+
+    Args:
+        default: the field's default, shown in ``--help``.
+        help: one line that names unit and range.
+        group: title under which ``--help`` lists it.
+        options: keywords of ``add_argument``; ``type`` defaults to the type of the default, and a boolean becomes
+            ``--name`` and ``--no-name``.
+    """
+    return dataclasses.field(default=default, metadata={"flag": Flag(help, group, options)})
+
+
+def flag_of(field: dataclasses.Field[Any]) -> Flag | None:
+    """The :class:`Flag` of a field; None if it is no option."""
+    return field.metadata.get("flag")
+
+
+def documented(cls: C) -> C:
+    """Append an ``Args:`` section to the docstring of a dataclass, one line for each field made by :func:`flag`."""
+    lines = [inspect.getdoc(cls) or "", "", "Args:"]
+    for field in dataclasses.fields(cls):
+        if (option := flag_of(field)) is not None:
+            shown = _default(field.default)
+            text = f"{field.name}: {option.help}{f' (default: {shown})' if shown else ''}."
+            lines += textwrap.wrap(text, 116, initial_indent="    ", subsequent_indent="        ")
+    cls.__doc__ = "\n".join(lines)
+    return cls
+
+
+def add_fields(
+    parser: argparse.ArgumentParser,
+    cls: type,
+    *,
+    leave_out: Container[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
+    """Add an option for each field of the dataclass ``cls`` made by :func:`flag`.
+
+    An option that is left out is None, so that :func:`given` can tell it from the default. ``leave_out`` names fields
+    that the command sets otherwise; ``defaults`` are those of the command, shown in place of the class's.
+    """
+    groups: dict[str, Any] = {"": parser}
+    for field in dataclasses.fields(cls):
+        option = flag_of(field)
+        if option is None or field.name in leave_out:
+            continue
+        if option.group not in groups:
+            groups[option.group] = parser.add_argument_group(option.group)
+        default = (defaults or {}).get(field.name, field.default)
+        options = dict(option.options)
+        if isinstance(field.default, bool):
+            options.setdefault("action", argparse.BooleanOptionalAction)
+        elif "action" not in options and "choices" not in options and field.default is not None:
+            options.setdefault("type", type(field.default))
+        shown = _default(default)
+        text = f"{option.help} (default: {shown})" if shown else option.help
+        name = f"--{field.name.replace('_', '-')}"
+        groups[option.group].add_argument(name, dest=field.name, default=None, help=text.replace("%", "%%"), **options)
+
+
+def given(args: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """The fields of ``cls`` that the command line sets."""
+    values = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(cls)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def parse_floats(text: str) -> tuple[float, ...]:
@@ -73,148 +150,10 @@ def parse_bytes(text: str) -> int:
     return int(size)
 
 
-AXIS = "a value, a list 1,2,4 or a range geom:START:STOP:NUM / lin:START:STOP:NUM"
-
-
-def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say which rows, at which noise, with how many units and what penalty."""
-    add = parser.add_argument_group("the data and the objective").add_argument
-    add("--spec", metavar="FILE", type=pathlib.Path, help="TOML or JSON file with any of the fields below; flags win")
-    add(
-        "--dataset",
-        action="append",
-        help="digits; mixture:modes=4,dim=32,separation=3; idx:, cifar10:, npz:, images:, patches:PATH; or PATH. Once "
-        "for each data set of an axis",
-    )
-    add("--separation", type=parse_floats, metavar="S,...", help=f"norm of the modes of mixture: data sets: {AXIS}")
-    add("--num-samples", type=parse_ints, metavar="N,...", help=f"training-set sizes n >= 1: {AXIS}")
-    add(
-        "--duplicates",
-        type=parse_names,
-        metavar="KxM,...",
-        help="of the n rows, K images M times each, the others once; a list, none for no repeats",
-    )
-    add("--singles", type=int, metavar="N", help="rows that appear once, beside one KxM: n = K M + N")
-    add("--center", action=argparse.BooleanOptionalAction, default=None, help="subtract the mean of the training rows")
-    add(
-        "--separable",
-        type=int,
-        metavar="M",
-        help="keep a greedy subset of M rows with pairwise negative cosines; 0: all",
-    )
-    add("--held-out", type=float, metavar="F", help="rows never trained on: a fraction below 1, or a count from 1")
-    add("--split-seed", type=int, help="seed of the split into training pool and held-out rows, >= 0")
-    add("--sigma", type=parse_floats, metavar="S,...", help=f"noise levels > 0, in the units of the data: {AXIS}")
-    add("--width", type=parse_ints, metavar="P,...", help=f"hidden units p >= 1: {AXIS}")
-    add("--penalty", type=parse_floats, metavar="L,...", help=f"lambda >= 0 of the paper's objective: {AXIS}")
-
-
-def add_spec_flags(parser: argparse.ArgumentParser) -> None:
-    """Add one flag for each field of :class:`sims.sweeps.spec.Spec`; a flag left out keeps the spec file's value or the
-    default."""
-    add_data_flags(parser)
-    add = parser.add_argument_group("training and evaluation").add_argument
-    add("--learning-rate", type=parse_floats, metavar="R,...", help=f"optimizer step size > 0: {AXIS}")
-    add("--init-scale", type=parse_floats, metavar="C,...", help=f"norm of the columns at the start > 0: {AXIS}")
-    add(
-        "--optimizer",
-        type=parse_names,
-        metavar="NAME,...",
-        help=f"update rules with PyTorch's constants, of {', '.join(OPTIMIZERS)}",
-    )
-    add("--schedule", choices=SCHEDULES, help="learning rate over the run: constant, or cosine to zero")
-    add("--batch-size", type=parse_ints, metavar="B,...", help=f"rows a step, with replacement; 0: all of them: {AXIS}")
-    add("--steps", type=int, help="optimizer steps >= 1")
-    add("--record-steps", type=parse_ints, metavar="T,...", help=f"measure after these steps, in [0, steps]: {AXIS}")
-    add(
-        "--tied",
-        nargs="?",
-        type=parse_bools,
-        const=(True,),
-        metavar="false,true",
-        help="one parameter for W1 and W2; as an axis both",
-    )
-    add("--no-tied", dest="tied", action="store_const", const=(False,), help="two parameters")
-    add("--weight-decay", type=float, help="decoupled decay of adamw >= 0 (coupled decay is --penalty)")
-    add("--seeds", type=int, metavar="K", help="repetitions >= 1, each with its own rows, start and noise")
-    add("--seed", type=int, help="root of all randomness >= 0")
-    add("--eval-samples", type=int, help="most training rows, and most held-out rows, that measures look at, >= 1")
-    add("--eval-draws", type=int, help="noise draws for each of them, >= 1")
-    add("--dtype", choices=("float32", "float64"), help="of the training")
-
-
-def add_run_flags(parser: argparse.ArgumentParser, *, default_out: str | None = None) -> None:
-    """Add the flags that change no number: where, how much memory, how loud."""
-    add = parser.add_argument_group("the run").add_argument
-    add(
-        "--out",
-        metavar="DIR",
-        default=default_out,
-        required=default_out is None,
-        help="results; the same again resumes",
-    )
-    add("--memory", type=parse_bytes, default=2 << 30, metavar="SIZE", help="bound on a program's temporaries (2GiB)")
-    add("--quiet", action="store_true", help="no progress bar and no summary")
-
-
-def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say which machines compute a sweep, and how it is reported."""
-    add = parser.add_argument_group("many machines").add_argument
-    add("--devices", type=int, metavar="N", help="devices to make of a CPU's cores (one)")
-    add("--group", type=int, metavar="CELLS", help="cells that run together, the same on any number of devices")
-    add("--shard", type=parse_shard, metavar="I/N", help="every N-th unit of work from the I-th; merge joins them")
-    add("--scheduler", metavar="ADDRESS", help="compute on the Dask cluster of this scheduler, as tcp://host:8786")
-    add("--local-workers", type=int, default=0, metavar="N", help="compute on so many Dask workers started here")
-    add("--distributed", action="store_true", help="join the processes of a cluster, found in the environment (SLURM)")
-    add("--coordinator", metavar="HOST:PORT", help="join the processes that this one, the first, coordinates")
-    add("--num-processes", type=int, metavar="N", help="of --coordinator")
-    add("--process-id", type=int, metavar="I", help="of this process, from 0")
-    add("--dry-run", action="store_true", help="print cells, programs, memory and time, and stop")
-    add("--log", metavar="FILE", type=pathlib.Path, help="append a line for each unit of work to this file")
-
-
-def add_measures_flag(parser: argparse.ArgumentParser) -> None:
-    """Add ``--measures``."""
-    parser.add_argument(
-        "--measures",
-        type=lambda text: text.split(","),
-        default=list(DEFAULT),
-        metavar="NAME,...",
-        help=f"what to measure, of: {', '.join(MEASURES)}",
-    )
-
-
-def spec_from_flags(args: argparse.Namespace, **defaults: Any) -> Spec:
-    """The spec of the command line: ``defaults``, then the fields of ``--spec FILE``, then the flags given.
-
-    ``ValueError`` for a file that cannot be read and for all that :class:`Spec` refuses.
-    """
-    given = {} if args.spec is None else _read_fields(args.spec)
-    for field in dataclasses.fields(Spec):
-        value = getattr(args, field.name, None)
-        if value is not None:
-            given[field.name] = value
-    # Duplicates say how many rows there are; a default must not contradict them.
-    dropped = {"num_samples"} if "duplicates" in given else set()
-    return Spec.from_dict({name: value for name, value in defaults.items() if name not in dropped} | given)
-
-
-def _read_fields(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        text = path.read_text()
-        fields = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except OSError as error:
-        raise ValueError(f"cannot read the spec file {path}: {error.strerror}.") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid {'TOML' if path.suffix == '.toml' else 'JSON'}: {error}.") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} must hold an object with fields of the spec, got a {type(fields).__name__}.")
-    # A finished run's spec.json can be given as it is.
-    fields = fields.get("spec", fields)
-    return {name: value for name, value in fields.items() if name != "measures"}
-
-
 def _parse_axis(text: str, kind: type[T], rounded: Callable[[float], T]) -> tuple[T, ...]:
+    # NumPy takes a tenth of a second to import: help texts do without.
+    import numpy as np
+
     name, _, rest = text.partition(":")
     try:
         if name in ("geom", "lin"):
@@ -228,3 +167,12 @@ def _parse_axis(text: str, kind: type[T], rounded: Callable[[float], T]) -> tupl
         raise argparse.ArgumentTypeError(
             f"{text!r} is not an axis of {kind.__name__}s; write 1,2,4 or geom:1:100:5 or lin:0:1:5"
         ) from None
+
+
+def _default(value: Any) -> str:
+    """A default as it would be typed; empty where there is none to show."""
+    if value is None or value == "" or value == () or value is dataclasses.MISSING or isinstance(value, bool):
+        return ""
+    if isinstance(value, (tuple, list)):
+        return ",".join(_default(item) or "none" for item in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)

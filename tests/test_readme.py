@@ -40,7 +40,7 @@ def test_commands_parse(command, tmp_path, monkeypatch):
     rooms = {"sims": sims, "scaling": scaling, "paper_figs": paper_figs}
     args = rooms[module].__main__._parse([module, *argv])
     if hasattr(args, "spec"):
-        from sims import flags
+        from sims.commands import options as flags
 
         flags.spec_from_flags(args)
 

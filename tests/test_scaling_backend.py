@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import threadpoolctl
 
 from scaling import backend as compilation
-from scaling.backend import compiler_options, still_lapack
+from scaling.backend import compiler_options, limit_blas_threads
 
 
 def test_lapack_of_jax_takes_one_thread():
     jnp.linalg.qr(jnp.eye(3))
     with threadpoolctl.threadpool_limits(limits=2, user_api="blas"):
         assert any(pool["num_threads"] > 1 for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas")
-        still_lapack()
+        limit_blas_threads()
         pools = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
     assert pools
     assert {pool["num_threads"] for pool in pools} == {1}

@@ -32,7 +32,7 @@ from torch_side import TOLERANCE, difference, randomize  # noqa: E402
 
 from scaling import __main__ as cli  # noqa: E402
 from scaling import load_pipeline  # noqa: E402
-from scaling.diffusion.samplers import noise_at  # noqa: E402
+from scaling.diffusion.noise import noise_at  # noqa: E402
 from scaling.measures.codes import _pictures, read_images  # noqa: E402
 from sims import store  # noqa: E402
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from scheduler_side import DDPM, STABLE, UNET, network, tiny_model
 
-from scaling.diffusion.samplers import Condition, Samples, guided, noise_at, reverse, sample
+from scaling.diffusion.noise import noise_at
+from scaling.diffusion.samplers import Samples, guided, reverse, sample
 from scaling.diffusion.schedules import METHODS, from_config
 from scaling.diffusion.solvers import make_solver
-from scaling.models.model import Apply
+from scaling.models.model import Apply, Condition
 from scaling.models.taps import Edit
 
 MID, EARLY = "mid_block.resnets.0", "conv_in"

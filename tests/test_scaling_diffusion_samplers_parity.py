@@ -15,14 +15,13 @@ import scheduler_side  # noqa: E402
 from scheduler_side import CLASSES, COSINE, DDPM, STABLE, TRAINED, ZERO_SNR  # noqa: E402
 from torch_side import TOLERANCE, difference, randomize, to_params  # noqa: E402
 
-from scaling.diffusion import (
-    samplers,
-    schedules,
-)
-from scaling.diffusion.samplers import Condition, noise_at, reverse, sample  # noqa: E402
+from scaling.diffusion import samplers, schedules  # noqa: E402
+from scaling.diffusion.noise import noise_at  # noqa: E402
+from scaling.diffusion.samplers import reverse, sample  # noqa: E402
 from scaling.diffusion.schedules import METHODS, add_noise, from_config, target  # noqa: E402
 from scaling.diffusion.solvers import make_solver  # noqa: E402
-from scaling.models import model as api
+from scaling.models import model as api  # noqa: E402
+from scaling.models.model import Condition  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
 

@@ -14,11 +14,11 @@ from pipelines import CASES, CLASSES, DDIM, DDPM, LATENT, PIXEL, SMALL_DIT, SMAL
 
 from scaling.bridge import identity as runs
 from scaling.bridge.loading import Pipeline
-from scaling.diffusion.samplers import Condition, noise_at
+from scaling.diffusion.noise import noise_at
 from scaling.diffusion.schedules import from_config
 from scaling.measures import codes as representation
 from scaling.measures.codes import codes, encode_batch, extract, pooled, read_images
-from scaling.models.model import vae_encode
+from scaling.models.model import Condition, vae_encode
 from sims import store
 from sims.data import readers
 

@@ -14,13 +14,7 @@ from dae_theory.denoisers import empirical_denoiser, gaussian_denoiser
 from dae_theory.spikiness import MEASURES
 from scaling import as_denoiser
 from scaling.diffusion.schedules import from_config
-from scaling.measures.relu_fits import (
-    between,
-    code_spikiness,
-    denoiser_distances,
-    fit_relu_dae,
-    reference_denoisers,
-)
+from scaling.measures.relu_fits import between, code_spikiness, denoiser_distances, fit_relu_dae, reference_denoisers
 
 D = 6
 

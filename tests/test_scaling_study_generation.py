@@ -13,9 +13,8 @@ from pipelines import CLASSES, DDIM, DDPM, LATENT, PIXEL, SMALL_DIT, SMALL_VAE
 from scaling import sample
 from scaling.bridge.latents import from_latents, to_latents
 from scaling.bridge.loading import Pipeline
-from scaling.diffusion.samplers import Condition
 from scaling.diffusion.schedules import from_config
-from scaling.models.model import vae_decode
+from scaling.models.model import Condition, vae_decode
 from scaling.study.generation import SHEET, contact_sheet, generate, to_bytes, write_pictures
 from sims import store
 

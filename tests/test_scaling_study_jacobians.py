@@ -14,7 +14,7 @@ from pipelines import DDIM, DDPM, PIXEL, SMALL_DIT, SMALL_VAE, save_pictures, wr
 from scaling import __main__ as cli
 from scaling import as_denoiser, load_pipeline, save_pretrained
 from scaling.bridge.loading import Pipeline
-from scaling.diffusion.samplers import noise_at
+from scaling.diffusion.noise import noise_at
 from scaling.diffusion.schedules import from_config
 from scaling.study.jacobians import analyze, choose, group_means, read_images, write_pictures
 from sims import store

@@ -20,10 +20,10 @@ from scaling.diffusion.schedules import from_config
 from scaling.measures.jacobian import full_jacobian
 from scaling.study import examination, series
 from scaling.study.examination import Setting, examine, sampled_prompts, variables
-from scaling.study.jacobians import GROUPS
 from scaling.training import corpus
 from scaling.training.architectures import network_config, scheduler_config
 from scaling.training.captions import KINDS, from_labels
+from scaling.training.corpus import GROUPS
 from scaling.training.run import TrainSpec, read_corpus, read_spec, train
 from sims import store
 

@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers")
 from torch_side import TOLERANCE, difference  # noqa: E402
 
 import scaling  # noqa: E402
-from scaling.diffusion.samplers import noise_at  # noqa: E402
+from scaling.diffusion.noise import noise_at  # noqa: E402
 from scaling.training import steps as training  # noqa: E402
 from scaling.training.run import TrainSpec, train  # noqa: E402
 

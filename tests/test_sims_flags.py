@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from sims import flags
+from sims.commands import options
 from sims.sweeps.spec import Spec
 
 
 def parse(*argv):
     parser = argparse.ArgumentParser()
-    flags.add_spec_flags(parser)
+    options.add_spec_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -54,7 +55,7 @@ def test_bad_memory_sizes_are_refused(text):
 
 
 def test_every_field_of_the_spec_has_a_flag():
-    spec = flags.spec_from_flags(
+    spec = options.spec_from_flags(
         parse(
             *"--dataset digits --center --separable 4 --split-seed 3 --held-out 0.1 --width 3".split(),
             *["--num-samples", "2,4"],
@@ -66,11 +67,11 @@ def test_every_field_of_the_spec_has_a_flag():
     default = Spec()
     same = {name for name in vars(default) if getattr(spec, name) == getattr(default, name)}
     assert same == {"dataset", "separation", "duplicates", "singles"}
-    assert flags.spec_from_flags(parse("--duplicates", "2x3", "--singles", "1")).num_samples == (7,)
+    assert options.spec_from_flags(parse("--duplicates", "2x3", "--singles", "1")).num_samples == (7,)
 
 
 def test_axes_of_names_are_lists():
-    spec = flags.spec_from_flags(
+    spec = options.spec_from_flags(
         parse(
             *"--dataset mixture:modes=2 --dataset mixture:modes=3,dim=4 --separation 1,2 --tied false,true".split(),
             *"--duplicates none,2x3 --num-samples 9 --optimizer adam,sgd --batch-size 0,4".split(),
@@ -80,7 +81,7 @@ def test_axes_of_names_are_lists():
     assert spec.separation == (1.0, 2.0)
     assert (spec.duplicates, spec.optimizer) == (("", "2x3"), ("adam", "sgd"))
     assert (spec.tied, spec.batch_size) == ((False, True), (0, 4))
-    assert flags.spec_from_flags(parse("--no-tied")).tied == (False,)
+    assert options.spec_from_flags(parse("--no-tied")).tied == (False,)
     with pytest.raises(argparse.ArgumentTypeError, match="'maybe' must be true, false"):
         flags.parse_bools("maybe")
 
@@ -91,24 +92,24 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path, suffix):
     fields = {"steps": 11, "sigma": [0.1, 0.9], "center": True}
     text = "steps = 11\nsigma = [0.1, 0.9]\ncenter = true\n" if suffix == ".toml" else json.dumps(fields)
     path.write_text(text)
-    spec = flags.spec_from_flags(parse("--spec", str(path), "--steps", "12", "--no-center"), steps=13, width=(5,))
+    spec = options.spec_from_flags(parse("--spec", str(path), "--steps", "12", "--no-center"), steps=13, width=(5,))
     assert (spec.steps, spec.sigma, spec.center, spec.width) == (12, (0.1, 0.9), False, (5,))
 
 
 def test_a_finished_runs_record_is_a_spec_file(tmp_path):
     path = tmp_path / "spec.json"
     path.write_text(json.dumps({"format": 1, "spec": {**Spec(steps=7).to_dict(), "measures": ["gap"]}}))
-    assert flags.spec_from_flags(parse("--spec", str(path))) == Spec(steps=7)
+    assert options.spec_from_flags(parse("--spec", str(path))) == Spec(steps=7)
 
 
 def test_bad_spec_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="cannot read the spec file .*nowhere.toml"):
-        flags.spec_from_flags(parse("--spec", str(tmp_path / "nowhere.toml")))
+        options.spec_from_flags(parse("--spec", str(tmp_path / "nowhere.toml")))
     path = tmp_path / "bad.toml"
     path.write_text("steps = ")
     with pytest.raises(ValueError, match="not valid TOML"):
-        flags.spec_from_flags(parse("--spec", str(path)))
+        options.spec_from_flags(parse("--spec", str(path)))
     path = tmp_path / "list.json"
     path.write_text("[1]")
     with pytest.raises(ValueError, match="must hold an object"):
-        flags.spec_from_flags(parse("--spec", str(path)))
+        options.spec_from_flags(parse("--spec", str(path)))

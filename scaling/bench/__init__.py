@@ -1,1 +1,1 @@
-""""""
+"""Timings of deep models beside PyTorch: ``python -m scaling.bench``."""

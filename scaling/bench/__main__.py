@@ -41,7 +41,7 @@ from absl import app, logging
 from absl.flags import argparse_flags
 
 from scaling import Model, initialize, load_model, save_pretrained
-from scaling.backend import still_lapack
+from scaling.backend import limit_blas_threads
 from scaling.bench import jacobian as bench_jacobian
 from scaling.bench import training as bench_training
 from scaling.bench import unet as bench_unet
@@ -82,7 +82,7 @@ class Bench:
 def main() -> None:
     """Run the command line and exit: 0 done, 2 bad input or too small a machine."""
     logging.set_verbosity(logging.WARNING)
-    still_lapack()
+    limit_blas_threads()
     app.run(_run, flags_parser=_parse)
 
 

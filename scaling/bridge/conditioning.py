@@ -15,8 +15,7 @@ from jaxtyping import Array, Float
 
 from dae_theory.checks import check_integer
 from scaling.bridge.loading import Pipeline
-from scaling.diffusion.samplers import Condition
-from scaling.models.model import Model, encode_text
+from scaling.models.model import Condition, Model, encode_text
 
 __all__ = ["condition_on", "null_condition", "pixel_size"]
 

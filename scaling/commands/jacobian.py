@@ -10,7 +10,8 @@ from typing import Any
 from scaling.bridge.loading import load_pipeline
 from scaling.bridge.weights import read_json
 from scaling.measures.jacobian import CHUNK
-from scaling.study.jacobians import GROUPS, TIMESTEPS, analyze, choose, group_means, read_images, write_pictures
+from scaling.study.jacobians import TIMESTEPS, analyze, choose, group_means, read_images, write_pictures
+from scaling.training.corpus import GROUPS
 from sims import store
 from sims.flags import parse_floats, parse_ints
 from sims.terminal import Bar

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
-from PIL import Image
 
 from scaling.commands.train import add_network_flags, add_source_flags, add_training_flags, spec_from_flags
 from scaling.measures.copies import wilson_interval
 from scaling.study.examination import STANDARD, Setting
-from scaling.study.generation import contact_sheet, to_bytes
+from scaling.study.pictures import contact_sheet, to_bytes, write_png
 from scaling.study.series import NUM_SAMPLES, duplication, transition, two_layer
 from scaling.training.architectures import ARCHS
 from scaling.training.run import TrainSpec
 from sims.flags import parse_floats, parse_ints, parse_names
-from sims.store.files import replace_file, write_text
+from sims.store.files import write_text
 from sims.terminal import Bar
 
 __all__ = [
@@ -274,9 +272,6 @@ def _written(out: str, results: xr.Dataset, lines: list[str], dims: tuple[str, .
     tiles = shown.reshape(-1, *shown.shape[2:])
     if tiles.shape[1] not in (1, 3):
         return f"{text}\nWritten: {out}/results.zarr, {out}/spec.json, {out}/summary.md, {out}/models"
-    sheet = contact_sheet(to_bytes(np.nan_to_num(tiles)), columns=shown.shape[1])
-    picture = Image.fromarray(sheet[..., 0] if sheet.shape[-1] == 1 else sheet)
-    save: Callable[[Path], None] = lambda partial: picture.save(partial, format="PNG")  # noqa: E731
-    replace_file(folder / "samples.png", save)
+    write_png(folder / "samples.png", contact_sheet(to_bytes(np.nan_to_num(tiles)), columns=shown.shape[1]))
     listed = ("results.zarr", "spec.json", "summary.md", "samples.png", "models")
     return f"{text}\nWritten: {', '.join(f'{out}/{name}' for name in listed)}"

@@ -1,1 +1,5 @@
-""""""
+"""Noise schedules and samplers by diffusers' rules, and networks as denoisers ``D(y, sigma)``."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -17,23 +17,16 @@ from jaxtyping import Array, ArrayLike, Float
 
 from dae_theory.checks import check_integer
 from dae_theory.types import PRNGKey
+from scaling.diffusion.noise import noise_at
 from scaling.diffusion.schedules import Schedule, with_method
 from scaling.diffusion.solvers import Bound, Calls, Solver, Table, make_solver
-from scaling.models.model import Model
+from scaling.models.model import Condition, Model
 from scaling.models.taps import Edit, Edits
 
-__all__ = ["Condition", "ModelFn", "Samples", "guided", "noise_at", "reverse", "sample"]
+__all__ = ["ModelFn", "Samples", "guided", "reverse", "sample"]
 
 ModelFn: TypeAlias = Callable[[Array, Array, Array], Any]
 """``(x, t, step) -> output``: x a batch, t its timestep, step in [0, num_steps) to look up what changes by step."""
-
-
-class Condition(NamedTuple):
-    """What a model is conditioned on, as its ``apply`` takes it; each has a batch axis first."""
-
-    context: Any = None
-    class_labels: Any = None
-    added: Any = None
 
 
 class Samples(NamedTuple):
@@ -123,11 +116,6 @@ def guided(model_fn: ModelFn, guidance: Array, *, has_aux: bool = False) -> Mode
         return (combined, aux) if has_aux else combined
 
     return model
-
-
-def noise_at(key: PRNGKey, item: ArrayLike, call: ArrayLike, shape: Sequence[int], dtype: DTypeLike) -> Array:
-    """Item ``item``'s unit noise at the start (``call`` 0) or after the s-th call of the model (``call`` s + 1)."""
-    return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, item), call), tuple(shape), dtype)
 
 
 def sample(

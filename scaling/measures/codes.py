@@ -26,15 +26,16 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from dae_theory.checks import check_integer
 from dae_theory.types import PRNGKey
 from scaling.bridge.conditioning import condition_on, pixel_size
-from scaling.bridge.identity import batch_rows, checksum, fill, identify
+from scaling.bridge.identity import identify
 from scaling.bridge.latents import to_latents
 from scaling.bridge.loading import Pipeline
-from scaling.diffusion.samplers import Condition, noise_at
+from scaling.diffusion.noise import noise_at
 from scaling.diffusion.schedules import Schedule, add_noise
 from scaling.models.layers import widened
-from scaling.models.model import Model
+from scaling.models.model import Condition, Model
 from sims import store
 from sims.data import readers
+from sims.store import batch_rows, checksum, fill
 
 __all__ = ["Latent", "Pool", "codes", "encode_batch", "extract", "pooled", "read_images"]
 
@@ -138,7 +139,7 @@ def extract(
     """Codes of all ``images`` in the run's folder ``out``: a variable per tap, of its name, over ``image``.
 
     The key is ``jax.random.key(seed)``, image i is number i. Every batch is written as soon as it is computed, and the
-    same call goes on where it was cut, see :func:`scaling.bridge.identity.fill`. ``sims.load(out)`` checks and reads all;
+    same call goes on where it was cut, see :func:`sims.store.filling.fill`. ``sims.load(out)`` checks and reads all;
     ``xarray.open_zarr(out + "/results.zarr")`` reads parts. ``ValueError`` as for :func:`codes`, for a prompt or class
     that the network does not take, and for a folder that holds something else.
     """

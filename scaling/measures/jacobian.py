@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 from dae_theory.checks import check_integer, check_positive
 from dae_theory.precision import full_precision
 from dae_theory.types import PRNGKey, Scalar
-from scaling.models.layers import cpu_aware
+from scaling.backend import cpu_aware
 
 __all__ = ["CHUNK", "Map", "Mode", "Singular", "Spectrum", "full_jacobian", "spectrum_summary", "top_singular"]
 
@@ -141,7 +141,7 @@ def top_singular(
     In all ``(rank + oversample)(2q + 2) + rank + num_probes`` products, at most ``chunk_size`` at once. Column j draws
     from its own key, so that more of them extend fewer. ``ValueError`` for a rank outside 1..min(m, d), a negative
     ``oversample`` or ``iterations``, and fewer than 2 probes. A sketch wider than J is cut: to so many columns, and to
-    the last blocks. On CPUs :func:`scaling.backend.still_lapack` saves a fifth of the time.
+    the last blocks. On CPUs :func:`scaling.backend.limit_blas_threads` saves a fifth of the time.
     """
     push, pull, (m, d) = _linearized(denoiser, y, sigma)
     rank = check_integer("rank", rank, minimum=1, maximum=min(m, d))

@@ -20,10 +20,9 @@ from dae_theory import encode
 from dae_theory.spikiness import MEASURES
 from dae_theory.types import PRNGKey
 from scaling.diffusion.denoisers import as_denoiser
-from scaling.diffusion.samplers import Condition
 from scaling.diffusion.schedules import Schedule, timestep_to_sigma
 from scaling.measures.relu_fits import code_spikiness, fit_relu_dae
-from scaling.models.model import Model
+from scaling.models.model import Condition, Model
 from scaling.models.taps import check_order, names
 
 __all__ = ["FITTED", "SCORES", "local_fits"]

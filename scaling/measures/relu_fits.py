@@ -32,8 +32,7 @@ from dae_theory.precision import full_precision
 from dae_theory.spectra import Labels
 from dae_theory.spikiness import MEASURES
 from dae_theory.types import Denoiser, PRNGKey, Scalar
-from scaling.diffusion.samplers import Condition
-from scaling.models.model import Model
+from scaling.models.model import Condition, Model
 from scaling.models.taps import Edit, check_order, names
 
 __all__ = [

@@ -13,3 +13,7 @@ Each module is one architecture and has these names, through which :mod:`scaling
 ``rename(key) -> key | None`` (optional)
     the present name of a key of older checkpoints; None for a stored constant that is not a parameter.
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

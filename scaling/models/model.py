@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from scaling.models.taps import Edits, Tap
 __all__ = [
     "ARCHITECTURES",
     "Apply",
+    "Condition",
     "Model",
     "encode_text",
     "from_config",
@@ -49,6 +50,14 @@ ARCHITECTURES = {
     "CLIPModel": "clip",
 }
 """Module of :mod:`scaling.models` by the class that a config.json names."""
+
+
+class Condition(NamedTuple):
+    """What a model is conditioned on, as its ``apply`` takes it; each has a batch axis first."""
+
+    context: Any = None
+    class_labels: Any = None
+    added: Any = None
 
 
 @dataclasses.dataclass(frozen=True)

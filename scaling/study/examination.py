@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from scipy import stats
 
 from dae_theory import empirical_denoiser, gaussian_denoiser
 from dae_theory.checks import check_integer, check_positive
@@ -26,17 +25,17 @@ from dae_theory.types import PRNGKey
 from scaling.backend import compiler_options
 from scaling.bridge.conditioning import condition_on, null_condition
 from scaling.bridge.loading import Pipeline
+from scaling.detection.evaluation import auroc
 from scaling.diffusion.denoisers import as_denoiser
-from scaling.diffusion.samplers import Condition, sample
+from scaling.diffusion.samplers import sample
 from scaling.diffusion.schedules import Schedule
 from scaling.measures.codes import codes
 from scaling.measures.copies import Copies, find_copies
 from scaling.measures.jacobian import full_jacobian, spectrum_summary
 from scaling.measures.local_fits import FITTED, SCORES, local_fits
-from scaling.models.model import Model
-from scaling.study.jacobians import GROUPS
+from scaling.models.model import Condition, Model
 from scaling.training.captions import Captions
-from scaling.training.corpus import Corpus, membership, training_rows
+from scaling.training.corpus import GROUPS, Corpus, membership, training_rows
 
 __all__ = [
     "STANDARD",
@@ -219,7 +218,7 @@ def examine(
     for score in ("error", *MEASURES):
         sign, held_out = -1 if score == "error" else 1, scores["held_out"][score]
         rows = [
-            _auroc(sign * scores[name][score], sign * held_out)
+            auroc(sign * scores[name][score], sign * held_out)
             if name in scores and name != "held_out"
             else np.full(len(held_out), np.nan)
             for name in GROUPS
@@ -347,9 +346,3 @@ def _distances(
     values = jax.lax.map(lambda each: squares(*each), items, batch_size=CHUNK).reshape(*shape, 3).mean(axis=2)
     names = "error", "distance_to_empirical", "distance_to_population"
     return {name: values[..., k] for k, name in enumerate(names)}
-
-
-def _auroc(positives: Float[np.ndarray, "s n"], negatives: Float[np.ndarray, "s m"]) -> Float[np.ndarray, " s"]:
-    """Probability that a positive is above a negative, ties counting half."""
-    pairs = positives.shape[1] * negatives.shape[1]
-    return np.asarray(stats.mannwhitneyu(positives, negatives, axis=1).statistic / pairs)

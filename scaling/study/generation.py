@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,24 +11,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
-from jaxtyping import Array, Float, Int, UInt8
-from PIL import Image
+from jaxtyping import Array, Int
 
 from dae_theory.checks import check_integer
 from scaling.bridge.conditioning import condition_on, null_condition, pixel_size
-from scaling.bridge.identity import fill, identify
+from scaling.bridge.identity import identify
 from scaling.bridge.latents import from_latents
 from scaling.bridge.loading import Pipeline
 from scaling.diffusion.samplers import sample
 from scaling.diffusion.schedules import with_method
 from scaling.diffusion.solvers import make_solver
+from scaling.study.pictures import contact_sheet, to_bytes, write_png
 from sims import store
-from sims.store.files import replace_file
+from sims.store import fill
+from sims.store.files import write_npz
 
-__all__ = ["contact_sheet", "generate", "to_bytes", "write_pictures"]
-
-SHEET, GAP, TILE = 4096, 2, 64
-"""Of a contact sheet, in pixels: its longest side, the space between pictures, and what small ones are enlarged to."""
+__all__ = ["generate", "write_pictures"]
 
 
 def generate(
@@ -56,7 +53,7 @@ def generate(
     ``prompt``, ``negative_prompt``, ``class_label`` are as for :func:`scaling.bridge.conditioning.condition_on`; ``guidance``
     None does without it; ``method`` and ``eta`` as for :func:`scaling.diffusion.samplers.sample`; ``size`` is (H, W) in pixels.
     Sample i depends on ``seed`` and i alone. Every batch is written as soon as it is computed, and the same call goes
-    on where it was cut, see :func:`scaling.bridge.identity.fill`. ``ValueError`` for what any of these refuse.
+    on where it was cut, see :func:`sims.store.filling.fill`. ``ValueError`` for what any of these refuse.
     """
     network, vae = pipeline.network, pipeline.vae
     total, size = check_integer("num", num, minimum=1), size or pixel_size(pipeline)
@@ -118,39 +115,12 @@ def write_pictures(out: str | Path) -> list[Path]:
     arrays: dict[str, Any] = {name: samples[name].values for name in ("images", "latents") if name in samples}
     pictures = to_bytes(arrays["images"])
 
-    def write_arrays(partial: Path) -> None:
-        with partial.open("wb") as file:
-            np.savez(file, **arrays)
-
-    files = {out / "images" / f"{i:05d}.png": _picture(picture) for i, picture in enumerate(pictures)}
-    files[out / "sheet.png"] = _picture(contact_sheet(pictures))
+    files = {out / "images" / f"{i:05d}.png": picture for i, picture in enumerate(pictures)}
+    files[out / "sheet.png"] = contact_sheet(pictures)
     for path, picture in files.items():
-        replace_file(path, functools.partial(picture.save, format="PNG"))
-    replace_file(out / "samples.npz", write_arrays)
+        write_png(path, picture)
+    write_npz(out / "samples.npz", arrays)
     return [*files, out / "samples.npz"]
-
-
-def to_bytes(images: Float[np.ndarray, "n c h w"]) -> UInt8[np.ndarray, "n h w c"]:
-    """Images in [-1, 1] as bytes, -1 black and 1 white, channels last."""
-    return np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
-
-
-def contact_sheet(pictures: UInt8[np.ndarray, "n h w c"], columns: int | None = None) -> UInt8[np.ndarray, "H W c"]:
-    """All pictures on one white sheet, row by row, in ``columns`` (as many as rows); scaled if large, or tiny."""
-    count, height, width, channels = pictures.shape
-    columns = columns or math.ceil(math.sqrt(count))
-    longest = max(height, width)
-    room = max(SHEET // max(columns, math.ceil(count / columns)) - GAP, 1)
-    scale = min(1.0, room / longest) if longest >= TILE else max(1, min(TILE, room) // longest)
-    tile = max(round(scale * height), 1), max(round(scale * width), 1)
-    how = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
-    rows = math.ceil(count / columns)
-    sheet = np.full((rows * (tile[0] + GAP) + GAP, columns * (tile[1] + GAP) + GAP, channels), 255, np.uint8)
-    for i, picture in enumerate(pictures):
-        top, left = (GAP + place * (side + GAP) for place, side in zip(divmod(i, columns), tile, strict=True))
-        resized = np.asarray(_picture(picture).resize(tile[::-1], how)).reshape(*tile, channels)
-        sheet[top : top + tile[0], left : left + tile[1]] = resized
-    return sheet
 
 
 def _sampled_size(pipeline: Pipeline, size: tuple[int, int]) -> tuple[int, int]:
@@ -170,7 +140,3 @@ def _template(total: int, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> xr.Data
         coords |= {axis: np.arange(side) for axis, side in zip(axes, shape.shape[1:], strict=True)}
         variables[name] = (("sample", *axes), shape.dtype)
     return store.blank(coords, variables)
-
-
-def _picture(picture: UInt8[np.ndarray, "h w c"]) -> Image.Image:
-    return Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)

@@ -20,30 +20,28 @@ import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 from jaxtyping import Array, Float, Int
-from PIL import Image
 
 from dae_theory.checks import check_integer, check_positive
 from dae_theory.types import PRNGKey
 from scaling.backend import compiler_options
 from scaling.bridge.conditioning import condition_on, pixel_size
-from scaling.bridge.identity import checksum, fill, identify
+from scaling.bridge.identity import identify
 from scaling.bridge.latents import to_latents
 from scaling.bridge.loading import Pipeline
 from scaling.diffusion.denoisers import as_denoiser
-from scaling.diffusion.samplers import Condition, noise_at
+from scaling.diffusion.noise import noise_at
 from scaling.diffusion.schedules import Schedule, sigma_to_timestep
 from scaling.measures.jacobian import CHUNK, full_jacobian, spectrum_summary, top_singular
-from scaling.models.model import Model
-from scaling.study.generation import contact_sheet, to_bytes
+from scaling.models.model import Condition, Model
+from scaling.study.pictures import contact_sheet, to_bytes, write_png
 from scaling.training import corpus
+from scaling.training.corpus import GROUPS
 from sims import store
 from sims.data.readers import kind_of
-from sims.store.files import replace_file, write_text
+from sims.store import checksum, fill
+from sims.store.files import write_npz, write_text
 
-__all__ = ["GROUPS", "TIMESTEPS", "Chosen", "analyze", "choose", "group_means", "read_images", "write_pictures"]
-
-GROUPS = ("duplicated", "train", "held_out")
-"""Of a model's ``membership.json``: trained on many times, once, and never."""
+__all__ = ["TIMESTEPS", "Chosen", "analyze", "choose", "group_means", "read_images", "write_pictures"]
 
 TIMESTEPS = (10, 50, 200)
 """Looked at if nothing is asked."""
@@ -144,7 +142,7 @@ def analyze(
     ``residuals``, ``error``, ``energy``, ``energy_error`` as in :class:`scaling.measures.jacobian.Singular`; ``top_energy`` is
     the share of the energy in the triplets, ``kept`` how many of them have a singular value above 1/2. ``full`` adds
     the fields of :class:`scaling.measures.jacobian.Spectrum` as ``full_...``. Levels are ``timesteps``, integers, or ``sigmas``;
-    without both, the timesteps ``TIMESTEPS``. The same call goes on where it was cut, see :func:`scaling.bridge.identity.fill`.
+    without both, the timesteps ``TIMESTEPS``. The same call goes on where it was cut, see :func:`sims.store.filling.fill`.
     ``ValueError`` for what is out of range, and as for :func:`scaling.bridge.conditioning.condition_on`.
     """
     schedule, size = pipeline.schedule, (chosen.images.shape[2], chosen.images.shape[3])
@@ -227,20 +225,10 @@ def write_pictures(out: str | Path) -> list[Path]:
             shown = [at.noisy.values[:, None], at.denoised.values[:, None], _scaled(at[side].values)]
             tiles = np.concatenate(shown, axis=1)
             pictures = to_bytes(_viewable(tiles.reshape(-1, *tiles.shape[2:])))
-            sheet = contact_sheet(pictures, columns=tiles.shape[1])
-            picture = Image.fromarray(sheet[..., 0] if sheet.shape[-1] == 1 else sheet)
             files.append(out / f"{side}_{k}.png")
-            replace_file(files[-1], functools.partial(picture.save, format="PNG"))
+            write_png(files[-1], contact_sheet(pictures, columns=tiles.shape[1]))
     write_text(out / "groups.json", json.dumps(group_means(results), indent=1) + "\n")
-    # Text is read back in a dtype that NumPy would pickle.
-    arrays: dict[str, Any] = {str(name): results[name].values for name in (*results.coords, *results.data_vars)}
-    arrays["group"] = np.asarray(arrays["group"].tolist())
-
-    def write_arrays(partial: Path) -> None:
-        with partial.open("wb") as file:
-            np.savez(file, **arrays)
-
-    replace_file(out / "jacobian.npz", write_arrays)
+    write_npz(out / "jacobian.npz", {str(name): results[name].values for name in (*results.coords, *results.data_vars)})
     return [*files, out / "groups.json", out / "jacobian.npz"]
 
 

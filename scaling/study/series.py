@@ -28,18 +28,18 @@ import xarray as xr
 from jaxtyping import Float
 
 from dae_theory.checks import check_integer
-from scaling.backend import still_lapack
-from scaling.bridge.identity import checksum
+from scaling.backend import limit_blas_threads
 from scaling.bridge.loading import load_pipeline
 from scaling.models.model import understand
 from scaling.models.taps import check_names, check_order
 from scaling.study.examination import STANDARD, Setting, check, examine, variables
-from scaling.study.jacobians import GROUPS
 from scaling.training import corpus as corpora
 from scaling.training.captions import from_labels
+from scaling.training.corpus import GROUPS
 from scaling.training.run import PATHS, TrainSpec, config_of, read_corpus, train
 from sims import Spec, store, sweep
-from sims.store.files import replace_file
+from sims.store import checksum
+from sims.store.files import write_npz
 from sims.sweeps import processes
 
 __all__ = ["NUM_SAMPLES", "agreement", "duplication", "transition", "two_layer"]
@@ -179,12 +179,7 @@ def two_layer(
     order = np.argsort(whole.rows)
     file = Path(out) / "images.npz"
     images, labels = whole.images[order].transpose(0, 2, 3, 1), whole.labels[order]
-
-    def write(partial: Path) -> None:
-        with partial.open("wb") as handle:
-            np.savez_compressed(handle, images=images, labels=labels)
-
-    replace_file(file, write)
+    write_npz(file, {"images": images, "labels": labels}, compress=True)
     spec = Spec(
         dataset=(f"npz:{file}?values=-1:1",),
         num_samples=tuple(num_samples),
@@ -326,7 +321,7 @@ def _computed(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, dict[str
 def _begin(workers: int) -> None:
     """In a process that is one of so many: a program of its own."""
     processes.share_cores(workers)
-    still_lapack()
+    limit_blas_threads()
 
 
 def _timed(function: Callable[..., dict[str, np.ndarray]], *args: Any) -> tuple[dict[str, np.ndarray], float]:

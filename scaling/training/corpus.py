@@ -23,7 +23,10 @@ from sims.data import datasets
 from sims.data.formats import read_image
 from sims.data.readers import Source, image_files, kind_of, read
 
-__all__ = ["FASHION", "Corpus", "load", "membership", "training_rows", "variants_of"]
+__all__ = ["FASHION", "GROUPS", "Corpus", "load", "membership", "training_rows", "variants_of"]
+
+GROUPS = ("duplicated", "train", "held_out")
+"""Images of a data set by their part in training, as in ``membership.json``: repeated, seen once, never seen."""
 
 FASHION = "fashion-mnist"
 FASHION_CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")

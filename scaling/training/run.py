@@ -24,7 +24,6 @@ import numpy as np
 from dae_theory.checks import check_integer
 from dae_theory.types import PRNGKey
 from scaling.bridge.export import save_pipeline
-from scaling.bridge.identity import checksum
 from scaling.bridge.loading import Pipeline
 from scaling.bridge.weights import read_json
 from scaling.diffusion.schedules import Schedule
@@ -36,17 +35,10 @@ from scaling.training.architectures import ARCHS, network_config, scheduler_conf
 from scaling.training.captions import Captions
 from scaling.training.checkpoints import digest, restore, save
 from scaling.training.corpus import Corpus
-from scaling.training.steps import (
-    Examples,
-    Networks,
-    Recipe,
-    TrainState,
-    advance,
-    initial_weights,
-    start,
-)
+from scaling.training.steps import Examples, Networks, Recipe, TrainState, advance, initial_weights, start
 from scaling.training.tokenization import copy_tokenizer, encode, fit_tokenizer
 from sims import store
+from sims.store import checksum
 from sims.store.files import write_text
 
 __all__ = ["TrainSpec", "config_of", "read_corpus", "read_spec", "train"]

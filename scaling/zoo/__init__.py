@@ -42,7 +42,7 @@ def load(name: str, dtype: Any = "float32") -> Pipeline:
 def folder(name: str) -> Path:
     """Where a model lies: it opens in PyTorch too. ``ValueError`` for unknown names."""
     recipe(name)
-    return Path(__file__).parent / name
+    return Path(__file__).parent / "models" / name
 
 
 def recipe(name: str) -> list[str]:

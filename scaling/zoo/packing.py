@@ -18,9 +18,8 @@ from scaling.bridge.loading import Pipeline, load_pipeline
 from scaling.bridge.weights import read_json
 from scaling.measures.copies import copy_share
 from scaling.study.examination import draw_samples, sample_conditions, sampled_prompts
-from scaling.study.jacobians import GROUPS
 from scaling.training.captions import from_labels
-from scaling.training.corpus import Corpus
+from scaling.training.corpus import GROUPS, Corpus
 from scaling.training.run import RECORD, TrainSpec, read_corpus, read_spec
 from sims.store.files import write_text
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
-__all__ = ["replace_file", "write_text"]
+import numpy as np
+
+__all__ = ["replace_file", "write_npz", "write_text"]
 
 
 def replace_file(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
@@ -30,5 +33,24 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
     def write(partial: pathlib.Path) -> None:
         partial.write_text(text, encoding="utf-8")
+
+    replace_file(path, write)
+
+
+def write_npz(path: pathlib.Path, arrays: Mapping[str, Any], *, compress: bool = False) -> None:
+    """Write named arrays as one ``.npz`` file that is read without pickle; text is stored as text.
+
+    ``ValueError`` for arrays of other Python objects, and if the file cannot be written.
+    """
+    plain = {name: np.asarray(value) for name, value in arrays.items()}
+    # Arrays of objects would be pickled: strings become arrays of characters.
+    plain = {name: np.asarray(value.tolist()) if value.dtype == object else value for name, value in plain.items()}
+    unsafe = [name for name, value in plain.items() if value.dtype == object]
+    if unsafe:
+        raise ValueError(f"{', '.join(unsafe)}: only numbers and text can be stored in {path}, not Python objects.")
+
+    def write(partial: pathlib.Path) -> None:
+        with partial.open("wb") as file:
+            (np.savez_compressed if compress else np.savez)(file, **plain)
 
     replace_file(path, write)

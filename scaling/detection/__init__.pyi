@@ -1,0 +1,2 @@
+from . import evaluation as evaluation
+from .evaluation import auroc as auroc

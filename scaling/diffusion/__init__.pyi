@@ -1,0 +1,12 @@
+from . import denoisers as denoisers
+from . import grids as grids
+from . import noise as noise
+from . import samplers as samplers
+from . import schedules as schedules
+from . import solvers as solvers
+from .denoisers import as_denoiser as as_denoiser
+from .denoisers import from_denoiser as from_denoiser
+from .denoisers import to_denoiser as to_denoiser
+from .noise import noise_at as noise_at
+from .samplers import sample as sample
+from .schedules import Schedule as Schedule

@@ -1,0 +1,11 @@
+from . import codes as codes
+from . import copies as copies
+from . import jacobian as jacobian
+from . import local_fits as local_fits
+from . import relu_fits as relu_fits
+from .codes import extract as extract
+from .codes import read_images as read_images
+from .copies import copy_share as copy_share
+from .copies import find_copies as find_copies
+from .jacobian import full_jacobian as full_jacobian
+from .jacobian import top_singular as top_singular

@@ -1,0 +1,10 @@
+from . import examination as examination
+from . import generation as generation
+from . import jacobians as jacobians
+from . import pictures as pictures
+from . import series as series
+from .examination import examine as examine
+from .generation import generate as generate
+from .generation import write_pictures as write_pictures
+from .series import duplication as duplication
+from .series import transition as transition

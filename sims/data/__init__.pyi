@@ -1,0 +1,4 @@
+from . import datasets as datasets
+from . import formats as formats
+from . import readers as readers
+from .datasets import Dataset as Dataset

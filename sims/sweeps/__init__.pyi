@@ -1,0 +1,13 @@
+from . import cluster as cluster
+from . import engine as engine
+from . import measures as measures
+from . import plan as plan
+from . import processes as processes
+from . import programs as programs
+from . import shards as shards
+from . import single as single
+from . import spec as spec
+from . import train as train
+from . import worlds as worlds
+from .engine import sweep as sweep
+from .spec import Spec as Spec
