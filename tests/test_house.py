@@ -11,10 +11,41 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 ROOMS = ("dae_theory", "sims", "scaling", "paper_figs")
 MODULES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
-THEORY_MAY_USE = {"jax", "jaxtyping", "numpy", "optax", "dae_theory"}
+THEORY_MAY_USE = {"jax", "jaxtyping", "lazy_loader", "numpy", "optax", "dae_theory"}
 STANDARD_LIBRARY_IN_THEORY = {
     "__future__", "collections", "dataclasses", "enum", "functools", "itertools", "math", "numbers", "types", "typing",
 }  # fmt: skip
+
+# Rooms inside the rooms: what each may import of its own package, ground floor first. CONTRIBUTING.md prints it.
+ARROWS = {
+    "sims": {
+        "flags": "",
+        "terminal": "",
+        "presets": "",
+        "data": "",
+        "store": "",
+        "sweeps": "data store flags",
+        "study": "sweeps data store",
+        "bench": "sweeps study data store terminal",
+        "commands": "sweeps study data store flags presets terminal",
+        "__main__": "commands terminal",
+    },
+    "scaling": {
+        "backend": "",
+        "models": "backend",
+        "diffusion": "models backend",
+        "bridge": "diffusion models backend",
+        "training": "bridge diffusion models backend",
+        "measures": "bridge diffusion models backend",
+        "detection": "measures bridge diffusion models backend",
+        "steering": "measures bridge diffusion models backend",
+        "study": "detection steering training measures bridge diffusion models backend",
+        "zoo": "study detection steering training measures bridge diffusion models backend",
+        "commands": "zoo study detection steering training measures bridge diffusion models backend",
+        "bench": "zoo study detection steering training measures bridge diffusion models backend",
+        "__main__": "commands backend",
+    },
+}
 
 
 def imports(path):
@@ -40,12 +71,59 @@ def test_imports_follow_the_arrows(path):
     assert not tops & above, f"{path} imports {tops & above}, which stand above {room}"
     if room != "paper_figs":
         assert "matplotlib" not in tops, f"{path} plots outside paper_figs"
-    if path.stem != "bench":
+    if "bench" not in path.parts:
         assert not tops & {"torch", "torchax"}, f"{path} imports torch outside a benchmark"
     assert not tops & {"pickle", "dill", "joblib"}, f"{path} can unpickle"
     if room == "dae_theory":
         stray = tops - THEORY_MAY_USE - STANDARD_LIBRARY_IN_THEORY
         assert not stray, f"{path} imports {stray}; theory is formulas only"
+
+
+def inner_room(name):
+    """``sims.store.files`` as ("sims", "store"); the package itself as ("sims", "")."""
+    package, _, rest = name.partition(".")
+    return package, rest.split(".")[0]
+
+
+def stray_arrows(name, source):
+    """Imports in ``source``, the module ``name``, that go to an inner room it may not import."""
+    package, room = inner_room(name)
+    if package not in ARROWS or not room:
+        return []
+    allowed = {room, *ARROWS[package][room].split()}
+    targets = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            targets += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            # From a package itself, a name is one of its rooms or what one of them exports.
+            whole = node.module == package
+            targets += [f"{node.module}.{alias.name}" if whole else node.module for alias in node.names]
+    return [t for t in targets if inner_room(t)[0] == package and inner_room(t)[1] not in allowed]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_between_inner_rooms_follow_the_arrows(path):
+    stray = stray_arrows(name_of(path), path.read_text())
+    assert not stray, f"{path} imports {stray}; see ARROWS"
+
+
+def test_a_planted_arrow_is_found():
+    up = "from scaling.study.examination import examine"
+    assert stray_arrows("scaling.measures.codes", up) == ["scaling.study.examination"]
+    assert stray_arrows("scaling.measures.codes", "def f():\n    from scaling import zoo\n") == ["scaling.zoo"]
+    assert stray_arrows("sims.store.files", "import sims.sweeps.engine") == ["sims.sweeps.engine"]
+    assert not stray_arrows("scaling.zoo.packing", up)
+
+
+def test_every_inner_room_has_its_arrows():
+    for package, arrows in ARROWS.items():
+        rooms = {path.stem for path in (ROOT / package).iterdir() if path.suffix == ".py" or path.is_dir()}
+        rooms -= {"__init__", "__pycache__"}
+        assert rooms <= arrows.keys(), f"{package}: {rooms - arrows.keys()} stand in no floor of ARROWS"
+        order = list(arrows)
+        for room, allowed in arrows.items():
+            assert all(order.index(other) < order.index(room) for other in allowed.split()), f"{room} imports upward"
 
 
 def test_there_are_no_import_cycles():
@@ -84,22 +162,21 @@ def test_modules_stay_small_enough_to_read():
 
 
 def test_no_module_is_hidden_by_a_function_of_its_name():
-    for room in ROOMS:
+    for face in (*ROOT.glob("*/__init__.py*"), *ROOT.glob("*/*/__init__.py*")):
         exported = {
             alias.asname or alias.name
-            for node in ast.parse((ROOT / room / "__init__.py").read_text()).body
-            if isinstance(node, ast.ImportFrom)
+            for node in ast.parse(face.read_text()).body
+            if isinstance(node, ast.ImportFrom) and node.module is not None
             for alias in node.names
-            if node.module != room
         }
-        modules = {path.stem for path in (ROOT / room).glob("*.py")} - {"__init__", "__main__"}
-        assert not exported & modules, f"{room} exports {exported & modules}, which hides modules of that name"
+        modules = {path.stem for path in face.parent.glob("*.py")} - {"__init__", "__main__"}
+        assert not exported & modules, f"{face} exports {exported & modules}, which hides modules of that name"
 
 
 def test_libraries_print_nothing_and_set_nothing():
     for path in MODULES:
         # A worker of a cluster, and a process that joins others, are programs of their own.
-        if path.stem in ("__main__", "bench", "processes", "cluster"):
+        if path.stem in ("__main__", "processes", "cluster") or {"bench", "commands"} & set(path.parts):
             continue
         calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
         names = {ast.unparse(call.func) for call in calls}
