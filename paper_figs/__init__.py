@@ -1,5 +1,5 @@
 """The paper's figures by command: ``python -m paper_figs list|NAME|all``.
 
-The only room that plots. Each module ``fig_NAME`` has ``compute(spec) -> arrays`` and ``draw(arrays) -> Figure``,
-apart.
+The only package that plots. A figure is a module ``fig_NAME`` with ``SUMMARY``, ``SPEC`` and ``QUICK``, and three
+functions apart: ``compute(spec) -> arrays``, ``from_run(folder) -> arrays`` and ``draw(arrays) -> Figure``.
 """

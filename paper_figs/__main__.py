@@ -12,14 +12,8 @@ from typing import Any
 from absl import app, logging
 from absl.flags import argparse_flags
 
-FIGURES = {
-    "columns": "columns of W1 beside their nearest training images, memorized against generalized (Fig. 3)",
-    "codes": "a memorized and a generalized code, and histograms of spikiness (Fig. 4)",
-    "phase_diagram": "the transition over n and sigma; --run DIR draws a finished sweep",
-    "deep_series": "deep networks on more and more images beside the two-layer one; --run DIR draws a `transition`",
-    "deep_duplication": "deep networks some of whose images repeat; --run DIR draws a `duplication`",
-}
-"""Name and summary; the module is ``paper_figs.fig_NAME``."""
+FIGURES = tuple(sorted(path.stem.removeprefix("fig_") for path in pathlib.Path(__file__).parent.glob("fig_*.py")))
+"""Names of the figures; the module is ``paper_figs.fig_NAME``."""
 
 
 def main() -> None:
@@ -33,16 +27,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("name", metavar="list|NAME|all", help="which figure; list names them")
     parser.add_argument("--quick", action="store_true", help="a small version in seconds, to try it out")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/figures"), help="folder (runs/figures)")
-    parser.add_argument(
-        "--run", metavar="DIR", help="draw this finished run (phase_diagram, deep_series, deep_duplication)"
-    )
+    parser.add_argument("--run", metavar="DIR", help="draw this finished run instead of computing; `list` says of what")
     return parser.parse_args(argv[1:])
 
 
 def _run(args: argparse.Namespace) -> int:
     if args.name == "list":
-        for name, summary in FIGURES.items():
-            print(f"{name:16s} {summary}")
+        for name in FIGURES:
+            print(f"{name:16s} {_module(name).SUMMARY}")
         return 0
     names = list(FIGURES) if args.name == "all" else [args.name]
     try:
@@ -66,27 +58,24 @@ def make(name: str, out: pathlib.Path, *, quick: bool = False, run: str | None =
 
     if name not in FIGURES:
         raise ValueError(f"unknown figure {name!r}; known are {', '.join(FIGURES)} (or list, all).")
-    module = importlib.import_module(f"paper_figs.fig_{name}")
-    spec: dict[str, Any] = module.QUICK if quick else module.SPEC
+    module = _module(name)
     if run is None:
+        spec: dict[str, Any] = module.QUICK if quick else module.SPEC
         arrays = module.compute(spec)
-    elif hasattr(module, "arrays_of_folder"):
-        from sims import store
-
-        spec = store.read_spec(run)["spec"]
-        arrays = module.arrays_of_folder(run)
-    elif hasattr(module, "arrays_of_run"):
-        from sims import store
-
-        spec = store.read_spec(run)["spec"]
-        arrays = module.arrays_of_run(store.load(run))
     else:
-        raise ValueError(f"figure {name!r} is not drawn from a sweep; leave --run out.")
+        from sims import store
+
+        arrays = module.from_run(run)
+        spec = store.read_spec(run)["spec"]
     with mpl.rc_context(fname=artifacts.STYLE), mpl.rc_context({"backend": "agg"}):
         figure = module.draw(arrays)
         paths = artifacts.save(name, figure, arrays, spec, out)
         plt.close(figure)
     return paths
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"paper_figs.fig_{name}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ network trained on many. Only the training set differs between the two networks.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +19,9 @@ from paper_figs.artifacts import Arrays
 from paper_figs.networks import train
 from sims.sweeps.spec import Spec
 
-__all__ = ["QUICK", "SPEC", "compute", "draw"]
+__all__ = ["QUICK", "SPEC", "SUMMARY", "compute", "draw", "from_run"]
+
+SUMMARY = "a memorized and a generalized code, and histograms of spikiness (Fig. 4)"
 
 _COMMON = {
     "dataset": "digits",
@@ -61,6 +64,11 @@ def compute(spec: dict[str, Any]) -> dict[str, np.ndarray]:
         for measure in ("std", "l4_over_l2"):
             results[f"{name}_{measure}"] = np.asarray(jax.vmap(spikiness.MEASURES[measure])(codes))
     return results
+
+
+def from_run(folder: str | Path) -> dict[str, np.ndarray]:
+    """Refuse: the figure trains its own networks."""
+    raise ValueError(f"the figure `codes` trains its own networks, not those of {folder}; leave --run out.")
 
 
 def draw(arrays: Arrays) -> matplotlib.figure.Figure:

@@ -7,6 +7,7 @@ raw images (where it does not apply: all cosines are positive), and many raw ima
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
@@ -18,7 +19,9 @@ from paper_figs.artifacts import Arrays
 from paper_figs.networks import train
 from sims.sweeps.spec import Spec
 
-__all__ = ["QUICK", "SPEC", "compute", "draw"]
+__all__ = ["QUICK", "SPEC", "SUMMARY", "compute", "draw", "from_run"]
+
+SUMMARY = "columns of W1 beside their nearest training images, memorized against generalized (Fig. 3)"
 
 _COMMON = {
     "dataset": "digits",
@@ -63,6 +66,13 @@ def compute(spec: dict[str, Any]) -> dict[str, np.ndarray]:
         ):
             results[name].append(value)
     return {"titles": np.array(list(spec["cases"])), **{name: np.stack(value) for name, value in results.items()}}
+
+
+def from_run(folder: str | Path) -> dict[str, np.ndarray]:
+    """Refuse: the figure trains its own networks."""
+    raise ValueError(f"the figure `columns` trains its own networks, not those of {folder}; leave --run out.")
+        f"the figure `columns` trains its own networks and cannot be drawn from {folder}; leave --run out."
+    )
 
 
 def draw(arrays: Arrays) -> matplotlib.figure.Figure:

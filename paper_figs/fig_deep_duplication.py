@@ -21,7 +21,9 @@ from scaling.study.examination import Setting, examine
 from scaling.training.corpus import GROUPS, load
 from sims import store
 
-__all__ = ["QUICK", "SPEC", "arrays_of_folder", "compute", "draw"]
+__all__ = ["QUICK", "SPEC", "SUMMARY", "compute", "draw", "from_run"]
+
+SUMMARY = "deep networks trained on repeated images; --run DIR draws a `duplication`"
 
 SPEC: dict[str, Any] = {
     "model": "digits",
@@ -45,7 +47,7 @@ def compute(spec: dict[str, Any]) -> dict[str, np.ndarray]:
     return _reduced(np.asarray([spec["steps"]]), setting, {name: value[None, None] for name, value in found.items()})
 
 
-def arrays_of_folder(folder: str | Path) -> dict[str, np.ndarray]:
+def from_run(folder: str | Path) -> dict[str, np.ndarray]:
     """Means and standard errors over seeds of a finished ``duplication``; ``ValueError`` if it is something else."""
     results = store.load(folder)
     if "duplicates" not in results.dims or "copied" not in results or not bool(results.done.all()):

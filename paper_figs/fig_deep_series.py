@@ -22,7 +22,11 @@ from scaling.training.corpus import GROUPS, load
 from sims import Spec, store, sweep
 from sims.sweeps.measures import MEASURES
 
-__all__ = ["QUICK", "SPEC", "arrays_of_folder", "compute", "draw"]
+__all__ = ["QUICK", "SPEC", "SUMMARY", "compute", "draw", "from_run"]
+
+SUMMARY = (
+    "deep networks against the number of training images, beside the two-layer one; --run DIR draws a `transition`"
+)
 
 SPEC: dict[str, Any] = {
     "num_samples": (10, 30, 100, 300, 750),
@@ -58,7 +62,7 @@ def compute(spec: dict[str, Any]) -> dict[str, np.ndarray]:
     return _reduced(np.asarray(sizes), np.asarray(setting.sigmas), stacked, shallow)
 
 
-def arrays_of_folder(folder: str | Path) -> dict[str, np.ndarray]:
+def from_run(folder: str | Path) -> dict[str, np.ndarray]:
     """Means and standard errors over seeds of a finished ``transition``; ``ValueError`` if it is something else."""
     results = store.load(folder)
     if "agreement" not in results or not bool(results.done.all()):

@@ -5,6 +5,7 @@ Drawn from the results of a sweep (``--run DIR``), or of the sweep that :data:`S
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
@@ -13,12 +14,15 @@ import xarray as xr
 from matplotlib import pyplot as plt
 
 from paper_figs.artifacts import Arrays
+from sims import store
 from sims.presets import DEMO
 from sims.study.transitions import transition
 from sims.sweeps.engine import sweep
 from sims.sweeps.spec import Spec
 
-__all__ = ["QUICK", "SPEC", "arrays_of_run", "compute", "draw"]
+__all__ = ["QUICK", "SPEC", "SUMMARY", "compute", "draw", "from_run"]
+
+SUMMARY = "the transition over n and sigma; --run DIR draws a finished sweep"
 
 SPEC: dict[str, Any] = dict(DEMO)
 """The sweep to compute if no run is given."""
@@ -29,15 +33,19 @@ _MEASURES = ("gap", "train_error", "held_out_error")
 
 
 def compute(spec: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Sweep, then reduce as :func:`arrays_of_run` does."""
-    return arrays_of_run(sweep(Spec.from_dict(spec), _MEASURES))
+    """Run the sweep, then reduce it as :func:`from_run` does."""
+    return _reduced(sweep(Spec.from_dict(spec), _MEASURES))
 
 
-def arrays_of_run(results: xr.Dataset) -> dict[str, np.ndarray]:
+def from_run(folder: str | Path) -> dict[str, np.ndarray]:
     """Seed means of the gap and errors (n, σ) and the crossings of gap = 1/2, at the last step and first other values.
 
-    ``ValueError`` if the run did not measure them, or has fewer than two n.
+    ``ValueError`` if the sweep in ``folder`` did not measure them, or has fewer than two n.
     """
+    return _reduced(store.load(folder))
+
+
+def _reduced(results: xr.Dataset) -> dict[str, np.ndarray]:
     lacking = [name for name in _MEASURES if name not in results]
     if lacking:
         raise ValueError(f"the phase diagram needs the measures {', '.join(lacking)}; sweep again with them.")
