@@ -126,6 +126,17 @@ def test_every_inner_room_has_its_arrows():
             assert all(order.index(other) < order.index(room) for other in allowed.split()), f"{room} imports upward"
 
 
+def test_contributing_prints_the_arrows():
+    printed = dict(
+        re.findall(r"^\| `([\w.]+)` \| [^|]+ \|([^|]*)\|$", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.M)
+    )
+    held = {f"{package}.{room}": names for package, arrows in ARROWS.items() for room, names in arrows.items()}
+    held = {room: names for room, names in held.items() if not room.endswith("__main__")}
+    assert {room: names.replace(",", " ").split() for room, names in printed.items()} == {
+        room: names.split() for room, names in held.items()
+    }
+
+
 def test_there_are_no_import_cycles():
     known = {name_of(path): path for path in MODULES}
     graph = {}
