@@ -33,8 +33,8 @@ from dae_theory.types import Scalar
 
 __all__ = ["Factors", "ObjectiveHessian", "factorize", "forward_root", "inverse_root", "objective_hessian", "to_matrix"]
 
-# Samples times pairs of units in work at once, each with some thirty numbers.
-PAIRS_IN_WORK = 2**14
+# Samples times pairs of units processed at a time, each with some thirty numbers.
+PAIRS_PER_CHUNK = 2**14
 
 
 class ObjectiveHessian(NamedTuple):
@@ -195,7 +195,7 @@ def forward_root(factors: Factors, z: ReluDae) -> ReluDae:
 def _pair_batches(n: int, p: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Pairs j < k in equal batches, the last filled up; and how many batches there are."""
     j, k = np.triu_indices(p, 1)
-    size = max(1, min(j.size, PAIRS_IN_WORK // n))
+    size = max(1, min(j.size, PAIRS_PER_CHUNK // n))
     batches = -(-j.size // size)
     if not batches:
         return j, k, j > k, 0

@@ -1,4 +1,4 @@
-"""Certificates: the golden table, exact training from anywhere, the residual's law, and dead columns that pay."""
+"""Certificates: the golden table, exact training from anywhere, the residual law, and unstable zero columns."""
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,7 @@ def test_the_direction_of_a_new_unit_is_stationary_on_the_sphere():
     dae = memorizing_minimizer(rows[:1], 0.3, 1e-2, 1)
     # At this noise level the climb is slow: ten steps still leave 5e-5 across.
     found = dead_direction(dae, rows, 1.0, 1e-2)
-    slope = jax.grad(lambda a: jnp.sum(jnp.square(certificate._pull(dae, rows, 1.0, a))))(found.encoder)
+    slope = jax.grad(lambda a: jnp.sum(jnp.square(certificate._error_correlation(dae, rows, 1.0, a))))(found.encoder)
     across = slope - (slope @ found.encoder) * found.encoder
     # The climb stops when the value stands still to rounding, so its direction is exact to the root of that.
     assert float(jnp.linalg.norm(across)) < 1e-7 * float(jnp.linalg.norm(slope))

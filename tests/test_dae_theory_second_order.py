@@ -41,7 +41,7 @@ def test_products_with_all_basis_vectors_give_the_same_matrix(shape, exponent, r
 
 def test_chunks_do_not_matter(key, monkeypatch):
     dae, data = problem(key, 5, 3, 6)
-    monkeypatch.setattr("dae_theory.second_order.PAIRS_IN_WORK", 20)
+    monkeypatch.setattr("dae_theory.second_order.PAIRS_PER_CHUNK", 20)
     # Shapes that no other test has, or a program compiled before would be run.
     chunked = to_matrix(objective_hessian(dae, data, 0.4, 0.1))
     want = hessian(dae, data, 0.4, 0.1)
