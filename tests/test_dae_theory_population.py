@@ -128,7 +128,7 @@ def test_bad_input_is_refused(key, mixture):
         population_objective(generalizing_minimizer(mixture, 0.1, 0.0, 2), mixture, 0.1, -1.0)
     with pytest.raises(ValueError, match="num_repeats"):
         learning_curve(key, mixture, [10, 20], 0.1, 0.0, 2, num_repeats=1)
-    with pytest.raises(ValueError, match="needed are"):
+    with pytest.raises(ValueError, match="R, S >= 2"):
         fit_rate([1, 2, 3], jnp.ones((4, 2)))
     with pytest.raises(ValueError, match="vary"):
         fit_rate([1, 2], jnp.ones((4, 2)))
