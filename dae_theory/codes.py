@@ -215,7 +215,7 @@ def _preactivations(
 
 
 def _fourth_moment(mean: Float[Array, " p"], std: Float[Array, " p"]) -> Float[Array, " p"]:
-    # In the variables themselves, not in units of std, which is 0 at a saturated gate: E u⁴ = m⁴ + 6 m² s² + 3 s⁴.
+    # In m and s, not a: where the gate saturates a is clipped, while E u⁴ = m⁴ + 6 m² s² + 3 s⁴.
     a = standardize(mean, std)
     m_sq, s_sq = mean * mean, std * std
     body = (m_sq * m_sq + 6.0 * m_sq * s_sq + 3.0 * s_sq * s_sq) * normal_cdf(a)

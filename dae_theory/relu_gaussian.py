@@ -1,7 +1,7 @@
 r"""Moments of rectified Gaussians: what a ReLU layer does to Gaussian noise, in closed form.
 
 A preactivation ``u ~ N(m, s²)`` is given by its mean ``m`` and standard deviation ``s >= 0``, a pair of them also by
-the covariance ``c``. In units of ``s``, with ``a = m/s``, ``Z`` standard normal and ``ω(a) = E[a + Z]₊ = a Φ(a) + φ(a)``,
+their covariance ``c``. With ``a = m/s``, ``Z`` standard normal and ``ω(a) = E[a + Z]₊ = a Φ(a) + φ(a)``,
 
 .. math:: E[u]_+ = s\,\omega(a), \qquad \mathrm{Var}[u]_+ = s^2 (\Phi(a) - \omega(a)\,\omega(-a)).
 
