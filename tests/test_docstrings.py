@@ -27,13 +27,12 @@ def exports(package):
 
 @pytest.mark.parametrize(("package", "name"), [(package, name) for package in PACKAGES for name in exports(package)])
 def test_the_example_of_every_export_runs(package, name):
-    # Below what jit, the type checker of the tests, and other decorators wrap.
+    # Unwrapped: jit, the type checker of the tests and other decorators wrap it.
     exported = inspect.unwrap(getattr(importlib.import_module(package), name))
-    # A module is its own; the examples of others see the names of the module that defines them, as in python -m doctest.
+    # As in `python -m doctest`, an example sees the names of the module that defines the object.
     module = exported if inspect.ismodule(exported) else sys.modules[exported.__module__]
-    example = doctest.DocTestParser().get_doctest(
-        inspect.getdoc(exported) or "", vars(module).copy(), f"{package}.{name}", inspect.getfile(exported), 0
-    )
+    docstring = inspect.getdoc(exported) or ""
+    example = doctest.DocTestParser().get_doctest(docstring, vars(module).copy(), name, module.__file__, 0)
     assert example.examples, f"{package}.{name} has no example in its docstring"
     report = []
     runner = doctest.DocTestRunner(verbose=False, optionflags=OPTIONS)
