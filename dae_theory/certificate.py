@@ -354,6 +354,12 @@ class _Curvature(NamedTuple):
 def _dense_curvature(
     dae: ReluDae, rows: Array, sigma: Scalar, penalty: Scalar, tangents: Array, rotations: Array
 ) -> _Curvature:
+    """Curvatures from the whole Hessian.
+
+    Args:
+        dae, rows, sigma, penalty: The problem, in the span of the data, without zero columns.
+        tangents, rotations: Orthonormal tangents of all symmetries and of rotations alone, shape (k, 2, d, p).
+    """
     matrix = hessian(dae, rows, sigma, penalty)
     tangents = tangents.reshape(len(tangents), len(matrix))
     complement = jnp.linalg.qr(tangents.T, mode="complete")[0][:, len(tangents) :]
@@ -365,6 +371,11 @@ def _dense_curvature(
 def _lanczos_curvature(
     dae: ReluDae, rows: Array, sigma: Scalar, penalty: Scalar, tangents: Array, rotations: Array
 ) -> _Curvature:
+    """Curvatures by Lanczos' method, from products with the Hessian.
+
+    Args:
+        dae, rows, sigma, penalty, tangents, rotations: As in :func:`_dense_curvature`.
+    """
     x, unravel = ravel_pytree(dae)
     product = jax.jit(jax.linearize(jax.grad(lambda x: exact_objective(unravel(x), rows, sigma, penalty)), x)[1])
     tangents = tangents.reshape(len(tangents), x.size)

@@ -226,8 +226,8 @@ def check_conditions(
     separable = separability(data, labels)
     rank = jnp.linalg.matrix_rank(data)
     lam = empirical_spectra(data, labels).moments * jnp.asarray(blocks.counts, data.dtype)[:, None]
-    kept = jnp.asarray(np.arange(lam.shape[1])[None, :] < p[:, None])
-    excess = jnp.where(kept, lam - n * penalty, jnp.inf)
+    is_kept = jnp.asarray(np.arange(lam.shape[1])[None, :] < p[:, None])
+    excess = jnp.where(is_kept, lam - n * penalty, jnp.inf)
     spare_rank = jnp.sum(lam > 0, axis=1) - jnp.asarray(p)
     # A block of one unit may have any α: ∞ times 0 would be NaN.
     spread = separable.alphas * jnp.asarray(np.sqrt(np.maximum(p - 1, 0)), w.dtype)
@@ -252,7 +252,7 @@ def check_conditions(
     )
     ratio = jnp.where(sigma > 0, margin / jnp.where(sigma > 0, sigma, 1.0), jnp.where(margin > 0, jnp.inf, -jnp.inf))
     # Directions without energy count as clipped too, even at λ = 0.
-    return Conditions(separable, checks, margins, margin, ratio * jnp.abs(ratio), jnp.sum((excess <= 0) & kept))
+    return Conditions(separable, checks, margins, margin, ratio * jnp.abs(ratio), jnp.sum((excess <= 0) & is_kept))
 
 
 def all_hold(conditions: Conditions) -> Bool[Array, ""]:

@@ -97,8 +97,8 @@ def spectral_energy(spectra: Spectra, sigma: Scalar, penalty: Scalar, ranks: Ran
     moments, weights = spectra.moments, spectra.weights[:, None]
     if is_concrete(ranks):
         ranks = jnp.asarray(check_ranks(ranks, [moments.shape[1]] * moments.shape[0]))
-    kept = jnp.arange(moments.shape[1])[None, :] < jnp.asarray(ranks)[:, None]
-    return _total(moments, weights, sigma, penalty, kept)
+    is_kept = jnp.arange(moments.shape[1])[None, :] < jnp.asarray(ranks)[:, None]
+    return _total(moments, weights, sigma, penalty, is_kept)
 
 
 def block_energy(data: Float[Array, "n d"], labels: Labels, sigma: Scalar, penalty: Scalar, ranks: Ranks) -> Energy:
@@ -180,11 +180,13 @@ def main_term(dae: ReluDae, data: Float[Array, "n d"], sigma: Scalar, penalty: S
 
 
 def _total(
-    moments: Float[Array, "*s"], weights: Float[Array, "*w"], sigma: Scalar, penalty: Scalar, kept: Bool[Array, "*s"]
+    moments: Float[Array, "*s"], weights: Float[Array, "*w"], sigma: Scalar, penalty: Scalar, is_kept: Bool[Array, "*s"]
 ) -> Energy:
     # Summed term by term: total variance minus gains would lose a small σ² to cancellation.
     energy = direction_energy(moments, weights, sigma, penalty)
-    return Energy(jnp.sum(jnp.where(kept, energy.risk, weights * moments)), jnp.sum(jnp.where(kept, energy.decay, 0.0)))
+    return Energy(
+        jnp.sum(jnp.where(is_kept, energy.risk, weights * moments)), jnp.sum(jnp.where(is_kept, energy.decay, 0.0))
+    )
 
 
 def _check(sigma: Scalar, penalty: Scalar) -> None:

@@ -164,7 +164,6 @@ def from_span(dae: ReluDae, basis: Float[Array, "d r"]) -> ReluDae:
     return ReluDae(basis @ dae.w1, basis @ dae.w2)
 
 
-# Arguments as in minimize_exact_objective, with `dense` for the method.
 @functools.partial(jax.jit, static_argnums=(6, 7, 8, 9, 10))
 @full_precision
 def _minimize(
@@ -180,6 +179,12 @@ def _minimize(
     max_products: int,
     chunk_size: int | None,
 ) -> Trained:
+    """The jitted part of :func:`minimize_exact_objective`.
+
+    Args:
+        dae, data, sigma, penalty, tolerance, rough_tolerance, max_rough, max_newton, max_products, chunk_size: As there.
+        dense: Whether the method is ``"dense"``.
+    """
     start, unravel = ravel_pytree(dae)
     zero = (jnp.sum(jnp.square(dae.w1), axis=0) == 0) & (jnp.sum(jnp.square(dae.w2), axis=0) == 0)
     # There is no Hessian at a zero unit: such units are frozen.

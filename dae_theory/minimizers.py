@@ -229,6 +229,16 @@ def _check(data: Float[Array, "n d"], sigma: Scalar, penalty: Scalar) -> None:
 def _block(
     points: Float[Array, "m d"], count: Float[Array, ""], *, n: int, sigma: Scalar, penalty: Scalar, rank: int
 ) -> Float[Array, "p_k d"]:
+    """The units of one block, as rows.
+
+    Args:
+        points: Rows of the block, padded with zero rows.
+        count: Number of rows n_k of the block.
+        n: Number of rows of the data set.
+        sigma: Noise level σ >= 0.
+        penalty: λ >= 0.
+        rank: Number of units p_k.
+    """
     lam, axes = principal_axes(points, rank)
     q = shrinkage(lam / count, count / n, sigma, penalty)
     return block_units(q, axes, jnp.sum(points, axis=0), orthogonal_factor(rank)).T

@@ -83,7 +83,7 @@ class Noise(NamedTuple):
 
     std: Float[Array, " p"]
     cov: Float[Array, " pairs"]
-    """Covariances of the pairs j <= k, in the order of ``_pairs``."""
+    """Covariances of the pairs j <= k, in the order of ``np.triu_indices(p)``."""
 
 
 @full_precision
@@ -96,7 +96,7 @@ def code_moments(dae: ReluDae, x: Float[Array, " d"], sigma: Scalar) -> CodeMome
     """
     sigma = _checked(dae, x[None], sigma)
     mean, covariance = _pair_moments(_noise(dae.w1, sigma), dae.w1, x)
-    j, k = _pairs(mean.size)
+    j, k = np.triu_indices(mean.size)
     pair_of = np.zeros((mean.size, mean.size), int)
     pair_of[j, k] = pair_of[k, j] = np.arange(j.size)
     return CodeMoments(mean, covariance[pair_of])
@@ -130,7 +130,7 @@ def exact_risk(
         0.015
     """
     sigma = _checked(dae, data, sigma)
-    pairs = _pairs(dae.w1.shape[1])[0].size
+    pairs = np.triu_indices(dae.w1.shape[1])[0].size
     return _exact_risk(dae, data, sigma, _chunk(chunk_size, PAIRS_PER_CHUNK // pairs))
 
 
@@ -277,28 +277,24 @@ def _chunk(chunk_size: int | None, default: int) -> int:
     return max(1, default) if chunk_size is None else check_integer("chunk_size", chunk_size, minimum=1)
 
 
-def _pairs(width: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.triu_indices(width)
-
-
 def _noise(w1: Float[Array, "d p"], sigma: Float[Array, ""]) -> Noise:
     gram = w1.T @ w1
     sq_norm = jnp.diagonal(gram)
     norm = jnp.where(sq_norm > 0, jnp.sqrt(jnp.where(sq_norm > 0, sq_norm, 1.0)), 0.0)
-    return Noise(sigma * norm, sigma * sigma * gram[_pairs(sq_norm.size)])
+    return Noise(sigma * norm, sigma * sigma * gram[np.triu_indices(sq_norm.size)])
 
 
 def _pair_moments(
     noise: Noise, w1: Float[Array, "d p"], x: Float[Array, " d"]
 ) -> tuple[Float[Array, " p"], Float[Array, " pairs"]]:
-    mean, (j, k) = x @ w1, _pairs(w1.shape[1])
+    mean, (j, k) = x @ w1, np.triu_indices(w1.shape[1])
     covariance = relu_covariance(mean[j], mean[k], noise.std[j], noise.std[k], noise.cov)
     return relu_mean(mean, noise.std), covariance
 
 
 def _pair_weights(w2: Float[Array, "d p"]) -> Float[Array, " pairs"]:
     """Entries of ``W₂ᵀW₂``, doubled off the diagonal: their dot product with the pairs of C is ``tr(W₂ᵀW₂ C)``."""
-    j, k = _pairs(w2.shape[1])
+    j, k = np.triu_indices(w2.shape[1])
     return (w2.T @ w2)[j, k] * np.where(j == k, 1.0, 2.0).astype(w2.dtype)
 
 
@@ -351,9 +347,13 @@ def _estimate(
     sigma: Scalar,
     num_draws: int,
     chunk_size: int | None,
-    *,
     gram: bool,
 ) -> Estimate:
+    """Check the arguments and estimate.
+
+    Args:
+        key, dae, data, sigma, num_draws, chunk_size, gram: As in :func:`monte_carlo_estimate`; one draw is allowed.
+    """
     sigma = _checked(dae, data, sigma)
     num_draws = check_integer("num_draws", num_draws, minimum=1)
     chunk_size = _chunk(chunk_size, NOISE_PER_CHUNK // max(dae.w1.shape))
@@ -370,6 +370,7 @@ def _sampled(
     chunk_size: int,
     gram: bool,
 ) -> Estimate:
+    """The estimate. Args: as in :func:`monte_carlo_estimate`, all checked and ``chunk_size`` given."""
     losses = _gram_losses(dae, sigma) if gram else _direct_losses(dae, sigma)
 
     def mean_and_variance(row):

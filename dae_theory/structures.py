@@ -274,7 +274,12 @@ def _margins(
     means: Float[Array, "K r"],
     factors: Float[Array, "K P P"],
 ) -> Float[Array, " K"]:
-    """:func:`_block_margins` with the orthogonal factors, zero-padded to one size P."""
+    """:func:`_block_margins` with the blocks' orthogonal factors given.
+
+    Args:
+        rows, in_block, q, axes, means: As in :func:`_block_margins`, restricted to P axes.
+        factors: Orthogonal factors, padded with zeros to the size P.
+    """
 
     def margin(block):
         in_block, q, axes, mean, factor = block
