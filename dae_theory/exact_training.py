@@ -182,7 +182,8 @@ def _minimize(
     """The jitted part of :func:`minimize_exact_objective`.
 
     Args:
-        dae, data, sigma, penalty, tolerance, rough_tolerance, max_rough, max_newton, max_products, chunk_size: As there.
+        dae, data, sigma, penalty, chunk_size: As there.
+        tolerance, rough_tolerance, max_rough, max_newton, max_products: As there.
         dense: Whether the method is ``"dense"``.
     """
     start, unravel = ravel_pytree(dae)

@@ -349,11 +349,7 @@ def _estimate(
     chunk_size: int | None,
     gram: bool,
 ) -> Estimate:
-    """Check the arguments and estimate.
-
-    Args:
-        key, dae, data, sigma, num_draws, chunk_size, gram: As in :func:`monte_carlo_estimate`; one draw is allowed.
-    """
+    """Check the arguments and estimate. Args: as in :func:`monte_carlo_estimate`, but one draw is allowed."""
     sigma = _checked(dae, data, sigma)
     num_draws = check_integer("num_draws", num_draws, minimum=1)
     chunk_size = _chunk(chunk_size, NOISE_PER_CHUNK // max(dae.w1.shape))
