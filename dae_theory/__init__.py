@@ -1,13 +1,13 @@
 r"""Exact theory of the two-layer ReLU denoising autoencoder :cite:`zhang26`.
 
 ======================  =====================================================================================
-in the paper            here
+In the paper            Here
 ======================  =====================================================================================
 x_i, X                  ``data`` (n, d), samples as rows
 d, p, n, K              data dimension, hidden units, samples, modes
 σ                       ``sigma``: ``y = x + σ ε``, ``ε ~ N(0, I)``
-λ                       ``penalty``, of ``λ (‖W₁‖² + ‖W₂‖²)``; ``weight_decay`` is an optimizer's own
-W₁, W₂                  ``ReluDae(w1, w2)``, each (d, p), one unit a column
+λ                       ``penalty``, as in ``λ (‖W₁‖² + ‖W₂‖²)``; ``weight_decay`` always means an optimizer's
+W₁, W₂                  ``ReluDae(w1, w2)``, each (d, p), one column per unit
 f(y) = W₂ [W₁ᵀ y]₊      ``denoise(dae, y)``
 h(y) = [W₁ᵀ y]₊         ``encode(dae, y)``
 f_emp, f_gt             ``empirical_denoiser``, ``mixture_denoiser``
@@ -15,10 +15,11 @@ f_emp, f_gt             ``empirical_denoiser``, ``mixture_denoiser``
 ρ_k, μ_k, Σ_k           ``GaussianMixture(weights, means, covariances)``
 ======================  =====================================================================================
 
-Functions take one example and are pure; batch with ``jax.vmap``. References are in ``references.bib``. ``THEORY.md``,
-beside this file, names for every statement the function that computes it and the test that proves it.
+Functions are pure and take one example; batch with ``jax.vmap``. References are in ``references.bib``. ``THEORY.md`` in
+this directory lists, for every statement, the function that computes it and the test that proves it.
 """
 
+from dae_theory.certificate import certify as certify
 from dae_theory.conditions import check_conditions as check_conditions
 from dae_theory.conditions import separability as separability
 from dae_theory.denoisers import empirical_denoiser as empirical_denoiser

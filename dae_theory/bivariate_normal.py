@@ -1,4 +1,4 @@
-r"""The bivariate normal distribution over the whole range of the correlation, ±1 included.
+r"""The bivariate normal distribution over the whole range of correlations, including ±1.
 
 ``(Z₁, Z₂)`` is standard normal with correlation ``r``; ``q = √(1 − r²)``; ``φ`` and ``Φ`` are the standard normal
 density and distribution. The wedge ``{Z₁ > −a, Z₂ > −b}`` has its corner, measured along its two edges, at
@@ -9,7 +9,7 @@ and is cut there into two right-angled pieces, each an Owen T function :cite:`ow
 integrand is analytic, so one short Gauss rule serves every correlation; the integral over the correlation itself has an
 essential singularity at ±1 and needs a second method there :cite:`genz04`.
 
-Everything is elementwise: arguments have one shape, which may be batched freely.
+Everything is elementwise: arguments have the same shape, which can be any.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ __all__ = ["SATURATION", "Wedge", "bivariate_normal_cdf", "gate_covariance", "no
 
 SQRT2 = math.sqrt(2.0)
 TWO_PI = 2.0 * math.pi
-# The density underflows to 0 at this many standard deviations: beyond, gates are certain.
+# At this many standard deviations the density underflows to 0: beyond it gates are saturated.
 SATURATION = 40.0
-# For coordinates without a finite value: larger than every finite one, and its square is finite in float32.
+# Stands for infinite coordinates: larger than every finite one, and its square is finite in float32.
 FAR = 1e12
-# Off the center, where both pieces of the wedge lose their shape.
-BESIDE = 1e-30
+# An offset from a = b = 0, where the two pieces of the wedge are undefined.
+OFFSET = 1e-30
 
 
 class Wedge(NamedTuple):
@@ -44,7 +44,7 @@ class Wedge(NamedTuple):
     q: Float[Array, "*shape"]
     """``√(1 − r²)``, sine of that angle."""
     t_a: Float[Array, "*shape"]
-    """``(a − r b)/q``; where ``q = 0`` a huge number of the right sign, or 0."""
+    """``(a − r b)/q``; if ``q = 0``, a huge number of the correct sign, or 0."""
     t_b: Float[Array, "*shape"]
     """``(b − r a)/q``, likewise."""
     cdf_a: Float[Array, "*shape"]
@@ -80,9 +80,9 @@ def bivariate_normal_cdf(
 
     .. math:: \Phi_2(a, b; r) = P(Z_1 \le a, Z_2 \le b)
 
-    ``a`` and ``b`` are any numbers, infinities included; ``r`` is clipped to [−1, 1]. The absolute error is below 1e-13
-    in float64 and 5e-7 in float32 at every ``r``. The derivative in ``r`` is the joint density; at ``r = ±1`` it is
-    given as 0, its limit unless the bounds coincide (``a = r b``).
+    ``a`` and ``b`` can be any numbers, including infinities; ``r`` is clipped to [−1, 1]. The absolute error is below
+    1e-13 in float64 and 5e-7 in float32 at every ``r``. The derivative with respect to ``r`` is the joint density; at
+    ``r = ±1`` it is set to 0, its limit unless the bounds coincide (``a = r b``).
     """
     r = jnp.clip(r, -1.0, 1.0)
     q_sq = (1.0 - r) * (1.0 + r)
@@ -96,10 +96,10 @@ def wedge(
 ) -> Wedge:
     """The wedge of ``a`` and ``b``, both within ±40, under the correlation ``r`` with ``q = √(1 − r²)``.
 
-    ``a − r b`` is summed as ``(a ∓ b) ± b (1 − |r|)``, which does not cancel where ``|r|`` is near 1.
+    ``a − r b`` is computed as ``(a ∓ b) ± b (1 − |r|)``, which does not cancel for ``|r|`` near 1.
     """
-    beside = jnp.where(jnp.maximum(jnp.abs(a), jnp.abs(b)) < BESIDE, BESIDE, 0.0).astype(a.dtype)
-    a, b = a + beside, b + beside
+    offset = jnp.where(jnp.maximum(jnp.abs(a), jnp.abs(b)) < OFFSET, OFFSET, 0.0).astype(a.dtype)
+    a, b = a + offset, b + offset
     sign = jnp.where(r < 0, -1.0, 1.0).astype(r.dtype)
     gap = a - sign * b
     apart = jnp.where(q > 0, gap / jnp.where(q > 0, q, 1.0), FAR * jnp.sign(gap))
@@ -111,13 +111,13 @@ def wedge(
 
 @jax.custom_jvp
 def gate_covariance(w: Wedge) -> Float[Array, "*shape"]:
-    r"""Covariance of the two gates :cite:`owen56`; ``ab < 0`` is read by sign, 0 being positive.
+    r"""Covariance of the two gates :cite:`owen56`; ``ab < 0`` compares signs, with 0 counted as positive.
 
     .. math:: \mathrm{Cov}(1[a + Z_1 > 0],\, 1[b + Z_2 > 0]) = \Phi_2(a, b; r) - \Phi(a)\Phi(b)
        = \tfrac14 - (\Phi(a) - \tfrac12)(\Phi(b) - \tfrac12) - \tfrac12 1[ab < 0] - T(a, t_b) - T(b, t_a)
 
-    ``(r, q)`` are cosine and sine of one angle θ. The derivative in θ is minus ``density``, finite where that in ``r``
-    is not, so tangents are read as ``dθ = r dq − q dr``.
+    ``(r, q)`` are cosine and sine of an angle θ. The derivative with respect to θ is minus ``density``, which is finite
+    even where that with respect to ``r`` is not, so tangents are combined into ``dθ = r dq − q dr``.
     """
     opposite = jnp.where((w.a < 0) != (w.b < 0), 0.5, 0.0).astype(w.a.dtype)
     product = (w.cdf_a - 0.5) * (w.cdf_b - 0.5)
@@ -143,7 +143,7 @@ def _owens_t(
     steep = jnp.abs(t) > jnp.abs(h)
     long, short = jnp.where(steep, t, h), jnp.where(steep, h, t)
     rho = short / long
-    # The integrand is even in z and its nearest poles are ±i, so N nodes on [−1, 1] err by (1 + √2)^(−2N).
+    # The integrand is even in z with nearest poles ±i, so N nodes on [−1, 1] have an error of (1 + √2)^(−2N).
     nodes, weights = np.polynomial.legendre.leggauss(20 if h.dtype == jnp.float64 else 10)
     total = jnp.zeros_like(h)
     for z, weight in zip(nodes.tolist(), weights.tolist(), strict=True):

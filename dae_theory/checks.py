@@ -1,8 +1,7 @@
-"""Checks of bad input, shared by every room.
+"""Input checks, shared by all packages.
 
-Static facts (rank, shape, dtype) are checked always. Values are checked when they are concrete, in a plain call;
-under a trace (``jit``, ``vmap``, ``grad``) they are unknown, so they pass and outcomes are data instead. Every message
-names the value and says what to do.
+Static properties (rank, shape, dtype) are always checked. Values are checked if they are concrete, as in an eager call;
+under a trace (``jit``, ``vmap``, ``grad``) they are unknown and pass. Messages name the value and say what to do.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ __all__ = ["check_data", "check_finite", "check_integer", "check_nonnegative", "
 
 
 def is_concrete(*values: object) -> bool:
-    """Whether no leaf of ``values`` is being traced, so that its numbers can be looked at."""
+    """Whether no leaf of ``values`` is a tracer, so that its numbers can be inspected."""
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
 
 

@@ -1,12 +1,12 @@
-r"""The representation under noise: what the code ``h(x + σε)`` and the Jacobian do, in closed form.
+r"""The representation under noise: distribution of the code ``h(x + σε)`` and of the Jacobian, in closed form.
 
 Given ``x``, the preactivations ``u = W₁ᵀ(x + σε)`` are Gaussian with mean ``m = W₁ᵀx`` and covariance ``σ² W₁ᵀW₁``;
-``a_j = m_j/(σ‖w_j‖)``. Gates, moments of the code and of the Jacobian are averages over one or two of them. Mean and
-covariance of the code are :func:`dae_theory.risk.code_moments`. A memorizing network has about one gate on, a
-generalizing one the gates of its block :cite:`zhang26`, and the functions here say how surely.
+``a_j = m_j/(σ‖w_j‖)``. Gate probabilities and moments of the code and of the Jacobian are averages over one or two of
+them. Mean and covariance of the code are :func:`dae_theory.risk.code_moments`. At a memorized sample about one gate is
+on, at a generalized one those of its block :cite:`zhang26`; the functions here compute with what probability.
 
-One example each; batch with ``jax.vmap``. ``σ > 0`` and data of one floating dtype, the result's. A zero column counts
-as a gate that is on with probability one half, and adds nothing to code and Jacobian.
+Functions take one example; batch with ``jax.vmap``. ``σ > 0``; weights and data share one floating dtype, which the
+result has too. The gate of a zero column is on with probability one half, and contributes nothing to code and Jacobian.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ __all__ = [
 
 
 class ActiveSet(NamedTuple):
-    """Bounds of the probability that exactly a given set of gates is on; a pytree."""
+    """Bounds on the probability that exactly a given set of gates is on; a pytree."""
 
     lower: Float[Array, ""]
     upper: Float[Array, ""]
 
 
 class SpikinessMoments(NamedTuple):
-    """Expected powers of the code's norms, those from which measures of spikiness are made; a pytree."""
+    """Expected powers of the norms of the code that measures of spikiness are made of; a pytree."""
 
     l1: Float[Array, ""]
     """``E Σ h_j``."""
@@ -60,27 +60,28 @@ class SpikinessMoments(NamedTuple):
 
 
 class LocalLinear(NamedTuple):
-    """The network as a linear map, exact between the gates around a point; a pytree.
+    """The linear map that equals the network wherever the gates are those at a given point; a pytree.
 
     ``f(z) = Σ_j s_j (v_j · z) u_j`` for all z with the same gates.
     """
 
     gates: Bool[Array, " p"]
+    """Which gates are on."""
     left: Float[Array, "d r"]
-    """Directions u_j that come out, columns, r = min(d, p)."""
+    """Output directions u_j as columns, r = min(d, p)."""
     singular_values: Float[Array, " r"]
-    """Spectrum of the Jacobian, falling."""
+    """Singular values s_j of the Jacobian, descending."""
     right: Float[Array, "d r"]
-    """Directions v_j that are read, columns."""
+    """Input directions v_j as columns."""
 
     def rank(self, tolerance: float | None = None) -> Int[Array, ""]:
         """Number of singular values above ``tolerance`` times the largest (default: rounding)."""
         s = self.singular_values
-        cut = len(self.left) * float(jnp.finfo(s.dtype).eps) if tolerance is None else tolerance
-        return jnp.sum(s > cut * s[0])
+        cutoff = len(self.left) * float(jnp.finfo(s.dtype).eps) if tolerance is None else tolerance
+        return jnp.sum(s > cutoff * s[0])
 
     def effective_rank(self) -> Float[Array, ""]:
-        r"""Participation ratio of the energies, :math:`(\sum s_j^2)^2 / \sum s_j^4`; 0 for a Jacobian that is 0."""
+        r"""Participation ratio of the energies, :math:`(\sum s_j^2)^2 / \sum s_j^4`; 0 if the Jacobian is 0."""
         energy = jnp.square(self.singular_values)
         total = jnp.sum(jnp.square(energy))
         return jnp.where(total > 0, jnp.square(jnp.sum(energy)) / jnp.where(total > 0, total, 1.0), 0.0)
@@ -92,7 +93,7 @@ def gate_probabilities(dae: ReluDae, x: Float[Array, " d"], sigma: Scalar) -> Fl
 
     .. math:: P(u_j > 0) = \Phi(a_j)
 
-    ``ValueError`` for ``sigma <= 0`` and non-finite ``x``.
+    Raises ``ValueError`` for ``sigma <= 0`` and non-finite ``x``.
     """
     mean, std, _ = _preactivations(dae, x, sigma)
     return normal_cdf(standardize(mean, std))
@@ -104,40 +105,40 @@ def joint_gate_probabilities(dae: ReluDae, x: Float[Array, " d"], sigma: Scalar)
 
     .. math:: P(u_j > 0, u_k > 0) = \Phi_2(a_j, a_k; r_{jk}), \quad r_{jk} = \cos(w_j, w_k)
 
-    The diagonal is :func:`gate_probabilities`. Errors as there.
+    The diagonal is :func:`gate_probabilities`, which raises the same errors.
     """
     mean, std, cov = _preactivations(dae, x, sigma)
     a = standardize(mean, std)
     shape = cov.shape
     r, _ = angle(jnp.broadcast_to(std[:, None], shape), jnp.broadcast_to(std[None, :], shape), cov)
-    # A unit agrees with itself, whatever its cosine rounds to; a zero column too, whose cosine is 0 by convention.
+    # The correlation of a unit with itself is 1 whatever it rounds to, also for a zero column, where it is set to 0.
     r = jnp.where(jnp.eye(len(a), dtype=bool), 1.0, r)
     return bivariate_normal_cdf(jnp.broadcast_to(a[:, None], shape), jnp.broadcast_to(a[None, :], shape), r)
 
 
 @full_precision
 def active_set(dae: ReluDae, x: Float[Array, " d"], sigma: Scalar, gates: Bool[Array, " p"]) -> ActiveSet:
-    r"""Bounds of the probability that the gates of ``gates`` are on and all others off (derived here).
+    r"""Bounds on the probability that exactly the gates in ``gates`` are on (derived here).
 
     An orthant probability has no closed form beyond p = 2, but with ``F_j`` the event that gate j fails,
     ``P_j = P(F_j)``, ``P_jk = P(F_j ∩ F_k)``,
 
     .. math:: 1 - \sum_j P_j + \max_k \sum_{j \ne k} P_{jk} \;\le\; P \;\le\; 1 - \max_{j \ne k} P(F_j \cup F_k)
 
-    below by the star with the best center, above by the worst pair. Both are exact for p <= 2 and meet where gates are
-    certain, as exponentially they are for small σ. Errors as :func:`gate_probabilities`.
+    from the star with the best center below and the worst pair above. Both are exact for p <= 2, and they coincide up
+    to exponentially small terms as σ → 0, where all gates saturate. Raises what :func:`gate_probabilities` raises.
     """
     on, both = gate_probabilities(dae, x, sigma), joint_gate_probabilities(dae, x, sigma)
     fails = jnp.where(gates, 1.0 - on, on)
-    # P(F_j ∩ F_k), from what is known of "both on" by inclusion and exclusion.
+    # P(F_j ∩ F_k), from P(both on) by inclusion and exclusion.
     only_j = on[:, None] - both
     neither = 1.0 - on[:, None] - on[None, :] + both
     j_should_be_on = jnp.where(gates[None, :], neither, only_j.T)
     j_should_be_off = jnp.where(gates[None, :], only_j, both)
     pairs = jnp.maximum(jnp.where(gates[:, None], j_should_be_on, j_should_be_off), 0.0)
-    itself = jnp.eye(len(on), dtype=bool)
-    star = jnp.max(jnp.sum(jnp.where(itself, 0.0, pairs), axis=1))
-    union = jnp.where(itself, fails[:, None], fails[:, None] + fails[None, :] - pairs)
+    diagonal = jnp.eye(len(on), dtype=bool)
+    star = jnp.max(jnp.sum(jnp.where(diagonal, 0.0, pairs), axis=1))
+    union = jnp.where(diagonal, fails[:, None], fails[:, None] + fails[None, :] - pairs)
     upper = jnp.clip(1.0 - jnp.max(union), 0.0, 1.0)
     return ActiveSet(jnp.clip(1.0 - jnp.sum(fails) + star, 0.0, upper), upper)
 
@@ -149,13 +150,13 @@ def spikiness_moments(dae: ReluDae, x: Float[Array, " d"], sigma: Scalar) -> Spi
     .. math:: E[u]_+^4 = s^4 \left[(a^4 + 6a^2 + 3)\,\Phi(a) + (a^3 + 5a)\,\phi(a)\right], \qquad
        E\,\mathrm{std}(h)^2 = \tfrac1p \sum_j E h_j^2 - \tfrac1{p^2} \sum_{jk} E h_j h_k
 
-    Ratios of norms (l4/l2, participation, Hoyer) have no closed mean; their ratios of means are made from these. Errors
-    as :func:`gate_probabilities`.
+    The means of ratios of norms (l4/l2, participation, Hoyer) have no closed form, but these give the ratios of means.
+    Raises what :func:`gate_probabilities` raises.
     """
     mean, std, _ = _preactivations(dae, x, sigma)
     moments = code_moments(dae, x, sigma)
     l2_sq = jnp.sum(jnp.diagonal(moments.covariance) + jnp.square(moments.mean))
-    # By means and covariances apart, so that what is common to all entries does not cancel.
+    # Means and covariances separately, so that a component common to all entries does not cancel.
     spread = jnp.mean(jnp.square(moments.mean - jnp.mean(moments.mean)))
     noise = jnp.mean(jnp.diagonal(moments.covariance)) - jnp.mean(moments.covariance)
     return SpikinessMoments(jnp.sum(moments.mean), l2_sq, jnp.sum(_fourth_moment(mean, std)), spread + noise)
@@ -163,11 +164,11 @@ def spikiness_moments(dae: ReluDae, x: Float[Array, " d"], sigma: Scalar) -> Spi
 
 @full_precision
 def mean_jacobian(dae: ReluDae, x: Float[Array, " d"], sigma: Scalar) -> Float[Array, "d d"]:
-    r"""Jacobian of the network, averaged over the noise (derived here); by Stein, ``Cov(f(y), y)/σ²``.
+    r"""Jacobian of the network, averaged over the noise (derived here); ``Cov(f(y), y)/σ²`` by Stein's lemma.
 
     .. math:: E\,J = W_2\, \mathrm{diag}(\Phi(a))\, W_1^\top
 
-    Errors as :func:`gate_probabilities`.
+    Raises what :func:`gate_probabilities` raises.
     """
     return (dae.w2 * gate_probabilities(dae, x, sigma)[None, :]) @ dae.w1.T
 
@@ -178,8 +179,8 @@ def jacobian_energy(dae: ReluDae, x: Float[Array, " d"], sigma: Scalar) -> Float
 
     .. math:: E\|J\|_F^2 = \sum_{jk} (w_{1j} \cdot w_{1k}) (w_{2j} \cdot w_{2k})\, P(u_j > 0, u_k > 0)
 
-    With gates certain and a tied block it is ``Σ q_j²``: at most 1 where a sample is memorized, up to p_k where the
-    block generalizes. Errors as :func:`gate_probabilities`.
+    For a tied block with saturated gates it is ``Σ q_j²``: at most 1 at a memorized sample, up to p_k at a generalized
+    one. Raises what :func:`gate_probabilities` raises.
     """
     return jnp.sum((dae.w1.T @ dae.w1) * (dae.w2.T @ dae.w2) * joint_gate_probabilities(dae, x, sigma))
 
@@ -190,9 +191,9 @@ def local_linear(dae: ReluDae, y: Float[Array, " d"]) -> LocalLinear:
 
     .. math:: J(y) = W_2\, \mathrm{diag}(1[W_1^\top y > 0])\, W_1^\top = U \,\mathrm{diag}(s)\, V^\top
 
-    Since the network has no biases, ``f(y) = J(y) y``: the linear map is the denoiser itself around ``y``. At a block
-    of the closed forms ``s`` holds the gains q_j: one where a sample is memorized, p_k where the block generalizes
-    :cite:`zhang26`. ``ValueError`` for non-finite ``y``.
+    Since the network has no biases, ``f(y) = J(y) y``: the linear map is the denoiser itself near ``y``. At a block of
+    the closed forms the nonzero ``s`` are the gains q_j: one of them at a memorized sample, p_k at a generalized one
+    :cite:`zhang26`. Raises ``ValueError`` for non-finite ``y``.
     """
     check_data(y[None])
     gates = y @ dae.w1 > 0
@@ -214,7 +215,7 @@ def _preactivations(
 
 
 def _fourth_moment(mean: Float[Array, " p"], std: Float[Array, " p"]) -> Float[Array, " p"]:
-    # In the variables themselves, not in units of std: a certain gate leaves E u⁴ = m⁴ + 6 m² s² + 3 s⁴.
+    # In m and s, not a: where the gate saturates a is clipped, while E u⁴ = m⁴ + 6 m² s² + 3 s⁴.
     a = standardize(mean, std)
     m_sq, s_sq = mean * mean, std * std
     body = (m_sq * m_sq + 6.0 * m_sq * s_sq + 3.0 * s_sq * s_sq) * normal_cdf(a)

@@ -1,15 +1,15 @@
-r"""When the block minimizer is what it claims to be: separability and the inequalities of Theorem 3.1.
+r"""When the block minimizer is a local minimizer: separability and the inequalities of Theorem 3.1.
 
 Clusters ``X = [X_1 .. X_M]`` with means x̄_k are (α, β)-separable :cite:`zhang26`, Definition 3.1, if
 
 .. math:: \|x_{kj} - \bar x_k\| \le \alpha \|\bar x_k\|, \quad \cos(\bar x_k, \bar x_l) \le \beta \quad (k \ne l)
 
-The theorem asks for β < 0 and a small α. Those are sufficient only for blocks of one unit: what the proof needs is that
-every unit fires on all of its own cluster and on nothing else, so the units are constructed and their margins measured.
-Nothing raises because an inequality fails: each one is reported with its slack, which is positive where it holds and
-says by how much it fails where it does not.
+The theorem asks for β < 0 and a small α. Those suffice only for blocks of one unit: the proof needs every unit to be on
+for all samples of its own cluster and off for all others, so the units are constructed and their margins measured. An
+inequality that fails is not an error: each one is reported with its slack, positive where it holds and negative by how
+much it fails.
 
-Samples are rows, ``data`` is (n, d). Everything jits over data, σ and λ, with labels and ranks closed over.
+Samples are rows, ``data`` is (n, d). Everything is jittable over data, σ and λ, with labels and ranks closed over.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = [
 
 
 class Separability(NamedTuple):
-    """The smallest α and β for which clusters are separable, and where they come from; a pytree."""
+    """The smallest α and β for which clusters are separable, with the values per cluster; a pytree."""
 
     alpha: Float[Array, ""]
     """Largest relative spread, >= 0; infinite if a cluster's mean is zero."""
@@ -54,7 +54,7 @@ class Separability(NamedTuple):
     alphas: Float[Array, " K"]
     """Relative spread of each cluster, in order of label."""
     betas: Float[Array, " K"]
-    """Largest cosine of each mean with another one."""
+    """Largest cosine between each mean and any other."""
     means: Float[Array, "K d"]
     """Cluster means x̄_k."""
 
@@ -64,7 +64,7 @@ class Check(NamedTuple):
 
     holds: Bool[Array, ""]
     slack: Float[Array, ""]
-    """Distance to equality; infinite where the inequality has nothing to say."""
+    """Distance to equality; infinite where the inequality is vacuous."""
 
 
 class Checks(NamedTuple):
@@ -79,32 +79,34 @@ class Checks(NamedTuple):
     penalty: Check
     r"""nλ < Λ_j for all kept directions. Slack: the smallest difference; where negative, q_j is clipped at 0."""
     spread: Check
-    r"""α_k √(p_k - 1) < 1 for all k, or a shared leading direction is outweighed. Slack: the least room."""
+    r"""α_k √(p_k - 1) < 1 for all k; otherwise the other directions can outweigh the leading one, which units share.
+    Slack: the smallest 1 - α_k √(p_k - 1)."""
     own_gates: Check
-    r"""Units are positive on their own cluster. Slack: the smallest preactivation, over ‖w‖."""
+    r"""Preactivations are positive on a unit's own cluster. Slack: the smallest one divided by ‖w‖."""
     other_gates: Check
-    r"""Units are negative on the other clusters. Slack: minus the largest preactivation, over ‖w‖."""
+    r"""Preactivations are negative on all other clusters. Slack: minus the largest one divided by ‖w‖."""
     zero_columns: Check
-    r"""σ‖g‖/√(2π) <= λ for the zero columns beyond the blocks. Slack: the difference."""
+    r"""σ‖g‖/√(2π) <= λ for zero columns in addition to the blocks. Slack: the difference."""
 
 
 class Conditions(NamedTuple):
-    """What Theorem 3.1 asks of data, labels, σ, λ and ranks, and what holds; a pytree."""
+    """The conditions of Theorem 3.1 on data, labels, σ, λ and ranks, and whether they hold; a pytree."""
 
     separability: Separability
     checks: Checks
     margins: Float[Array, " K"]
-    """Margin of each block: the least distance from a gate's hyperplane over its units; infinite without live units."""
+    """Margin of each block: smallest distance of a sample from the hyperplane of a unit's gate; infinite if the block
+    has no live units."""
     margin: Float[Array, ""]
-    """γ, the smallest of them, in the units of the data: noise of size σ must stay well below."""
+    """γ, the smallest margin, in the units of the data. The noise level σ must be well below it."""
     exponent: Float[Array, ""]
-    """γ²/σ² with γ's sign: the theorem's remainder is ``‖R‖² <= C exp(-c γ²/σ²)``, and c, C are existential."""
+    """γ²/σ² with the sign of γ. The theorem's remainder is ``‖R‖² <= C exp(-c γ²/σ²)`` for some constants c, C."""
     clipped: Int[Array, ""]
-    """How many kept directions have q clipped at 0."""
+    """Number of kept directions with q clipped at 0."""
 
 
 class Row(NamedTuple):
-    """One inequality as numbers and words, for tables."""
+    """One inequality in numbers and words, for tables."""
 
     name: str
     holds: bool
@@ -119,8 +121,15 @@ def separability(data: Float[Array, "n d"], labels: Labels) -> Separability:
     .. math:: \alpha = \max_{k, j} \frac{\|x_{kj} - \bar x_k\|}{\|\bar x_k\|}, \quad
               \beta = \max_{k \ne l} \cos(\bar x_k, \bar x_l)
 
-    A zero mean has α = ∞ and cosine 0 with everything. β < 0 forces M <= rank + 1 and β >= -1/(M - 1) (derived here
-    from ``‖Σ_k x̄_k/‖x̄_k‖‖² >= 0``). ``ValueError`` for bad data or labels.
+    A zero mean has α = ∞ and cosine 0 with everything. β < 0 implies M <= rank + 1 and β >= -1/(M - 1) (derived here
+    from ``‖Σ_k x̄_k/‖x̄_k‖‖² >= 0``). Raises ``ValueError`` for bad data or labels.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> data = jnp.array([[2.0, 0.1], [2.0, -0.1], [-1.0, 0.0]])
+        >>> clusters = separability(data, [0, 0, 1])
+        >>> round(float(clusters.alpha), 3), round(float(clusters.beta), 3)
+        (0.05, -1.0)
     """
     check_data(data)
     blocks = partition(labels, data.shape[0])
@@ -135,20 +144,21 @@ def masked_separability(
 ) -> Separability:
     """:func:`separability` of rows with ``copies`` >= 0 each; blocks without copies have α = 0 and β = -1."""
     counts = jax.ops.segment_sum(copies, members, num_blocks)
-    some = counts > 0
-    means = jax.ops.segment_sum(rows * copies[:, None], members, num_blocks) / jnp.where(some, counts, 1.0)[:, None]
+    nonempty = counts > 0
+    sums = jax.ops.segment_sum(rows * copies[:, None], members, num_blocks)
+    means = sums / jnp.where(nonempty, counts, 1.0)[:, None]
     norms = jnp.linalg.norm(means, axis=-1)
     distance = jnp.where(copies > 0, jnp.linalg.norm(rows - means[members], axis=-1), 0.0)
     spread = jax.ops.segment_max(distance, members, num_blocks)
-    alphas = jnp.where(some, jnp.where(norms > 0, spread / jnp.where(norms > 0, norms, 1.0), jnp.inf), 0.0)
+    alphas = jnp.where(nonempty, jnp.where(norms > 0, spread / jnp.where(norms > 0, norms, 1.0), jnp.inf), 0.0)
     directions = means / jnp.where(norms > 0, norms, 1.0)[:, None]
 
-    def nearest(k: Int[Array, ""]) -> Float[Array, ""]:
-        others = some & some[k] & (jnp.arange(num_blocks) != k)
+    def largest_cosine(k):
+        others = nonempty & nonempty[k] & (jnp.arange(num_blocks) != k)
         return jnp.max(jnp.where(others, directions @ directions[k], -1.0))
 
-    # Not one K x K matrix: with every sample its own cluster it would outgrow the data.
-    betas = jax.lax.map(nearest, jnp.arange(num_blocks), batch_size=min(num_blocks, 256))
+    # Row by row, because a K x K matrix would outgrow the data when every sample is its own cluster.
+    betas = jax.lax.map(largest_cosine, jnp.arange(num_blocks), batch_size=min(num_blocks, 256))
     return Separability(jnp.max(alphas), jnp.max(betas), alphas, betas, means)
 
 
@@ -156,17 +166,18 @@ def masked_separability(
 def gate_margins(
     w: Float[Array, "d p"], data: Float[Array, "n d"], owners: np.ndarray, members: np.ndarray
 ) -> tuple[Float[Array, " p"], Float[Array, " p"]]:
-    r"""Distances from the data to the hyperplanes at which units switch, on the right side if positive.
+    r"""Distances of the data from the hyperplanes of the units' gates, positive on the correct side.
 
     .. math:: \min_{i \in k(j)} \frac{w_j^\top x_i}{\|w_j\|}, \qquad -\max_{i \notin k(j)} \frac{w_j^\top x_i}{\|w_j\|}
 
-    for unit j of block ``owners[j]`` and samples i of block ``members[i]``; infinite over no sample and for w_j = 0.
+    for unit j of block ``owners[j]`` and samples i of block ``members[i]``; infinite if there is no such sample, and
+    for w_j = 0.
     """
     norms = jnp.linalg.norm(w, axis=0)
     distance = data @ (w / jnp.where(norms > 0, norms, 1.0)[None, :])
-    own = jnp.asarray(members[:, None] == owners[None, :])
-    inside = jnp.min(jnp.where(own, distance, jnp.inf), axis=0)
-    outside = jnp.min(jnp.where(own, jnp.inf, -distance), axis=0)
+    in_block = jnp.asarray(members[:, None] == owners[None, :])
+    inside = jnp.min(jnp.where(in_block, distance, jnp.inf), axis=0)
+    outside = jnp.min(jnp.where(in_block, jnp.inf, -distance), axis=0)
     return jnp.where(norms > 0, inside, jnp.inf), jnp.where(norms > 0, outside, jnp.inf)
 
 
@@ -180,13 +191,30 @@ def check_conditions(
     *,
     width: int | None = None,
 ) -> Conditions:
-    r"""Every inequality of Theorem 3.1 :cite:`zhang26` at the minimizer that :func:`block_minimizer` constructs.
+    r"""Check every inequality of Theorem 3.1 :cite:`zhang26` at the closed form of :func:`block_minimizer`.
 
-    ``width`` p counts the zero columns beyond the blocks. Those are an unstable start (derived here) if a direction a
-    is orthogonal to the data: with ``g = (1/n) Σ_i (x_i - W_k W_kᵀ x_i)`` a unit ``w₁ = δ a, w₂ = δ g/‖g‖`` changes the
-    objective by ``2 δ² (λ - σ‖g‖/√(2π))``, since ``E[a·ε]_+ = 1/√(2π)``.
+    Zero columns in addition to the blocks can be unstable (derived here) if some direction a is orthogonal to the data:
+    with ``g = (1/n) Σ_i (x_i - W_k W_kᵀ x_i)``, a unit ``w₁ = δ a, w₂ = δ g/‖g‖`` changes the objective by
+    ``2 δ² (λ - σ‖g‖/√(2π))``, since ``E[a·ε]_+ = 1/√(2π)``.
 
-    ``ValueError`` for the bad input that :func:`block_minimizer` refuses, and for ``width`` under the number of units.
+    Raises ``ValueError`` for input that :func:`block_minimizer` rejects, and for a ``width`` below the number of units.
+
+    Args:
+        data: Samples as rows, shape (n, d).
+        labels: One integer per row; rows with the same label form a cluster. Concrete.
+        sigma: Noise level σ >= 0, in the units of the data.
+        penalty: λ >= 0.
+        ranks: Units p_k of each cluster in order of label, or one number for all; p_k <= min(n_k, d). Concrete.
+        width: Number of columns p, zero columns included; by default there are no zero columns.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> data = jnp.array([[2.0, 0.1], [2.0, -0.1], [-1.0, 0.0]])
+        >>> conditions = check_conditions(data, [0, 0, 1], sigma=0.1, penalty=1e-3, ranks=1)
+        >>> round(float(conditions.margin), 3)  # γ, ten times the noise level
+        1.0
+        >>> [name for name, check in conditions.checks._asdict().items() if not check.holds]
+        []
     """
     w = block_minimizer(data, labels, sigma, penalty, ranks).w1
     n, d = data.shape
@@ -198,32 +226,33 @@ def check_conditions(
     separable = separability(data, labels)
     rank = jnp.linalg.matrix_rank(data)
     lam = empirical_spectra(data, labels).moments * jnp.asarray(blocks.counts, data.dtype)[:, None]
-    kept = jnp.asarray(np.arange(lam.shape[1])[None, :] < p[:, None])
-    excess = jnp.where(kept, lam - n * penalty, jnp.inf)
-    missing = jnp.sum(lam > 0, axis=1) - jnp.asarray(p)
-    # One unit needs no room, whatever its α: ∞ times 0 would be NaN.
-    need = separable.alphas * jnp.asarray(np.sqrt(np.maximum(p - 1, 0)), w.dtype)
-    room = jnp.where(jnp.asarray(p > 1), 1 - need, 1.0)
+    is_kept = jnp.asarray(np.arange(lam.shape[1])[None, :] < p[:, None])
+    excess = jnp.where(is_kept, lam - n * penalty, jnp.inf)
+    spare_rank = jnp.sum(lam > 0, axis=1) - jnp.asarray(p)
+    # A block of one unit may have any α: ∞ times 0 would be NaN.
+    spread = separable.alphas * jnp.asarray(np.sqrt(np.maximum(p - 1, 0)), w.dtype)
+    spread_slack = jnp.where(jnp.asarray(p > 1), 1 - spread, 1.0)
     inside, outside = gate_margins(w, data, owners, blocks.members)
     margins = jnp.full(p.shape, jnp.inf, w.dtype).at[owners].min(jnp.minimum(inside, outside))
     margin = jnp.min(margins)
 
-    own = jnp.asarray(blocks.members[:, None] == owners[None, :])
-    g = jnp.mean(data - jnp.where(own, data @ w, 0.0) @ w.T, axis=0)
-    rest = penalty - sigma * jnp.linalg.norm(g) / math.sqrt(2 * math.pi)
+    in_block = jnp.asarray(blocks.members[:, None] == owners[None, :])
+    g = jnp.mean(data - jnp.where(in_block, data @ w, 0.0) @ w.T, axis=0)
+    zero_slack = penalty - sigma * jnp.linalg.norm(g) / math.sqrt(2 * math.pi)
+    no_limit = jnp.full_like(margin, jnp.inf)
     checks = Checks(
         negative_cosines=_above(-separable.beta),
         few_clusters=_at_least((rank + 1 - p.size).astype(w.dtype)),
-        rank=_at_least(jnp.min(missing).astype(w.dtype)),
+        rank=_at_least(jnp.min(spare_rank).astype(w.dtype)),
         penalty=_above(jnp.min(excess)),
-        spread=_above(jnp.min(room)),
+        spread=_above(jnp.min(spread_slack)),
         own_gates=_above(jnp.min(inside)),
         other_gates=_above(jnp.min(outside)),
-        zero_columns=_at_least(jnp.where(rank < d, rest, jnp.inf) if extra else jnp.full_like(margin, jnp.inf)),
+        zero_columns=_at_least(jnp.where(rank < d, zero_slack, jnp.inf) if extra else no_limit),
     )
-    size = jnp.where(sigma > 0, margin / jnp.where(sigma > 0, sigma, 1.0), jnp.where(margin > 0, jnp.inf, -jnp.inf))
-    # A direction without energy is lost too, even where nothing is penalized.
-    return Conditions(separable, checks, margins, margin, size * jnp.abs(size), jnp.sum((excess <= 0) & kept))
+    ratio = jnp.where(sigma > 0, margin / jnp.where(sigma > 0, sigma, 1.0), jnp.where(margin > 0, jnp.inf, -jnp.inf))
+    # Directions without energy count as clipped too, even at λ = 0.
+    return Conditions(separable, checks, margins, margin, ratio * jnp.abs(ratio), jnp.sum((excess <= 0) & is_kept))
 
 
 def all_hold(conditions: Conditions) -> Bool[Array, ""]:
@@ -232,9 +261,9 @@ def all_hold(conditions: Conditions) -> Bool[Array, ""]:
 
 
 def rows(conditions: Conditions) -> list[Row]:
-    """The inequalities as a table, in the order of :class:`Checks`; for concrete values, else ``ValueError``."""
+    """The inequalities as table rows, in the order of :class:`Checks`; raises ``ValueError`` for traced values."""
     if not is_concrete(conditions):
-        raise ValueError("conditions must be concrete to be put in words; call rows outside jit.")
+        raise ValueError("conditions must be concrete to be formatted; call rows outside jit.")
     return [
         Row(name, bool(check.holds), float(check.slack), _explain(name, conditions))
         for name, check in conditions.checks._asdict().items()
@@ -254,13 +283,13 @@ def _explain(name: str, conditions: Conditions) -> str:
     alpha, beta = float(conditions.separability.alpha), float(conditions.separability.beta)
     return {
         "negative_cosines": f"beta = {beta:.3g}, the largest cosine between two cluster means, must be below 0",
-        "few_clusters": f"{clusters} clusters; only rank + 1 = {clusters + slack:.0f} can have negative cosines",
+        "few_clusters": f"{clusters} clusters; at most rank + 1 = {clusters + slack:.0f} can have negative cosines",
         "rank": "a block needs as many independent samples as it has units",
         "penalty": f"n lambda must stay below every kept eigenvalue; {int(conditions.clipped)} have q clipped at 0",
         "spread": f"alpha_k sqrt(p_k - 1) must stay below 1 in every cluster; alpha = {alpha:.3g}",
-        "own_gates": "preactivations on a unit's own cluster, over its norm, must be positive",
-        "other_gates": "preactivations on other clusters, over the unit's norm, must be negative",
-        "zero_columns": "no zero column, or no direction orthogonal to the data: nothing can grow there"
+        "own_gates": "preactivations on a unit's own cluster, divided by its norm, must be positive",
+        "other_gates": "preactivations on other clusters, divided by the unit's norm, must be negative",
+        "zero_columns": "there is no zero column, or no direction orthogonal to the data: the condition is vacuous"
         if math.isinf(slack)
         else "lambda must reach sigma |g|/sqrt(2 pi), or zero columns grow into a bias along the mean residual g",
     }[name]

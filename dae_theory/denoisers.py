@@ -1,7 +1,7 @@
-r"""Bayes-optimal denoisers: what a network is compared with.
+r"""Bayes-optimal denoisers, the references that a trained network is compared with.
 
-All take one noisy example ``y = x + σ ε`` of shape (d,) and the noise level σ > 0, and return ``E[x | y]`` under some
-law of x; ``functools.partial`` over the last argument gives a :class:`dae_theory.types.Denoiser`. Batch with
+All take one noisy example ``y = x + σ ε`` of shape (d,) and the noise level σ > 0, and return ``E[x | y]`` for some
+distribution of x; ``functools.partial`` over the last arguments gives a :class:`dae_theory.types.Denoiser`. Batch with
 ``jax.vmap``.
 """
 
@@ -26,6 +26,12 @@ def empirical_denoiser(y: Float[Array, " d"], sigma: Scalar, data: Float[Array, 
     .. math:: D(y) = \sum_i w_i x_i, \quad w = \mathrm{softmax}_i\left(-\|y - x_i\|^2 / 2\sigma^2\right)
 
     The memorizing limit: as σ → 0 it returns the nearest training point.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x = empirical_denoiser(jnp.array([0.9, 0.1]), sigma=0.5, data=jnp.eye(2))
+        >>> [round(float(value), 3) for value in x]  # softmax weights 1/(1 + exp(∓3.2))
+        [0.961, 0.039]
     """
     check_positive("sigma", sigma)
     sq_dist = jnp.sum(jnp.square(y[None, :] - data), axis=-1)
@@ -42,7 +48,14 @@ def gaussian_denoiser(
 
     .. math:: D(y) = \mu + \Sigma (\Sigma + \sigma^2 I)^{-1} (y - \mu)
 
-    Σ may be singular; it must be symmetric positive semidefinite.
+    Σ must be symmetric positive semidefinite; it may be singular.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> covariance = jnp.array([[3.0, 0.0], [0.0, 0.0]])
+        >>> x = gaussian_denoiser(jnp.array([2.0, 2.0]), 1.0, jnp.zeros(2), covariance)
+        >>> [round(float(value), 3) for value in x]
+        [1.5, 0.0]
     """
     check_positive("sigma", sigma)
     eigenvalues, vectors = jnp.linalg.eigh(covariance)
@@ -65,7 +78,13 @@ def mixture_denoiser(y: Float[Array, " d"], sigma: Scalar, mixture: GaussianMixt
 
     .. math:: D(y) = \sum_k w_k(y) \left[\mu_k + \Sigma_k (\Sigma_k + \sigma^2 I)^{-1} (y - \mu_k)\right]
 
-    The generalizing limit: it knows the population, not the samples.
+    The generalizing limit: it depends on the population, not on the samples.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> mixture = GaussianMixture(jnp.full(2, 0.5), jnp.array([[2.0], [-2.0]]), jnp.full((2, 1, 1), 3.0))
+        >>> round(float(mixture_denoiser(jnp.zeros(1), 1.0, mixture)[0]), 3)  # halfway between two equal modes
+        0.0
     """
     check_positive("sigma", sigma)
     eigenvalues, vectors = jnp.linalg.eigh(mixture.covariances)
@@ -78,6 +97,12 @@ def score(denoiser: Denoiser, y: Float[Array, " d"], sigma: Scalar) -> Float[Arr
     r"""Score of the noisy density, from its denoiser (Tweedie) :cite:`efron11`.
 
     .. math:: \nabla \log p_\sigma(y) = (D(y, \sigma) - y)/\sigma^2
+
+    Example:
+        >>> import functools, jax.numpy as jnp
+        >>> wiener = functools.partial(gaussian_denoiser, mean=jnp.zeros(1), covariance=jnp.eye(1))
+        >>> round(float(score(wiener, jnp.array([3.0]), sigma=0.5)[0]), 3)  # −y/(1 + σ²)
+        -2.4
     """
     # Divide twice: σ² underflows to 0 in float32.
     return (denoiser(y, sigma) - y) / sigma / sigma

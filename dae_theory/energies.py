@@ -1,16 +1,17 @@
 r"""Closed-form losses of block structures: the main term of the objective, from spectra alone; derived here.
 
-Where no noise crosses a gate, block k acts as the matrix ``Q_k = W_k W_kᵀ`` on its own cluster, and the objective
+If no noise crosses a gate, block k acts as the matrix ``Q_k = W_k W_kᵀ`` on its own cluster, and the objective
 :cite:`zhang26`, eq. (6), is its *main term*
 
 .. math:: \frac1n \sum_k \Big[\sum_j (1 - q_j)^2 \Lambda_j + n_k \sigma^2 \sum_j q_j^2\Big] + 2 \lambda \sum_j q_j
 
 (q = 0 for directions that are not kept), which differs from the exact objective by terms exponentially small in
 (margin/σ)². With moments ``s = Λ/n_k`` and weights ``ρ = n_k/n`` it is a sum over directions, so for a fixed partition
-the best choice of p directions is the p largest gains. Energies of partitions compare only where the margins hold, see
-:func:`dae_theory.conditions.check_conditions`.
+it is best to keep the p directions with the largest gains. Energies of different partitions are comparable only if
+their margins are positive, see :func:`dae_theory.conditions.check_conditions`.
 
-Everything jits over data, spectra, σ, λ and widths, differentiates, and batches with ``jax.vmap``; labels are static.
+Everything is jittable over data, spectra, σ, λ and widths, differentiable, and batches with ``jax.vmap``; labels are
+static.
 """
 
 from __future__ import annotations
@@ -52,19 +53,19 @@ class Energy(NamedTuple):
 
     @property
     def objective(self) -> Float[Array, "*s"]:
-        """What is minimized, the sum of both."""
+        """The training objective, the sum of both."""
         return self.risk + self.decay
 
 
 def direction_energy(
     moments: Float[Array, "*s"], weights: Float[Array, "*w"] | float, sigma: Scalar, penalty: Scalar
 ) -> Energy:
-    r"""Energy of each direction that is kept, at its best gain q.
+    r"""Energy of each direction if it is kept, at its optimal gain q.
 
     .. math:: \rho [(1 - q)^2 s + \sigma^2 q^2] = \rho \, \frac{s \sigma^2 + \min(\ell, s)^2}{s + \sigma^2}, \qquad
               2 \lambda q, \qquad \ell = \lambda/\rho
 
-    A direction that is not kept costs ρs. Shapes broadcast as in :func:`dae_theory.minimizers.shrinkage`.
+    A direction that is not kept contributes ρs. Shapes broadcast as in :func:`dae_theory.minimizers.shrinkage`.
     """
     weights = jnp.asarray(weights, moments.dtype)
     total = moments + sigma * sigma
@@ -76,11 +77,11 @@ def direction_energy(
 def direction_gain(
     moments: Float[Array, "*s"], weights: Float[Array, "*w"] | float, sigma: Scalar, penalty: Scalar
 ) -> Float[Array, "*s"]:
-    r"""What keeping a direction takes off the objective.
+    r"""The amount by which keeping a direction lowers the objective.
 
     .. math:: \frac{(\rho s - \lambda)_+^2}{\rho (s + \sigma^2)} = \rho q^2 (s + \sigma^2)
 
-    It grows with s, so within a block the top eigenvalues gain most.
+    It increases with s, so within a block the top eigenvalues gain most.
     """
     weights = jnp.asarray(weights, moments.dtype)
     q = shrinkage(moments, weights, sigma, penalty)
@@ -88,7 +89,7 @@ def direction_gain(
 
 
 def spectral_energy(spectra: Spectra, sigma: Scalar, penalty: Scalar, ranks: Ranks | Int[Array, " K"]) -> Energy:
-    r"""Main term of blocks that keep their top ``ranks`` p_k directions each; ranks may be traced.
+    r"""Main term of blocks that keep their top ``ranks`` p_k directions; the ranks may be traced.
 
     .. math:: \sum_k \Big[\sum_{j \le p_k} \rho_k \frac{s_j \sigma^2 + \min(\ell_k, s_j)^2}{s_j + \sigma^2}
               + \sum_{j > p_k} \rho_k s_j\Big], \qquad 2 \lambda \sum_k \sum_{j \le p_k} q_j
@@ -96,12 +97,12 @@ def spectral_energy(spectra: Spectra, sigma: Scalar, penalty: Scalar, ranks: Ran
     moments, weights = spectra.moments, spectra.weights[:, None]
     if is_concrete(ranks):
         ranks = jnp.asarray(check_ranks(ranks, [moments.shape[1]] * moments.shape[0]))
-    kept = jnp.arange(moments.shape[1])[None, :] < jnp.asarray(ranks)[:, None]
-    return _total(moments, weights, sigma, penalty, kept)
+    is_kept = jnp.arange(moments.shape[1])[None, :] < jnp.asarray(ranks)[:, None]
+    return _total(moments, weights, sigma, penalty, is_kept)
 
 
 def block_energy(data: Float[Array, "n d"], labels: Labels, sigma: Scalar, penalty: Scalar, ranks: Ranks) -> Energy:
-    """Main term at :func:`dae_theory.minimizers.block_minimizer`; the same arguments, the same errors."""
+    """Main term at :func:`dae_theory.minimizers.block_minimizer`, with the same arguments and errors."""
     _check(sigma, penalty)
     spectra = empirical_spectra(data, labels)
     blocks = partition(labels, data.shape[0])
@@ -116,8 +117,8 @@ def memorizing_energy(data: Float[Array, "n d"], sigma: Scalar, penalty: Scalar,
     .. math:: \frac1n \sum_i \frac{\|x_i\|^2 \sigma^2 + (n \lambda)^2}{\|x_i\|^2 + \sigma^2}, \qquad
               2 \lambda \sum_i \frac{\|x_i\|^2 - n \lambda}{\|x_i\|^2 + \sigma^2}
 
-    with nλ cut to ‖xᵢ‖² where it is larger. A ``width`` p under n stores the p longest samples, which gain most, and
-    each of the others costs ‖xᵢ‖²/n. ``ValueError`` for σ or λ below 0 and a width below 1.
+    with nλ replaced by ‖xᵢ‖² where it is larger. A ``width`` p < n stores the p longest samples, which gain most, and
+    each of the others contributes ‖xᵢ‖²/n. Raises ``ValueError`` for σ or λ below 0 and a width below 1.
     """
     check_data(data)
     _check(sigma, penalty)
@@ -133,39 +134,39 @@ def population_energy(mixture: GaussianMixture, sigma: Scalar, penalty: Scalar, 
     .. math:: \sum_k \rho_k \Big[\sum_{\text{kept}} \frac{e_j \sigma^2 + \ell_k^2}{e_j + \sigma^2}
               + \sum_{\text{dropped or clipped}} e_j\Big], \quad e = \mathrm{eig}(\mu_k \mu_k^\top + \Sigma_k)
 
-    up to the Gaussian tails that cross gates; derived here, the bound in print drops the variance term.
+    up to the Gaussian tails that cross gates. Derived here; the bound in print drops the variance term.
     """
     _check(sigma, penalty)
     return spectral_energy(population_spectra(mixture), sigma, penalty, ranks)
 
 
 def allocate_ranks(spectra: Spectra, sigma: Scalar, penalty: Scalar, width: ArrayLike) -> Int[Array, " K"]:
-    """Units of each block when ``width`` p units go to the p largest gains, which is optimal for a fixed partition.
+    """Units of each block if ``width`` p units go to the p largest gains, which is optimal for a fixed partition.
 
-    Directions that gain nothing get no unit, so the ranks may sum to less. ``width`` may be traced; concrete, it is at
-    least 1, else ``ValueError``.
+    Directions of zero gain get no unit, so the ranks can sum to less than p. ``width`` may be traced; raises
+    ``ValueError`` if it is concrete and below 1.
     """
     _check(sigma, penalty)
     if is_concrete(width):
         check_integer("width", width, minimum=1)
     gains = direction_gain(spectra.moments, spectra.weights[:, None], sigma, penalty)
-    place = jnp.argsort(jnp.argsort(-gains, axis=None, stable=True)).reshape(gains.shape)
-    return jnp.sum((place < jnp.asarray(width).astype(place.dtype)) & (gains > 0), axis=1)
+    order = jnp.argsort(jnp.argsort(-gains, axis=None, stable=True)).reshape(gains.shape)
+    return jnp.sum((order < jnp.asarray(width).astype(order.dtype)) & (gains > 0), axis=1)
 
 
 def best_energy(spectra: Spectra, sigma: Scalar, penalty: Scalar, width: ArrayLike) -> Energy:
-    """Main term of blocks with :func:`allocate_ranks`: the least for this partition and ``width`` units."""
+    """Main term with the ranks of :func:`allocate_ranks`: the lowest for this partition and ``width`` units."""
     return spectral_energy(spectra, sigma, penalty, allocate_ranks(spectra, sigma, penalty, width))
 
 
 @full_precision
 def main_term(dae: ReluDae, data: Float[Array, "n d"], sigma: Scalar, penalty: Scalar) -> Energy:
-    r"""The objective of any autoencoder if noise crossed no gate: gates are those of the clean samples.
+    r"""The objective of any autoencoder with its gates frozen at those of the clean samples.
 
     .. math:: \frac1n \sum_i \|Q_i x_i - x_i\|^2 + \sigma^2 \|Q_i\|_F^2, \quad
               Q_i = W_2 \, \mathrm{diag}(1[W_1^\top x_i > 0]) \, W_1^\top
 
-    plus ``λ(‖W₁‖² + ‖W₂‖²)``. Its difference from the exact objective is what leaks through the gates.
+    plus ``λ(‖W₁‖² + ‖W₂‖²)``. It differs from the exact objective by the noise that crosses gates.
     """
     check_data(data)
     _check(sigma, penalty)
@@ -179,11 +180,13 @@ def main_term(dae: ReluDae, data: Float[Array, "n d"], sigma: Scalar, penalty: S
 
 
 def _total(
-    moments: Float[Array, "*s"], weights: Float[Array, "*w"], sigma: Scalar, penalty: Scalar, kept: Bool[Array, "*s"]
+    moments: Float[Array, "*s"], weights: Float[Array, "*w"], sigma: Scalar, penalty: Scalar, is_kept: Bool[Array, "*s"]
 ) -> Energy:
-    # Summed part by part: total variance minus gains would lose a small σ² to cancellation.
+    # Summed term by term: total variance minus gains would lose a small σ² to cancellation.
     energy = direction_energy(moments, weights, sigma, penalty)
-    return Energy(jnp.sum(jnp.where(kept, energy.risk, weights * moments)), jnp.sum(jnp.where(kept, energy.decay, 0.0)))
+    return Energy(
+        jnp.sum(jnp.where(is_kept, energy.risk, weights * moments)), jnp.sum(jnp.where(is_kept, energy.decay, 0.0))
+    )
 
 
 def _check(sigma: Scalar, penalty: Scalar) -> None:

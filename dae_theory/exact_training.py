@@ -1,9 +1,10 @@
-r"""Minimizing the exact objective, without sampling: the network that training with infinitely many noise draws finds.
+r"""Deterministic minimization of the exact objective: training with infinitely many noise draws per sample.
 
 The objective of :func:`dae_theory.risk.exact_objective` is smooth where no unit is zero, so second-order methods reach
-a gradient norm of 1e-10, where stochastic optimizers hover at their noise floor. For n < d the problem lives in the
-span of the data (derived here): an orthonormal change of basis leaves the risk as it is, components of W₂ outside the
-span only cost, and gradient descent never leaves the span. :func:`to_span` and :func:`from_span` go there and back.
+a gradient norm of 1e-10, where stochastic optimizers stay at their noise floor. For n < d the problem can be restricted
+to the span of the data (derived here): an orthonormal change of basis leaves the risk unchanged, components of W₂
+outside the span can only raise the objective, and gradient descent never leaves the span. :func:`to_span` and
+:func:`from_span` convert between the two.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ __all__ = ["Trained", "from_span", "minimize_exact_objective", "span_basis", "to
 
 
 class Trained(NamedTuple):
-    """Outcome of an exact training."""
+    """Result of :func:`minimize_exact_objective`; a pytree."""
 
     dae: ReluDae
     """The last iterate, converged or not."""
@@ -37,14 +38,14 @@ class Trained(NamedTuple):
     gradient_norm: Float[Array, ""]
     """Norm of the gradient in (W₁, W₂) together."""
     iterations: Int[Array, " 2"]
-    """Of L-BFGS, and Newton steps or factorizations."""
+    """L-BFGS iterations, then Newton steps or (dense method) rounds, each with a new Hessian."""
     converged: Bool[Array, ""]
     """Whether the gradient norm reached the tolerance."""
     course: Float[Array, " r"]
-    """Gradient norm after each round of the dense method, NaN after the last; empty for the other."""
+    """Gradient norm after each round of the dense method, NaN beyond the last; empty for the other method."""
 
 
-# Weights of one layer up to which the Hessian is formed: two matrices of this many rows.
+# Largest dp for which "auto" forms the Hessian: two matrices of this many rows.
 DENSE_SIZE = 4096
 
 
@@ -62,17 +63,37 @@ def minimize_exact_objective(
     max_products: int = 500,
     chunk_size: int | None = None,
 ) -> Trained:
-    r"""A local minimum of the exact objective :cite:`zhang26`, eq. (6), from the start ``dae``.
+    r"""Find a local minimum of the exact objective :cite:`zhang26`, eq. (6), starting at ``dae``.
 
-    ``"dense"`` forms the Hessian in closed form (:mod:`dae_theory.second_order`) and runs L-BFGS in its metric, anew in
-    each of at most ``max_newton`` rounds. ``"products"`` needs no matrix: L-BFGS until the gradient norm is
-    ``rough_tolerance`` (at most ``max_rough`` iterations, 0 for none), then trust-region Newton with at most
-    ``max_products`` Hessian products in each of ``max_newton`` steps. ``"auto"`` takes the first where dp is at most
-    ``DENSE_SIZE`` and sigma is not 0. Either ends at the gradient norm ``tolerance`` (1e-10 needs float64).
+    ``"dense"`` forms the Hessian in closed form (:mod:`dae_theory.second_order`) and runs L-BFGS in its metric; the
+    Hessian is computed again in each of at most ``max_newton`` rounds. ``"products"`` forms no matrix: it runs L-BFGS
+    until the gradient norm is ``rough_tolerance``, then trust-region Newton with conjugate gradients. ``"auto"`` is
+    ``"dense"`` if dp is at most ``DENSE_SIZE`` and σ is not 0, else ``"products"``.
 
-    Zero units stay zero: they are stationary, though perhaps unstable
-    (:func:`dae_theory.certificate.dead_direction`). Never raises for want of convergence. ``ValueError`` for another
-    ``method`` and for what :func:`dae_theory.risk.exact_objective` refuses.
+    Zero units stay zero: they are stationary, though possibly unstable
+    (:func:`dae_theory.certificate.dead_direction`). A run that does not converge is not an error: see ``converged`` of
+    the result. Raises ``ValueError`` for any other ``method``, and for what :func:`dae_theory.risk.exact_objective`
+    rejects.
+
+    Args:
+        dae: Weights to start from, two arrays of shape (d, p).
+        data: Clean samples as rows, shape (n, d).
+        sigma: Noise level σ >= 0, in the units of the data; > 0 for ``"dense"``.
+        penalty: λ >= 0, the weight of ``‖W₁‖² + ‖W₂‖²``.
+        method: ``"auto"``, ``"dense"`` or ``"products"``.
+        tolerance: Gradient norm at which the method stops; 1e-10 needs float64.
+        rough_tolerance: Gradient norm at which ``"products"`` switches from L-BFGS to Newton.
+        max_rough: Largest number of those L-BFGS iterations; 0 for none.
+        max_newton: Largest number of Newton steps (``"products"``) or rounds (``"dense"``).
+        max_products: Largest number of Hessian-vector products per Newton step.
+        chunk_size: Samples processed at a time, as in :func:`dae_theory.risk.exact_risk`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> dae, data = ReluDae(jnp.ones((1, 1)), jnp.ones((1, 1))), jnp.ones((1, 1))
+        >>> trained = minimize_exact_objective(dae, data, sigma=0.1, penalty=0.01, tolerance=1e-4)
+        >>> bool(trained.converged), round(float(trained.dae.w1[0, 0] ** 2), 3)  # q = (1 − λ)/(1 + σ²)
+        (True, 0.98)
     """
     if method not in ("auto", "dense", "products"):
         raise ValueError(f"method is {method!r}; it must be 'auto', 'dense' or 'products'.")
@@ -102,27 +123,27 @@ def minimize_exact_objective(
 def span_basis(data: Float[Array, "n d"], *, extra: int = 0, tolerance: float | None = None) -> Float[Array, "d r"]:
     """Orthonormal basis Q of the span of the rows, r = rank(X), plus ``extra`` directions orthogonal to it.
 
-    Singular values below ``tolerance`` times the largest count as zero (default: rounding). The rank is a shape, so
-    data must be concrete. ``ValueError`` for traced data; fewer extra directions if d leaves no room.
+    There are fewer extra directions if d is too small. Singular values below ``tolerance`` times the largest count as
+    zero (default: rounding). Raises ``ValueError`` for traced data, because the rank is a shape.
     """
     check_data(data)
     if not is_concrete(data):
-        raise ValueError("data must be concrete: its rank is a shape; call span_basis outside jit.")
+        raise ValueError("data must be concrete, because its rank is a shape; call span_basis outside jit.")
     rows = np.asarray(data)
-    _, strength, across = np.linalg.svd(rows, full_matrices=False)
-    cut = np.finfo(rows.dtype).eps * max(rows.shape) if tolerance is None else tolerance
-    rank = max(1, int(np.sum(strength > cut * strength[0])))
-    basis = across[:rank].T
+    _, singular_values, right_vectors = np.linalg.svd(rows, full_matrices=False)
+    cutoff = np.finfo(rows.dtype).eps * max(rows.shape) if tolerance is None else tolerance
+    rank = max(1, int(np.sum(singular_values > cutoff * singular_values[0])))
+    basis = right_vectors[:rank].T
     for _ in range(min(extra, rows.shape[1] - rank)):
-        basis = np.column_stack([basis, _another(basis)])
+        basis = np.column_stack([basis, _orthogonal_unit_vector(basis)])
     return jnp.asarray(basis)
 
 
-def _another(basis: Float[np.ndarray, "d r"]) -> Float[np.ndarray, " d"]:
-    """A unit vector orthogonal to the columns, r < d, from the axis farthest from their span."""
+def _orthogonal_unit_vector(basis: Float[np.ndarray, "d r"]) -> Float[np.ndarray, " d"]:
+    """A unit vector orthogonal to the columns, r < d, made from the coordinate axis farthest from their span."""
     new = np.zeros(len(basis), basis.dtype)
     new[np.argmin(np.sum(np.square(basis), axis=1))] = 1.0
-    # One projection leaves rounding relative to what it takes away, a second none.
+    # Twice, because the first projection leaves a rounding error relative to what it removes.
     for _ in range(2):
         new -= basis @ (basis.T @ new)
     return new / np.linalg.norm(new)
@@ -132,7 +153,7 @@ def _another(basis: Float[np.ndarray, "d r"]) -> Float[np.ndarray, " d"]:
 def to_span(dae: ReluDae, data: Float[Array, "n d"], basis: Float[Array, "d r"]) -> tuple[ReluDae, Float[Array, "n r"]]:
     """Coordinates ``Qᵀ W`` and ``X Q`` in the basis: a problem of dimension r with the same objective.
 
-    Exact if the columns of W lie in the span; else their other components are dropped.
+    Exact if the columns of W lie in the span; components outside it are dropped.
     """
     return ReluDae(basis.T @ dae.w1, basis.T @ dae.w2), data @ basis
 
@@ -158,21 +179,27 @@ def _minimize(
     max_products: int,
     chunk_size: int | None,
 ) -> Trained:
+    """The jitted part of :func:`minimize_exact_objective`.
+
+    Args:
+        dae, data, sigma, penalty, chunk_size: As there.
+        tolerance, rough_tolerance, max_rough, max_newton, max_products: As there.
+        dense: Whether the method is ``"dense"``.
+    """
     start, unravel = ravel_pytree(dae)
     zero = (jnp.sum(jnp.square(dae.w1), axis=0) == 0) & (jnp.sum(jnp.square(dae.w2), axis=0) == 0)
-    # A zero unit has no Hessian: it is held where it is.
+    # There is no Hessian at a zero unit: such units are frozen.
     free = ravel_pytree(jax.tree.map(lambda w: jnp.broadcast_to(~zero, w.shape).astype(w.dtype), dae))[0]
 
-    def objective(x: Float[Array, " m"]) -> Float[Array, ""]:
+    def objective(x):
         return exact_objective(unravel(x * free), data, sigma, penalty, chunk_size=chunk_size)
 
     if dense:
-        held = ~jnp.reshape(free[: dae.w1.size], dae.w1.shape)[0].astype(bool)
-
-        found, rough_iterations, course = preconditioned_lbfgs(
+        frozen = ~jnp.reshape(free[: dae.w1.size], dae.w1.shape)[0].astype(bool)
+        minimum, rough_iterations, course = preconditioned_lbfgs(
             objective,
             start,
-            lambda x: _held(objective_hessian(unravel(x), data, sigma, penalty), held),
+            lambda x: _freeze(objective_hessian(unravel(x), data, sigma, penalty), frozen),
             factorize,
             lambda factors, z: ravel_pytree(inverse_root(factors, unravel(z)))[0],
             lambda factors, z: ravel_pytree(forward_root(factors, unravel(z)))[0],
@@ -184,19 +211,19 @@ def _minimize(
         if max_rough:
             rough = lbfgs(objective, start, tolerance=rough_tolerance, max_iterations=max_rough)
             start, rough_iterations = rough.x, rough.iterations
-        found = newton(objective, start, tolerance=tolerance, max_iterations=max_newton, max_products=max_products)
-    iterations = jnp.stack([rough_iterations, found.iterations])
-    return Trained(unravel(found.x), found.value, found.gradient_norm, iterations, found.converged, course)
+        minimum = newton(objective, start, tolerance=tolerance, max_iterations=max_newton, max_products=max_products)
+    iterations = jnp.stack([rough_iterations, minimum.iterations])
+    return Trained(unravel(minimum.x), minimum.value, minimum.gradient_norm, iterations, minimum.converged, course)
 
 
-def _held(hessian: ObjectiveHessian, held: Bool[Array, " p"]) -> ObjectiveHessian:
-    """The identity for units that are held where they are, and nothing between them and the others."""
+def _freeze(hessian: ObjectiveHessian, frozen: Bool[Array, " p"]) -> ObjectiveHessian:
+    """Replace the Hessian by the identity for frozen units, and by zero between them and the others."""
     p, d = hessian.inner.shape[:2]
-    out = held[:, None, None, None] | held[None, None, :, None]
+    is_frozen = frozen[:, None, None, None] | frozen[None, None, :, None]
     identity = jnp.eye(p * d, dtype=hessian.inner.dtype).reshape(p, d, p, d)
     small = jnp.eye(p, dtype=hessian.outer.dtype)
     return ObjectiveHessian(
-        jnp.where(out, identity, hessian.inner),
-        jnp.where(out, 0.0, hessian.cross),
-        jnp.where(held[:, None] | held[None, :], small, hessian.outer),
+        jnp.where(is_frozen, identity, hessian.inner),
+        jnp.where(is_frozen, 0.0, hessian.cross),
+        jnp.where(frozen[:, None] | frozen[None, :], small, hessian.outer),
     )

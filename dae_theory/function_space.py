@@ -1,14 +1,15 @@
-r"""Networks as functions: inner product and distance in the mean square over ``y ~ N(0, I)``, in closed form.
+r"""Networks as functions: mean-square inner product and distance over ``y ~ N(0, I)``, in closed form.
 
-Weights say little about how far apart two networks are, because of their symmetries (:mod:`dae_theory.symmetry`). The
-mean square sees the function alone, and has a closed form: a network is ``Σ_j c_j [e_jᵀ y]₊`` with unit directions
-``e = ŵ₁`` and coefficients ``c = ‖w₁‖ w₂``, and the kernel of its features is known :cite:`cho09`, eq. (6),
+Weights are a poor measure of how far apart two networks are, because of their symmetries (:mod:`dae_theory.symmetry`).
+The mean square depends on the function alone and has a closed form: a network is ``Σ_j c_j [e_jᵀ y]₊`` with unit
+directions ``e = ŵ₁`` and coefficients ``c = ‖w₁‖ w₂``, and its features have the arc-cosine kernel :cite:`cho09`,
+eq. (6),
 
 .. math:: \kappa(t) = \mathrm E\,[e^\top y]_+ [e'^\top y]_+ = \frac{\sin t + (\pi - t) \cos t}{2\pi},
           \qquad t = \angle(e, e').
 
-Both are homogeneous, so ``N(0, τ² I)`` only multiplies by τ²; for ``N(0, C)`` pass encoders ``C^{1/2} W₁``. Functions
-take two networks of one dimension d and any widths; batch with ``jax.vmap``.
+Networks are homogeneous, so ``N(0, τ² I)`` only multiplies by τ²; for ``N(0, C)`` pass encoders ``C^{1/2} W₁``.
+Functions take two networks of the same dimension d and any widths; batch with ``jax.vmap``.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ __all__ = ["function_distance_sq", "function_inner_product"]
 
 @full_precision
 def function_inner_product(dae_a: ReluDae, dae_b: ReluDae) -> Float[Array, ""]:
-    r"""Mean of ``f_a(y)ᵀ f_b(y)`` over ``y ~ N(0, I)``; with itself the squared norm of a network.
+    r"""Mean of ``f_a(y)ᵀ f_b(y)`` over ``y ~ N(0, I)``; for equal arguments, the squared norm of the network.
 
     .. math:: \langle f_a, f_b \rangle = \sum_{jk} c_j^a \cdot c_k^b \; \kappa(\angle(e_j^a, e_k^b))
 
-    Derivatives of first and second order are finite everywhere; along a zero encoder column, where this function has a
-    kink, they are given as zero. ``ValueError`` if the dimensions differ.
+    First and second derivatives are finite everywhere; at a zero encoder column, where this function has a kink, they
+    are set to zero. Raises ``ValueError`` if the dimensions differ.
     """
     _check_dimensions(dae_a, dae_b)
     (e_a, c_a), (e_b, c_b) = _polar(dae_a), _polar(dae_b)
@@ -43,28 +44,28 @@ def function_inner_product(dae_a: ReluDae, dae_b: ReluDae) -> Float[Array, ""]:
 @jax.custom_jvp
 @full_precision
 def function_distance_sq(dae_a: ReluDae, dae_b: ReluDae) -> Float[Array, ""]:
-    r"""Mean of ``‖f_a(y) − f_b(y)‖²`` over ``y ~ N(0, I)``: zero only if the functions are equal, whatever the weights.
+    r"""Mean of ``‖f_a(y) − f_b(y)‖²`` over ``y ~ N(0, I)``: zero if and only if the functions are equal.
 
-    The three inner products of the expanded square cancel: they would tell networks apart no better than √(rounding
-    unit). Instead (derived here) the difference, all units of a and those of b with −c, is summed by parts along the
-    minimum spanning tree of the directions, from the leaves to a root r,
+    The three inner products of the expanded square cancel: they could not resolve distances below √(rounding unit).
+    Instead (derived here) the difference, all units of a and those of b with −c, is summed by parts along the minimum
+    spanning tree of the directions, from the leaves to a root r,
 
     .. math:: f_a - f_b = s_r [e_r^\top y]_+ + \sum_j s_j \left([e_j^\top y]_+ - [e_{\pi(j)}^\top y]_+\right),
               \qquad s_j = \sum_{i \text{ below or at } j} c_i
 
-    with π(j) the parent of j. Units that cancel or belong together are neighbors in the tree, so every term is small by
-    one factor or the other. First and second differences of κ follow from
+    with π(j) the parent of j. Units that cancel or nearly coincide are neighbors in the tree, so one of the two factors
+    of every term is small. First and second differences of κ follow from
 
     .. math:: \kappa(t) - \kappa(t') = \frac{(\pi - m)(\cos t - \cos t') + \cos m \, (2 \sin\frac h2 - h \cos\frac h2)}
               {2\pi}, \qquad m = \frac{t + t'}2, \quad h = t - t',
 
     with ``cos t − cos t' = eᵀ(e₁ − e₂)`` from the differences of the directions. The error is about the rounding unit
-    times the *distance* of the networks times their norm, however they split, scale and order their units. Networks
-    that are equal only by a coincidence (:func:`dae_theory.symmetry.canonicalize`) keep the rounding of the squared
-    norm.
+    times the *distance* of the networks times their norm, no matter how their units are split, scaled and ordered. For
+    networks that are equal only by a coincidence (:func:`dae_theory.symmetry.canonicalize`) it is the rounding of the
+    squared norm.
 
-    The derivative is that of the expanded square: right to rounding, and zero at equal networks. ``ValueError`` if the
-    dimensions differ.
+    The derivative is that of the expanded square, correct to rounding, and zero at equal networks. Raises
+    ``ValueError`` if the dimensions differ.
     """
     _check_dimensions(dae_a, dae_b)
     (e_a, c_a), (e_b, c_b) = _polar(dae_a), _polar(dae_b)
@@ -75,7 +76,7 @@ def function_distance_sq(dae_a: ReluDae, dae_b: ReluDae) -> Float[Array, ""]:
 def _function_distance_sq_jvp(
     primals: tuple[ReluDae, ReluDae], tangents: tuple[ReluDae, ReluDae]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    def expanded(a: ReluDae, b: ReluDae) -> Float[Array, ""]:
+    def expanded(a, b):
         return function_inner_product(a, a) - 2.0 * function_inner_product(a, b) + function_inner_product(b, b)
 
     return function_distance_sq(*primals), jax.jvp(expanded, primals, tangents)[1]
@@ -84,7 +85,7 @@ def _function_distance_sq_jvp(
 def _check_dimensions(dae_a: ReluDae, dae_b: ReluDae) -> None:
     if dae_a.w1.shape[0] != dae_b.w1.shape[0]:
         raise ValueError(
-            f"networks must have one dimension d, got {dae_a.w1.shape[0]} and {dae_b.w1.shape[0]} rows of weights."
+            f"networks must have the same dimension d, got {dae_a.w1.shape[0]} and {dae_b.w1.shape[0]} rows of weights."
         )
 
 
@@ -102,8 +103,8 @@ def _kernel_jvp(
     primals: tuple[Float[Array, "p q"]], tangents: tuple[Float[Array, "p q"]]
 ) -> tuple[Float[Array, "p q"], Float[Array, "p q"]]:
     (cosine,), (tangent,) = primals, tangents
-    # dκ/d cos t = (π − t)/2π: the poles of sine and arccosine cancel. At the ends the slope of t is infinite, but the
-    # second derivative along unit vectors does not see it, as κ − cos t/2 = O(t³).
+    # dκ/d cos t = (π − t)/2π: the poles of sine and arccosine cancel. At t = 0 and π the derivative of t is infinite,
+    # but the second derivative along unit vectors is not affected, because κ − cos t/2 = O(t³).
     inside = jnp.abs(cosine) < 1.0
     angle = jnp.where(inside, jnp.arccos(jnp.where(inside, cosine, 0.0)), jnp.where(cosine > 0, 0.0, math.pi))
     return _kernel(cosine), (math.pi - angle) / (2.0 * math.pi) * tangent
@@ -113,13 +114,13 @@ def _kernel_of_angle(t: Float[Array, "p q"]) -> Float[Array, "p q"]:
     return (jnp.sin(t) + (math.pi - t) * jnp.cos(t)) / (2.0 * math.pi)
 
 
-# Jitted here, for eager callers: each call would compile its loops anew.
+# Jitted, because eager loops compile on every call.
 @jax.jit
 def _norm_sq(e: Float[Array, "d m"], c: Float[Array, "d m"]) -> Float[Array, ""]:
-    silent = jnp.all(e == 0, axis=0)
-    root = jnp.argmin(silent)
-    # The differences below are those of unit vectors: a unit that says nothing may have any direction.
-    e = jnp.where(silent[None, :], e[:, root][:, None], e)
+    is_zero = jnp.all(e == 0, axis=0)
+    root = jnp.argmin(is_zero)
+    # The differences below assume unit vectors, and a unit with zero encoder can have any direction.
+    e = jnp.where(is_zero[None, :], e[:, root][:, None], e)
     t = _angles(e)
     parent, s = _sum_by_parts(t, root, c)
     delta = e - e[:, parent]
@@ -138,18 +139,18 @@ def _norm_sq(e: Float[Array, "d m"], c: Float[Array, "d m"]) -> Float[Array, ""]
 
 def _angles(e: Float[Array, "d m"]) -> Float[Array, "m m"]:
     # The arccosine of a product would lose half of the digits near 0 and π.
-    def to_all(column: Float[Array, " d"]) -> Float[Array, " m"]:
+    def angles_to(column):
         return 2.0 * jnp.arctan2(column_norms(e - column[:, None]), column_norms(e + column[:, None]))
 
-    return jax.lax.map(to_all, e.T)
+    return jax.lax.map(angles_to, e.T)
 
 
 def _sum_by_parts(
     t: Float[Array, "m m"], root: Int[Array, ""], c: Float[Array, "d m"]
 ) -> tuple[Int[Array, " m"], Float[Array, "d m"]]:
-    """Parents in the minimum spanning tree of the angles (Prim's algorithm) and sums of c over subtrees."""
+    """Parents in the minimum spanning tree of the angles (Prim's algorithm), and sums of c over subtrees."""
 
-    def grow(tree: tuple[Array, Array, Array], _: None) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
+    def grow(tree, _):
         inside, gap, nearest = tree
         new = jnp.argmin(jnp.where(inside, jnp.inf, gap))
         closer = t[new] < gap
@@ -160,9 +161,9 @@ def _sum_by_parts(
     start = units == root, t[root], jnp.full_like(units, root)
     _, edges = jax.lax.scan(grow, start, length=t.shape[0] - 1)
 
-    def fold(s: Float[Array, "d m"], edge: tuple[Array, Array]) -> tuple[Float[Array, "d m"], None]:
+    def add_to_parent(s, edge):
         new, parent = edge
         return s.at[:, parent].add(s[:, new]), None
 
-    s, _ = jax.lax.scan(fold, c, edges, reverse=True)
+    s, _ = jax.lax.scan(add_to_parent, c, edges, reverse=True)
     return units.at[edges[0]].set(edges[1]), s

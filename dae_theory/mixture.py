@@ -28,10 +28,17 @@ __all__ = [
 
 
 class GaussianMixture(NamedTuple):
-    """``K`` Gaussian modes in dimension ``d``; a pytree."""
+    """``K`` Gaussian modes in dimension ``d``; a pytree.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> mixture = GaussianMixture(jnp.full(2, 0.5), jnp.array([[2.0, 0.0], [-2.0, 0.0]]), jnp.zeros((2, 2, 2)))
+        >>> [round(float(x), 3) for x in mixture.weights @ mixture.means]
+        [0.0, 0.0]
+    """
 
     weights: Float[Array, " K"]
-    """Probabilities ρ_k, summing to one."""
+    """Probabilities ρ_k, which sum to 1."""
     means: Float[Array, "K d"]
     """Means μ_k."""
     covariances: Float[Array, "K d d"]
@@ -39,7 +46,7 @@ class GaussianMixture(NamedTuple):
 
 
 def check_mixture(mixture: GaussianMixture) -> None:
-    """Raise ``ValueError`` unless shapes agree and, when concrete, weights sum to one and covariances are PSD."""
+    """Raise ``ValueError`` unless shapes agree and, if concrete, weights sum to 1 and covariances are PSD."""
     weights, means, covariances = mixture
     check_data(means, name="mixture.means")
     modes, dim = means.shape
@@ -67,15 +74,15 @@ def check_mixture(mixture: GaussianMixture) -> None:
 
 @full_precision
 def sample(key: PRNGKey, mixture: GaussianMixture, num_samples: int) -> tuple[Float[Array, "n d"], Int[Array, " n"]]:
-    """Draw ``num_samples`` rows and their mode labels; row i draws from ``fold_in(key, i)``.
+    """Draw ``num_samples`` rows and their mode labels; row i uses the key ``fold_in(key, i)``.
 
-    Singular covariances are allowed. ``ValueError`` if ``num_samples`` < 1 or the mixture is not one.
+    Singular covariances are allowed. Raises ``ValueError`` if ``num_samples`` < 1 or the mixture is invalid.
     """
     check_integer("num_samples", num_samples, minimum=1)
     check_mixture(mixture)
     roots = covariance_roots(mixture)
 
-    def draw(i: Int[Array, ""]) -> tuple[Float[Array, " d"], Int[Array, ""]]:
+    def draw(i):
         label_key, normal_key = jax.random.split(jax.random.fold_in(key, i))
         label = jax.random.categorical(label_key, jnp.log(mixture.weights))
         eps = jax.random.normal(normal_key, mixture.means.shape[1:], mixture.means.dtype)
@@ -86,9 +93,9 @@ def sample(key: PRNGKey, mixture: GaussianMixture, num_samples: int) -> tuple[Fl
 
 @full_precision
 def covariance_roots(mixture: GaussianMixture) -> Float[Array, "K d d"]:
-    """Square roots ``R_k R_kᵀ = Σ_k`` that turn unit noise into a mode's."""
+    """Square roots ``R_k R_kᵀ = Σ_k``, which map standard normal noise to the noise of a mode."""
     eigenvalues, vectors = jnp.linalg.eigh(mixture.covariances)
-    # By eigh, not Cholesky: it stands rank-deficient covariances, whose zeros may round to below zero.
+    # Not Cholesky, which fails for rank-deficient covariances: their zero eigenvalues may round to below zero.
     return vectors * jnp.sqrt(jnp.maximum(eigenvalues, 0.0))[:, None, :]
 
 
@@ -114,30 +121,32 @@ def mean_and_covariance(mixture: GaussianMixture) -> tuple[Float[Array, " d"], F
 
 @full_precision
 def fit(data: Float[Array, "n d"], labels: Int[Array, " n"] | np.ndarray, *, ridge: Scalar = 0.0) -> GaussianMixture:
-    r"""Maximum-likelihood mixture of labeled rows, one mode a distinct label, in order of label.
+    r"""Maximum-likelihood mixture of labeled rows, with one mode per distinct label, in order of label.
 
     .. math:: \rho_k = n_k/n, \quad \mu_k = \bar x_k, \quad
               \Sigma_k = \frac{1}{n_k} \sum_{i \in k} (x_i - \mu_k)(x_i - \mu_k)^\top + \text{ridge} \cdot I
 
-    ``labels`` must be concrete: they fix the number of modes. ``ridge`` >= 0 keeps rank-deficient modes invertible.
-    ``ValueError`` for labels of the wrong length and for data that :func:`dae_theory.checks.check_data` refuses.
+    ``labels`` must be concrete, because they determine the number of modes. ``ridge`` > 0 makes rank-deficient
+    covariances invertible. Raises ``ValueError`` for labels of the wrong length, and for data that
+    :func:`dae_theory.checks.check_data` rejects.
     """
     check_data(data)
     check_nonnegative("ridge", ridge)
     if not is_concrete(labels):
-        raise ValueError("labels must be concrete: they fix the number of modes, which is a shape.")
+        raise ValueError("labels must be concrete, because they determine the number of modes, which is a shape.")
     names = np.asarray(labels)
     if names.shape != (data.shape[0],):
-        raise ValueError(f"labels must have shape ({data.shape[0]},), one for each row of data; got {names.shape}.")
+        raise ValueError(f"labels must have shape ({data.shape[0]},), one per row of data; got {names.shape}.")
     _, membership = np.unique(names, return_inverse=True)
     counts = np.bincount(membership)
     one_hot = jax.nn.one_hot(jnp.asarray(membership), counts.size, dtype=data.dtype)
     sizes = jnp.asarray(counts, data.dtype)
     means = one_hot.T @ data / sizes[:, None]
 
-    def covariance(weight: Float[Array, " n"], mean: Float[Array, " d"], size: Float[Array, ""]) -> Float[Array, "d d"]:
-        centered = (data - mean[None, :]) * weight[:, None]
+    def covariance(mode):
+        is_member, mean, size = mode
+        centered = (data - mean[None, :]) * is_member[:, None]
         return centered.T @ centered / size + ridge * jnp.eye(mean.size, dtype=data.dtype)
 
-    covariances = jax.lax.map(lambda mode: covariance(*mode), (one_hot.T, means, sizes))
+    covariances = jax.lax.map(covariance, (one_hot.T, means, sizes))
     return GaussianMixture(sizes / data.shape[0], means, covariances)

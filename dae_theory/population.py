@@ -1,11 +1,12 @@
-r"""The population side: the exact risk of a network over a Gaussian mixture, and the generalization gap against it.
+r"""The population: exact risk of a network over a Gaussian mixture, and the generalization gap to it.
 
 For ``x ~ Σ_k ρ_k N(μ_k, Σ_k)`` and ``y = x + σε``, the preactivations ``u = W₁ᵀy`` of mode k are Gaussian with
 covariance ``W₁ᵀ(Σ_k + σ²I)W₁``, and jointly Gaussian with x. By Stein's lemma ``E[(x − μ) h_j] = Σ_k w_j P(u_j > 0)``,
-so the population risk is as exact as the empirical one (derived here): the average over the data costs nothing more.
+so the population risk has a closed form like the empirical one (derived here), with one term per mode instead of one
+per sample.
 
 Networks fitted to n samples approach the population's minimizer :cite:`zhang26`, Corollary 3.3; :func:`learning_curve`
-measures how fast, and :func:`fit_rate` says with what exponent.
+measures how fast, and :func:`fit_rate` fits the exponent.
 """
 
 from __future__ import annotations
@@ -34,41 +35,43 @@ __all__ = ["LearningCurve", "Rate", "fit_rate", "learning_curve", "population_ob
 
 
 class LearningCurve(NamedTuple):
-    """Block minimizers of S training-set sizes and R independent training sets, all risks exact; a pytree."""
+    """Exact risks of the block minimizers of R independent training sets at each of S sizes; a pytree."""
 
     sizes: Int[np.ndarray, " S"]
+    """Training-set sizes n."""
     train_risk: Float[Array, "R S"]
-    """Risk over the noise on the rows that the network was made from."""
+    """Risk on the training rows, averaged over the noise."""
     population_risk: Float[Array, "R S"]
     """Risk of the same networks over the mixture."""
     best_risk: Float[Array, ""]
     """Population risk of the population's minimizer, the limit n → ∞."""
     map_distance: Float[Array, "R S"]
-    """``‖W₂W₁ᵀ − (W₂W₁ᵀ)_∞‖_F`` to that minimizer."""
+    """``‖W₂W₁ᵀ − (W₂W₁ᵀ)_∞‖_F``, the distance to that minimizer."""
 
     @property
     def gap(self) -> Float[Array, "R S"]:
-        """Generalization gap, population minus training risk: of order ``1/n`` in its mean, ``n^{-1/2}`` in spread."""
+        """Generalization gap, population minus training risk: its mean is of order 1/n, its spread ``n^{-1/2}``."""
         return self.population_risk - self.train_risk
 
     @property
     def excess(self) -> Float[Array, "R S"]:
-        """Population risk above that of the population's minimizer; of order ``1/n`` beside a smooth minimum."""
+        """Population risk in excess of that of the population's minimizer; of order 1/n near a smooth minimum."""
         return self.population_risk - self.best_risk
 
 
 class Rate(NamedTuple):
-    """A power law ``C n^slope`` and what is known of its exponent."""
+    """A fitted power law ``C n^slope``, with the uncertainty of its exponent."""
 
     slope: float
+    """The exponent."""
     standard_error: float
-    """Of ``slope``, from the spread over repetitions."""
+    """Standard error of ``slope``, from the spread over repetitions."""
     interval: tuple[float, float]
-    """95 % confidence interval of ``slope``."""
+    """95% confidence interval of ``slope``."""
     intercept: float
     """``log C``."""
     chi_sq: float
-    """Squared deviations from the law in standard errors, summed: about S − 2 if the law holds."""
+    """Sum of squared deviations from the law in units of standard errors: about S − 2 if the law holds."""
 
 
 @full_precision
@@ -78,8 +81,8 @@ def population_risk(dae: ReluDae, mixture: GaussianMixture, sigma: Scalar) -> Fl
     .. math:: \sum_k \rho_k \Big[ \|W_2 E h - \mu_k\|^2 + \mathrm{tr}(W_2^\top W_2\, \mathrm{Cov}\, h)
        - 2 \sum_j \Phi(a_j)\, w_{2j}^\top \Sigma_k w_{1j} + \mathrm{tr}\, \Sigma_k \Big]
 
-    with moments of ``h`` in mode k. Jittable and differentiable; costs K evaluations of p² pairs. σ >= 0.
-    ``ValueError`` for a negative ``sigma``, a mixture that is not one, or dimensions that disagree.
+    with moments of ``h`` in mode k. Jittable and differentiable; the cost is K evaluations of p² pairs. Raises
+    ``ValueError`` for a negative ``sigma``, an invalid mixture, or dimensions that disagree.
     """
     check_nonnegative("sigma", sigma)
     check_mixture(mixture)
@@ -91,24 +94,24 @@ def population_risk(dae: ReluDae, mixture: GaussianMixture, sigma: Scalar) -> Fl
     sigma = jnp.asarray(sigma, dae.w1.dtype)
     identity = jnp.eye(dae.w1.shape[0], dtype=dae.w1.dtype)
 
-    def of_mode(mode: tuple[Float[Array, " d"], Float[Array, "d d"]]) -> Float[Array, ""]:
-        mu, spread = mode
-        mean, cov = mu @ dae.w1, dae.w1.T @ (spread + sigma * sigma * identity) @ dae.w1
+    def risk_in_mode(mode):
+        mu, mode_covariance = mode
+        mean, cov = mu @ dae.w1, dae.w1.T @ (mode_covariance + sigma * sigma * identity) @ dae.w1
         var = jnp.maximum(jnp.diagonal(cov), 0.0)
         std = jnp.where(var > 0, jnp.sqrt(jnp.where(var > 0, var, 1.0)), 0.0)
         covariance = jax.vmap(jax.vmap(relu_covariance, (None, 0, None, 0, 0)), (0, None, 0, None, 0))(
             mean, mean, std, std, cov
         )
         bias = dae.w2 @ relu_mean(mean, std) - mu
-        shared = normal_cdf(standardize(mean, std)) * jnp.sum(dae.w2 * (spread @ dae.w1), axis=0)
-        variance = jnp.sum((dae.w2.T @ dae.w2) * covariance) - 2.0 * jnp.sum(shared) + jnp.trace(spread)
+        cross = normal_cdf(standardize(mean, std)) * jnp.sum(dae.w2 * (mode_covariance @ dae.w1), axis=0)
+        variance = jnp.sum((dae.w2.T @ dae.w2) * covariance) - 2.0 * jnp.sum(cross) + jnp.trace(mode_covariance)
         return bias @ bias + variance
 
-    return mixture.weights @ jax.lax.map(of_mode, (mixture.means, mixture.covariances))
+    return mixture.weights @ jax.lax.map(risk_in_mode, (mixture.means, mixture.covariances))
 
 
 def population_objective(dae: ReluDae, mixture: GaussianMixture, sigma: Scalar, penalty: Scalar) -> Float[Array, ""]:
-    """:func:`population_risk` plus ``λ(‖W₁‖² + ‖W₂‖²)``: what training on infinitely many samples minimizes."""
+    """:func:`population_risk` plus ``λ(‖W₁‖² + ‖W₂‖²)``: the training objective for infinitely many samples."""
     check_nonnegative("penalty", penalty)
     return population_risk(dae, mixture, sigma) + penalty * (jnp.sum(jnp.square(dae.w1)) + jnp.sum(jnp.square(dae.w2)))
 
@@ -123,61 +126,72 @@ def learning_curve(
     *,
     num_repeats: int = 32,
 ) -> LearningCurve:
-    """Block minimizers of growing training sets beside the population's, all of them with ``ranks`` p_k units a mode.
+    """Compare block minimizers of growing training sets with the population's minimizer, all of the same ranks.
 
-    Training sets are stratified: mode k has ``ρ_k n`` rows, rounded so that they sum to n. Those of different sizes are
-    independent, as :func:`fit_rate` asks: row i of mode k in repetition r draws from the key folded with n, r, k, i.
-    Sizes loop (they are shapes), repetitions map. ``ValueError`` for sizes that leave a mode with fewer rows than
-    units, and for what the minimizers refuse.
+    Training sets are stratified: mode k has ``ρ_k n`` rows, rounded so that they sum to n. Training sets of different
+    sizes are independent, as :func:`fit_rate` requires: row i of mode k in repetition r uses the key folded with n, r,
+    k, i. Raises ``ValueError`` for sizes that leave a mode with fewer rows than units, and for what the minimizers
+    reject.
+
+    Args:
+        key: One typed PRNG key.
+        mixture: The population, with concrete weights.
+        sizes: Training-set sizes n >= 1; each compiles its own program.
+        sigma: Noise level σ >= 0, in the units of the data.
+        penalty: λ >= 0.
+        ranks: Units p_k <= d of each mode, or one number for all.
+        num_repeats: Number R >= 2 of training sets per size.
     """
     check_integer("num_repeats", num_repeats, minimum=2)
     check_mixture(mixture)
     if not is_concrete(mixture.weights):
-        raise ValueError("mixture.weights must be concrete: they fix how many rows each mode has, which is a shape.")
+        raise ValueError("mixture.weights must be concrete, because the number of rows of each mode is a shape.")
     counts = [_stratified(np.asarray(mixture.weights), check_integer("sizes", n, minimum=1)) for n in np.asarray(sizes)]
     best = generalizing_minimizer(mixture, sigma, penalty, ranks)
     roots = covariance_roots(mixture)
 
-    def rows(key: PRNGKey, mode: int, count: int) -> Float[Array, "m d"]:
+    def rows(key, mode, count):
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, mode), i))(jnp.arange(count))
         dim = mixture.means.shape[1]
         eps = jax.vmap(lambda k: jax.random.normal(k, (dim,), mixture.means.dtype))(keys)
         return mixture.means[mode][None, :] + eps @ roots[mode].T
 
-    def at_size(count: np.ndarray) -> tuple[Float[Array, " R"], Float[Array, " R"], Float[Array, " R"]]:
+    def at_size(count):
         labels = np.repeat(np.arange(count.size), count)
 
-        def one(r: Int[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
+        def repetition(r):
             repeat = jax.random.fold_in(jax.random.fold_in(key, int(count.sum())), r)
             data = jnp.concatenate([rows(repeat, k, int(m)) for k, m in enumerate(count) if m])
             dae = block_minimizer(data, labels, sigma, penalty, ranks)
-            apart = jnp.linalg.norm(dae.w2 @ dae.w1.T - best.w2 @ best.w1.T)
-            return exact_risk(dae, data, sigma), population_risk(dae, mixture, sigma), apart
+            distance = jnp.linalg.norm(dae.w2 @ dae.w1.T - best.w2 @ best.w1.T)
+            return exact_risk(dae, data, sigma), population_risk(dae, mixture, sigma), distance
 
-        return jax.jit(lambda r: jax.lax.map(one, r))(jnp.arange(num_repeats))
+        return jax.jit(lambda r: jax.lax.map(repetition, r))(jnp.arange(num_repeats))
 
-    train, population, apart = (jnp.stack(column, axis=1) for column in zip(*map(at_size, counts), strict=True))
-    return LearningCurve(np.asarray(sizes, int), train, population, population_risk(best, mixture, sigma), apart)
+    train, population, distance = (jnp.stack(column, axis=1) for column in zip(*map(at_size, counts), strict=True))
+    return LearningCurve(np.asarray(sizes, int), train, population, population_risk(best, mixture, sigma), distance)
 
 
 def fit_rate(sizes: Int[np.ndarray, " S"] | Sequence[int], values: Float[Array, "R S"]) -> Rate:
     r"""Exponent of ``√(E v²) ∝ n^slope`` from R repetitions at S sizes.
 
-    Weighted least squares of ``½ log mean(v²)`` on ``log n``, weights from the spread of v² over repetitions: with
-    ``m`` its mean and ``s`` its standard deviation, the variance of ``½ log m`` is about ``s²/(4 R m²)``. The columns
-    must be independent of one another. ``ValueError`` for fewer than two sizes or repetitions, values that do not vary
-    and non-finite ones.
+    Weighted least squares of ``½ log mean(v²)`` on ``log n``, with weights from the spread of v² over repetitions: if
+    ``m`` is its mean and ``s`` its standard deviation, the variance of ``½ log m`` is about ``s²/(4 R m²)``. The
+    columns must be independent of one another. Raises ``ValueError`` for fewer than two sizes or repetitions, for
+    values that do not vary, and for non-finite ones.
     """
     check_data(jnp.asarray(values))
     squares = np.square(np.asarray(values, np.float64))
     repeats, count = squares.shape
     n = np.asarray(sizes, np.float64)
     if n.shape != (count,) or count < 2 or repeats < 2:
-        raise ValueError(f"values have shape {squares.shape}, sizes {n.shape}; needed are (R, S) and (S,), R, S >= 2.")
+        raise ValueError(
+            f"values must have shape (R, S) and sizes (S,) with R, S >= 2; got {squares.shape} and {n.shape}."
+        )
     mean = squares.mean(axis=0)
     error = squares.std(axis=0, ddof=1) / (2 * math.sqrt(repeats) * mean)
     if not np.all(error > 0):
-        raise ValueError("values do not vary over repetitions: a rate needs a spread to weigh by.")
+        raise ValueError("values do not vary over repetitions; the fit needs their spread for its weights.")
     design = np.stack([np.log(n), np.ones_like(n)], axis=1) / error[:, None]
     target = 0.5 * np.log(mean) / error
     covariance = np.linalg.inv(design.T @ design)
@@ -189,7 +203,7 @@ def fit_rate(sizes: Int[np.ndarray, " S"] | Sequence[int], values: Float[Array, 
 
 
 def _stratified(weights: np.ndarray, n: int) -> np.ndarray:
-    """Whole numbers near ``ρ_k n`` that sum to n: the largest remainders are rounded up."""
+    """Whole numbers near ``ρ_k n`` that sum to n, by rounding up the largest remainders."""
     shares = weights / weights.sum() * n
     counts = np.floor(shares).astype(int)
     up = np.argsort(-(shares - counts), kind="stable")[: n - counts.sum()]

@@ -1,4 +1,4 @@
-"""Full-precision matrix products for theory code, whatever the accelerator's default is."""
+"""Full-precision matrix products for theory code, regardless of the accelerator's default."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def full_precision(function: Callable[P, T]) -> Callable[P, T]:
-    """Trace ``function`` with matmul precision ``highest``: GPUs else round float32 products to TF32's 10 bits."""
+    """Trace ``function`` at matmul precision ``highest``; by default GPUs round float32 products to TF32's 10 bits."""
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -1,19 +1,19 @@
-r"""Moments of rectified Gaussians: what a ReLU layer makes of Gaussian noise, in closed form.
+r"""Moments of rectified Gaussians: what a ReLU layer does to Gaussian noise, in closed form.
 
-A preactivation ``u ~ N(m, s²)`` is given by its mean ``m`` and standard deviation ``s >= 0``; a pair by both and the
-covariance ``c``. In units of ``s``, with ``a = m/s``, ``Z`` standard normal and ``ω(a) = E[a + Z]₊ = a Φ(a) + φ(a)``,
+A preactivation ``u ~ N(m, s²)`` is given by its mean ``m`` and standard deviation ``s >= 0``, a pair of them also by
+their covariance ``c``. With ``a = m/s``, ``Z`` standard normal and ``ω(a) = E[a + Z]₊ = a Φ(a) + φ(a)``,
 
 .. math:: E[u]_+ = s\,\omega(a), \qquad \mathrm{Var}[u]_+ = s^2 (\Phi(a) - \omega(a)\,\omega(-a)).
 
-Covariances are the primitive here, not raw second moments: they stay exact where the gates are certain, while raw
-moments grow and cancel. Derivatives are closed forms too, down the ladder of :cite:`price58`: a derivative in the
-covariance or in a mean differentiates the rectifiers, relu to gate to density, so no quadrature is ever differentiated.
+The primitives are covariances, not raw second moments: covariances stay accurate where gates are saturated, while raw
+moments grow and cancel. Derivatives are closed forms too, by Price's theorem :cite:`price58`: a derivative with respect
+to the covariance or a mean differentiates the rectifiers, from relu to gate to density, so no quadrature is ever
+differentiated.
 
-Everything is elementwise: arguments have one shape, which may be batched freely. Values and first derivatives are
-finite everywhere, at ``s = 0`` and at correlations ±1 too. Where ``m = s = 0`` (a zero column) the moments have a kink:
-they are homogeneous of degree one in the column. First derivatives there are the mean of the one-sided ones (the gate
-counts one half); second derivatives do not exist, and what automatic differentiation returns for them is finite but
-meaningless.
+Everything is elementwise: arguments have the same shape, which can be any. Values and first derivatives are finite
+everywhere, including ``s = 0`` and correlations ±1. At ``m = s = 0`` (a zero column) the moments have a kink: they are
+homogeneous of degree one in the column. First derivatives there are the mean of the one-sided ones (the gate counts one
+half); second derivatives do not exist, and those of automatic differentiation are finite but meaningless.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ __all__ = [
 
 
 def standardize(mean: Float[Array, "*shape"], std: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """``a = mean/std``, cut at ±40 where the gate is certain; 0 where both are 0."""
-    certain = jnp.abs(mean) > SATURATION * std
-    ratio = mean / jnp.where(certain | (std == 0), 1.0, std)
-    return jnp.where(certain, SATURATION * jnp.sign(mean), ratio)
+    """``a = mean/std``, clipped to ±40, where the gate is saturated; 0 where both are 0."""
+    saturated = jnp.abs(mean) > SATURATION * std
+    ratio = mean / jnp.where(saturated | (std == 0), 1.0, std)
+    return jnp.where(saturated, SATURATION * jnp.sign(mean), ratio)
 
 
 @jax.custom_jvp
@@ -117,17 +117,17 @@ def relu_cross_moment(
 def angle(
     std_j: Float[Array, "*shape"], std_k: Float[Array, "*shape"], cov: Float[Array, "*shape"]
 ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
-    """Cosine and sine of the angle between two units; a right angle where one of them is zero."""
+    """Cosine and sine of the angle between two units, which is a right angle if one of them is zero."""
     product = std_j * std_k
     r = jnp.where(product > 0, cov / jnp.where(product > 0, product, 1.0), 0.0)
-    # An angle of rounding size is noise, and its cosine has no useful derivative.
+    # An angle within rounding of 0 is noise, and the derivative of its cosine is useless.
     parallel = jnp.abs(r) >= 1.0 - 8.0 * float(jnp.finfo(r.dtype).eps)
     r = jnp.where(parallel, jnp.sign(r), r)
     q = jnp.sqrt(jnp.where(parallel, 1.0, (1.0 - r) * (1.0 + r)))
     return r, jnp.where(parallel, 0.0, q)
 
 
-# Below, `gates` is gate_covariance(w), carried along so that its quadrature is done once; the rules ignore its tangent.
+# Below, `gates` is gate_covariance(w), passed along so that its quadrature runs once; the rules ignore its tangent.
 @jax.custom_jvp
 def _scaled_covariance(
     w: Wedge,
@@ -147,7 +147,7 @@ def _(primals, tangents):
     both = _both_on(w, gates)
     shift = std_j * std_k * (_gate_relu(w, gates) * d.a + _gate_relu(_swap(w), gates) * d.b)
     scale = (_relu_relu(w, gates) - w.r * both) * (std_k * ds_j + std_j * ds_k)
-    # By dc, not dr: at a zero column the correlation has no derivative, the covariance has.
+    # By dc, not dr: at a zero column the covariance has a derivative and the correlation has none.
     return _scaled_covariance(w, gates, std_j, std_k, cov), both * dc + shift + scale
 
 

@@ -4,17 +4,18 @@ The risk of a sample ``x`` is ``E‖f(x + σε) − x‖²`` with ``ε ~ N(0, I)
 
 .. math:: L = \frac1n \sum_i E \|f(x_i + \sigma\varepsilon) - x_i\|^2 + \lambda (\|W_1\|_F^2 + \|W_2\|_F^2).
 
-Given ``x``, the preactivations ``W₁ᵀ(x + σε)`` are Gaussian, so the average is a finite sum over pairs of units
-(derived here). Exact and Monte Carlo functions share one signature; neither stands in for the other silently.
+Given ``x``, the preactivations ``W₁ᵀ(x + σε)`` are jointly Gaussian, so the average is a finite sum over pairs of units
+(derived here). Exact and Monte Carlo functions share one signature; neither silently falls back on the other.
 
-Samples are rows, and ``chunk_size`` bounds the memory of values and gradients: so many samples (exact) or noisy samples
-(Monte Carlo) are in work at once; results depend on it by rounding only. Data and weights have one floating dtype, the
-result's. Everything differentiates in the weights, the data, ``sigma`` and ``penalty``; a Hessian-vector product is
-``jax.jvp`` of ``jax.grad``.
+Samples are rows. ``chunk_size`` bounds the memory of values and gradients: at most this many samples (exact) or noisy
+samples (Monte Carlo) are processed at a time, and the result changes by rounding only. Data and weights must share one
+floating dtype, which the result has too. Everything is differentiable with respect to the weights, the data, ``sigma``
+and ``penalty``; ``jax.jvp`` of ``jax.grad`` is a Hessian-vector product.
 
-A zero unit is a kink: in its two columns the objective starts homogeneous of degree two but not quadratic, so there is
-no Hessian. Where W₁ has a zero column, exact gradients are the mean of the one-sided derivatives (its gate counts one
-half, as in :mod:`dae_theory.relu_gaussian`); Monte Carlo gradients count that gate as off, as ``jax.nn.relu`` does.
+The objective has a kink at a zero unit: to leading order it is homogeneous of degree two in the unit's two columns but
+not quadratic, so it has no Hessian there. Where W₁ has a zero column, exact gradients are the mean of the one-sided
+derivatives (the gate counts one half, as in :mod:`dae_theory.relu_gaussian`); Monte Carlo gradients treat that gate as
+off, as ``jax.nn.relu`` does.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from dae_theory.checks import check_data, check_finite, check_integer, check_nonnegative
 from dae_theory.model import ReluDae, denoise
@@ -47,12 +48,12 @@ __all__ = [
     "monte_carlo_risk",
 ]
 
-# Numbers in one array of the default chunk: pairs of units that stay in a CPU's cache, and entries of a noise batch.
-PAIRS_IN_WORK = 2**14
-NOISE_IN_WORK = 2**20
+# Entries of the largest array in a default chunk: pairs of units (fit a CPU's cache), and noise for Monte Carlo.
+PAIRS_PER_CHUNK = 2**14
+NOISE_PER_CHUNK = 2**20
 
 Loss: TypeAlias = Callable[[PRNGKey], Float[Array, ""]]
-"""The loss of one sample under the noise that a key draws."""
+"""The loss of one sample, as a function of the key that draws its noise."""
 
 
 class CodeMoments(NamedTuple):
@@ -70,19 +71,19 @@ class CodeMoments(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A Monte Carlo mean and its accuracy."""
+    """A Monte Carlo mean and its standard error."""
 
     mean: Float[Array, ""]
     standard_error: Float[Array, ""]
-    """Estimated standard deviation of ``mean`` over the noise, the data held fixed."""
+    """Estimated standard deviation of ``mean`` over the noise, with the data fixed."""
 
 
 class Noise(NamedTuple):
-    """Gaussian noise of the preactivations, the same for all samples."""
+    """Law of the Gaussian noise on the preactivations, the same for all samples."""
 
     std: Float[Array, " p"]
     cov: Float[Array, " pairs"]
-    """Covariances of units j <= k, in the order of ``_pairs``."""
+    """Covariances of the pairs j <= k, in the order of ``np.triu_indices(p)``."""
 
 
 @full_precision
@@ -91,14 +92,14 @@ def code_moments(dae: ReluDae, x: Float[Array, " d"], sigma: Scalar) -> CodeMome
 
     .. math:: h = [u]_+, \quad u \sim N(W_1^\top x,\; \sigma^2 W_1^\top W_1)
 
-    ``sigma >= 0``. ``ValueError`` for a negative ``sigma``, non-finite ``x`` or a dimension that does not fit.
+    ``sigma >= 0``. Raises ``ValueError`` for a negative ``sigma``, a non-finite ``x`` or dimensions that disagree.
     """
     sigma = _checked(dae, x[None], sigma)
     mean, covariance = _pair_moments(_noise(dae.w1, sigma), dae.w1, x)
-    j, k = _pairs(mean.size)
-    place = np.zeros((mean.size, mean.size), int)
-    place[j, k] = place[k, j] = np.arange(j.size)
-    return CodeMoments(mean, covariance[place])
+    j, k = np.triu_indices(mean.size)
+    pair_of = np.zeros((mean.size, mean.size), int)
+    pair_of[j, k] = pair_of[k, j] = np.arange(j.size)
+    return CodeMoments(mean, covariance[pair_of])
 
 
 @full_precision
@@ -107,7 +108,7 @@ def exact_risk_at(dae: ReluDae, x: Float[Array, " d"], sigma: Scalar) -> Float[A
 
     .. math:: E\|f(x + \sigma\varepsilon) - x\|^2 = \|W_2 E[h] - x\|^2 + \mathrm{tr}(W_2^\top W_2\, \mathrm{Cov}(h))
 
-    ``sigma >= 0``. ``ValueError`` for a negative ``sigma``, non-finite ``x`` or a dimension that does not fit.
+    ``sigma >= 0``. Raises ``ValueError`` for a negative ``sigma``, a non-finite ``x`` or dimensions that disagree.
     """
     sigma = _checked(dae, x[None], sigma)
     return _risk_at(dae, _noise(dae.w1, sigma), _pair_weights(dae.w2), x)
@@ -119,20 +120,32 @@ def exact_risk(
 ) -> Float[Array, ""]:
     """Mean of :func:`exact_risk_at` over the rows of ``data``.
 
-    The default ``chunk_size`` keeps a CPU's cache busy; accelerators run faster with a larger one. ``ValueError`` for a
-    negative ``sigma``, non-finite data, a rank or dimension that does not fit, or ``chunk_size < 1``.
+    The default ``chunk_size`` fits a CPU's cache; accelerators run faster with a larger one. Raises ``ValueError`` for
+    a negative ``sigma``, non-finite data, ranks or dimensions that disagree, or ``chunk_size < 1``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> dae, data = ReluDae(jnp.eye(2), jnp.eye(2)), jnp.array([[3.0, 0.0], [0.0, 4.0]])
+        >>> round(float(exact_risk(dae, data, sigma=0.1)), 4)  # σ² from the sample's own unit, σ²/2 from the other
+        0.015
     """
     sigma = _checked(dae, data, sigma)
-    pairs = _pairs(dae.w1.shape[1])[0].size
-    return _exact_risk(dae, data, sigma, _chunk(chunk_size, PAIRS_IN_WORK // pairs))
+    pairs = np.triu_indices(dae.w1.shape[1])[0].size
+    return _exact_risk(dae, data, sigma, _chunk(chunk_size, PAIRS_PER_CHUNK // pairs))
 
 
 def exact_objective(
     dae: ReluDae, data: Float[Array, "n d"], sigma: Scalar, penalty: Scalar, *, chunk_size: int | None = None
 ) -> Float[Array, ""]:
-    """The training objective :cite:`zhang26`, eq. (6), its noise averaged exactly; ``penalty`` is λ >= 0.
+    """The training objective :cite:`zhang26`, eq. (6), averaged over the noise exactly; ``penalty`` is λ >= 0.
 
-    Errors as :func:`exact_risk`, and ``ValueError`` for a negative ``penalty``.
+    Raises what :func:`exact_risk` raises, and ``ValueError`` for a negative ``penalty``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> dae, data = ReluDae(jnp.eye(2), jnp.eye(2)), jnp.array([[3.0, 0.0], [0.0, 4.0]])
+        >>> round(float(exact_objective(dae, data, sigma=0.1, penalty=0.01)), 4)  # 0.015 + 0.01 · (2 + 2)
+        0.055
     """
     return exact_risk(dae, data, sigma, chunk_size=chunk_size) + _weight_term(dae, penalty)
 
@@ -146,10 +159,24 @@ def monte_carlo_risk(
     num_draws: int,
     chunk_size: int | None = None,
 ) -> Float[Array, ""]:
-    """The risk from ``num_draws`` noises a sample: unbiased, as is its gradient.
+    """The risk estimated from ``num_draws`` noise draws per sample; the estimate and its gradient are unbiased.
 
-    Draw t of sample i comes from ``fold_in(fold_in(key, i), t)``: more samples or draws extend fewer. Errors as
-    :func:`exact_risk`, and ``ValueError`` for ``num_draws < 1``.
+    Draw t of sample i uses the key ``fold_in(fold_in(key, i), t)``, so adding samples or draws leaves the earlier ones
+    unchanged. Raises what :func:`exact_risk` raises, and ``ValueError`` for ``num_draws < 1``.
+
+    Args:
+        key: One typed PRNG key.
+        dae: Weights, two arrays of shape (d, p).
+        data: Clean samples as rows, shape (n, d).
+        sigma: Noise level σ >= 0, in the units of the data.
+        num_draws: Noise draws per sample, at least 1.
+        chunk_size: Noisy samples processed at a time, at least 1; by default as many as keep the memory moderate.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> dae, data = ReluDae(jnp.eye(2), jnp.eye(2)), jnp.array([[3.0, 0.0], [0.0, 4.0]])
+        >>> bool(abs(monte_carlo_risk(jax.random.key(0), dae, data, sigma=0.1, num_draws=1000) - 0.015) < 0.002)
+        True
     """
     return _estimate(key, dae, data, sigma, num_draws, chunk_size, gram=False).mean
 
@@ -164,9 +191,19 @@ def monte_carlo_objective(
     num_draws: int,
     chunk_size: int | None = None,
 ) -> Float[Array, ""]:
-    """The training objective :cite:`zhang26`, eq. (6), its noise averaged as in :func:`monte_carlo_risk`.
+    """The training objective :cite:`zhang26`, eq. (6), averaged over the noise as in :func:`monte_carlo_risk`.
 
-    Errors as there, and ``ValueError`` for a negative ``penalty``.
+    Raises what that function raises, and ``ValueError`` for a negative ``penalty``.
+
+    Args:
+        key, dae, data, sigma, num_draws, chunk_size: As in :func:`monte_carlo_risk`.
+        penalty: λ >= 0, the weight of ``‖W₁‖² + ‖W₂‖²``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> dae, data = ReluDae(jnp.eye(2), jnp.eye(2)), jnp.array([[3.0, 0.0], [0.0, 4.0]])
+        >>> bool(abs(monte_carlo_objective(jax.random.key(0), dae, data, 0.1, 0.01, num_draws=1000) - 0.055) < 0.002)
+        True
     """
     risk = monte_carlo_risk(key, dae, data, sigma, num_draws=num_draws, chunk_size=chunk_size)
     return risk + _weight_term(dae, penalty)
@@ -181,16 +218,21 @@ def gram_monte_carlo_risk(
     num_draws: int,
     chunk_size: int | None = None,
 ) -> Float[Array, ""]:
-    r"""The law of :func:`monte_carlo_risk`, drawn among the preactivations (derived here); for many draws a sample.
+    r"""An estimate with the distribution of :func:`monte_carlo_risk` that samples the noise of the preactivations.
 
-    With ``Q`` an orthonormal basis that spans the columns of W₁, and ``h₀``, ``e₀`` code and error without noise,
+    Cheaper when there are many draws per sample (derived here). The loss depends on the noise through ``W₁ᵀε`` alone,
+    so it is enough to draw its component in the span of the columns of W₁. With ``Q`` an orthonormal basis of that
+    span, and ``h₀``, ``e₀`` the code and the error at zero noise,
 
     .. math:: h = [W_1^\top x + \sigma\, W_1^\top Q\, \xi]_+, \quad \xi \sim N(0, I), \qquad
        \|W_2 h - x\|^2 = \|e_0\|^2 + 2 (h - h_0)^\top W_2^\top e_0 + (h - h_0)^\top W_2^\top W_2 (h - h_0)
 
-    so a draw costs ``p² + p min(d, p)`` in place of ``2dp``. Zero and parallel columns need no care: ``Q`` exists for
-    them too. It is held constant under differentiation, which leaves the gradient unbiased, with less variance than the
-    direct form's. Errors as :func:`monte_carlo_risk`.
+    so a draw costs ``p² + p min(d, p)`` multiplications instead of ``2dp``. Zero and parallel columns need no special
+    treatment: QR gives a ``Q`` for them too. ``Q`` is treated as a constant by differentiation; the gradient is still
+    unbiased, and varies less than the direct form's. Raises what :func:`monte_carlo_risk` raises.
+
+    Args:
+        key, dae, data, sigma, num_draws, chunk_size: As in :func:`monte_carlo_risk`.
     """
     return _estimate(key, dae, data, sigma, num_draws, chunk_size, gram=True).mean
 
@@ -205,9 +247,12 @@ def monte_carlo_estimate(
     gram: bool = False,
     chunk_size: int | None = None,
 ) -> Estimate:
-    """:func:`monte_carlo_risk`, or with ``gram`` :func:`gram_monte_carlo_risk`, beside its standard error.
+    """:func:`monte_carlo_risk`, or with ``gram`` :func:`gram_monte_carlo_risk`, together with its standard error.
 
-    Errors as there, and ``ValueError`` for ``num_draws < 2``: one draw says nothing about its spread.
+    Args:
+        key, dae, data, sigma, chunk_size: As in :func:`monte_carlo_risk`, which raises the same errors.
+        num_draws: Noise draws per sample, at least 2: one draw has no sample variance.
+        gram: Whether to sample the noise of the preactivations instead of that of the input.
     """
     check_integer("num_draws", num_draws, minimum=2)
     return _estimate(key, dae, data, sigma, num_draws, chunk_size, gram=gram)
@@ -218,7 +263,7 @@ def _checked(dae: ReluDae, data: Array, sigma: Scalar) -> Float[Array, ""]:
     check_nonnegative("sigma", sigma)
     shape, dtype = jnp.shape(dae.w1), jnp.result_type(dae.w1)
     if len(shape) != 2 or jnp.shape(dae.w2) != shape:
-        raise ValueError(f"w1 and w2 must share one shape (d, p), got {shape} and {jnp.shape(dae.w2)}.")
+        raise ValueError(f"w1 and w2 must have the same shape (d, p), got {shape} and {jnp.shape(dae.w2)}.")
     if shape[0] != data.shape[1]:
         raise ValueError(f"data has {data.shape[1]} columns but the weights have {shape[0]} rows; both must be d.")
     if not dtype == jnp.result_type(dae.w2) == data.dtype:
@@ -232,28 +277,24 @@ def _chunk(chunk_size: int | None, default: int) -> int:
     return max(1, default) if chunk_size is None else check_integer("chunk_size", chunk_size, minimum=1)
 
 
-def _pairs(width: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.triu_indices(width)
-
-
 def _noise(w1: Float[Array, "d p"], sigma: Float[Array, ""]) -> Noise:
     gram = w1.T @ w1
     sq_norm = jnp.diagonal(gram)
     norm = jnp.where(sq_norm > 0, jnp.sqrt(jnp.where(sq_norm > 0, sq_norm, 1.0)), 0.0)
-    return Noise(sigma * norm, sigma * sigma * gram[_pairs(sq_norm.size)])
+    return Noise(sigma * norm, sigma * sigma * gram[np.triu_indices(sq_norm.size)])
 
 
 def _pair_moments(
     noise: Noise, w1: Float[Array, "d p"], x: Float[Array, " d"]
 ) -> tuple[Float[Array, " p"], Float[Array, " pairs"]]:
-    mean, (j, k) = x @ w1, _pairs(w1.shape[1])
+    mean, (j, k) = x @ w1, np.triu_indices(w1.shape[1])
     covariance = relu_covariance(mean[j], mean[k], noise.std[j], noise.std[k], noise.cov)
     return relu_mean(mean, noise.std), covariance
 
 
 def _pair_weights(w2: Float[Array, "d p"]) -> Float[Array, " pairs"]:
-    """Entries of ``W₂ᵀW₂``, twice those off the diagonal: its inner product with a covariance is a sum over pairs."""
-    j, k = _pairs(w2.shape[1])
+    """Entries of ``W₂ᵀW₂``, doubled off the diagonal: their dot product with the pairs of C is ``tr(W₂ᵀW₂ C)``."""
+    j, k = np.triu_indices(w2.shape[1])
     return (w2.T @ w2)[j, k] * np.where(j == k, 1.0, 2.0).astype(w2.dtype)
 
 
@@ -262,7 +303,7 @@ def _risk_at(dae: ReluDae, noise: Noise, weights: Float[Array, " pairs"], x: Flo
     return jnp.sum(jnp.square(dae.w2 @ mean - x)) + weights @ covariance
 
 
-# Compiled here, so that a plain call does not run its hundred elementary steps one by one.
+# Jitted here: an eager call would dispatch about a hundred elementwise operations one by one.
 @functools.partial(jax.jit, static_argnames="chunk_size")
 def _exact_risk(dae: ReluDae, data: Float[Array, "n d"], sigma: Float[Array, ""], chunk_size: int) -> Float[Array, ""]:
     noise, weights = _noise(dae.w1, sigma), _pair_weights(dae.w2)
@@ -270,7 +311,7 @@ def _exact_risk(dae: ReluDae, data: Float[Array, "n d"], sigma: Float[Array, ""]
 
 
 def _sum_over(function: Callable[[Any], Array], rows: Any, chunk_size: int) -> Array:
-    """``Σ function(row)``, in equal chunks of at most ``chunk_size`` rows; repeated rows of weight 0 fill the last."""
+    """``Σ function(row)`` in equal chunks of at most ``chunk_size`` rows; rows of weight 0 pad the last chunk."""
     count = len(jax.tree.leaves(rows)[0])
     steps = -(-count // chunk_size)
     size = -(-count // steps)
@@ -281,14 +322,16 @@ def _sum_over(function: Callable[[Any], Array], rows: Any, chunk_size: int) -> A
     chunks = jax.tree.map(lambda a: a.reshape(steps, size, *a.shape[1:]), chunks)
     is_real = jnp.arange(steps * size).reshape(steps, size) < count
 
-    # Recomputed in the backward pass, or the gradient would keep what every chunk computed.
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def add(total: Array, chunk: Any) -> tuple[Array, None]:
-        values, real = jax.vmap(function)(chunk[0]), chunk[1]
-        return total + jnp.tensordot(real.astype(values.dtype), values, axes=1), None
-
+    # Rematerialized in the backward pass, or the gradient would store the intermediates of every chunk.
+    add = jax.checkpoint(functools.partial(_add_chunk, function), prevent_cse=False)
     value = jax.eval_shape(function, jax.tree.map(lambda a: a[0], rows))
     return jax.lax.scan(add, jnp.zeros(value.shape, value.dtype), (chunks, is_real))[0]
+
+
+def _add_chunk(function: Callable[[Any], Array], total: Array, chunk: tuple[Any, Array]) -> tuple[Array, None]:
+    rows, is_real = chunk
+    values = jax.vmap(function)(rows)
+    return total + jnp.tensordot(is_real.astype(values.dtype), values, axes=1), None
 
 
 def _weight_term(dae: ReluDae, penalty: Scalar) -> Float[Array, ""]:
@@ -304,12 +347,12 @@ def _estimate(
     sigma: Scalar,
     num_draws: int,
     chunk_size: int | None,
-    *,
     gram: bool,
 ) -> Estimate:
+    """Check the arguments and estimate. Args: as in :func:`monte_carlo_estimate`, but one draw is allowed."""
     sigma = _checked(dae, data, sigma)
     num_draws = check_integer("num_draws", num_draws, minimum=1)
-    chunk_size = _chunk(chunk_size, NOISE_IN_WORK // max(dae.w1.shape))
+    chunk_size = _chunk(chunk_size, NOISE_PER_CHUNK // max(dae.w1.shape))
     return _sampled(key, dae, data, sigma, num_draws, chunk_size, gram)
 
 
@@ -323,13 +366,14 @@ def _sampled(
     chunk_size: int,
     gram: bool,
 ) -> Estimate:
+    """The estimate. Args: as in :func:`monte_carlo_estimate`, all checked and ``chunk_size`` given."""
     losses = _gram_losses(dae, sigma) if gram else _direct_losses(dae, sigma)
 
-    def mean_and_variance(row: tuple[Int[Array, ""], Float[Array, " d"]]) -> Float[Array, " two"]:
+    def mean_and_variance(row):
         i, x = row
         loss = losses(x)
 
-        def powers(t: Int[Array, ""]) -> Float[Array, " two"]:
+        def powers(t):
             value = loss(jax.random.fold_in(jax.random.fold_in(key, i), t))
             return jnp.stack([value, value * value])
 
@@ -338,13 +382,13 @@ def _sampled(
 
     rows = (jnp.arange(len(data)), data)
     mean, variance = _sum_over(mean_and_variance, rows, max(1, chunk_size // num_draws)) / len(data)
-    # Without noise the variance is 0 up to rounding of either sign.
+    # Without noise the variance is 0 up to rounding, which may be negative.
     return Estimate(mean, jnp.sqrt(jnp.maximum(variance, 0.0) / len(data)))
 
 
 def _direct_losses(dae: ReluDae, sigma: Float[Array, ""]) -> Callable[[Float[Array, " d"]], Loss]:
-    def losses(x: Float[Array, " d"]) -> Loss:
-        def loss(key: PRNGKey) -> Float[Array, ""]:
+    def losses(x):
+        def loss(key):
             epsilon = jax.random.normal(key, x.shape, x.dtype)
             return jnp.sum(jnp.square(denoise(dae, x + sigma * epsilon) - x))
 
@@ -357,13 +401,13 @@ def _gram_losses(dae: ReluDae, sigma: Float[Array, ""]) -> Callable[[Float[Array
     q = jax.lax.stop_gradient(jnp.linalg.qr(dae.w1)[0])
     w1_q, w2_w2 = dae.w1.T @ q, dae.w2.T @ dae.w2
 
-    def losses(x: Float[Array, " d"]) -> Loss:
+    def losses(x):
         m = x @ dae.w1
         h0 = jax.nn.relu(m)
         e0 = dae.w2 @ h0 - x
         constant, slope = e0 @ e0, e0 @ dae.w2
 
-        def loss(key: PRNGKey) -> Float[Array, ""]:
+        def loss(key):
             xi = jax.random.normal(key, (q.shape[1],), x.dtype)
             change = jax.nn.relu(m + sigma * (w1_q @ xi)) - h0
             return constant + 2.0 * (change @ slope) + change @ (w2_w2 @ change)

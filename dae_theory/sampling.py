@@ -1,19 +1,21 @@
 r"""The reverse process: from noise to samples, with any denoiser.
 
-Noise is variance exploding, ``y = x + σ ε``. The law of y at each level is carried by the probability-flow ODE
-:cite:`karras22`, eq. (1) and (3), with Tweedie's score,
+The noise is variance exploding, ``y = x + σ ε``. The probability-flow ODE transports the distribution of y from one
+noise level to the next :cite:`karras22`, eq. (1) and (3), with the score from Tweedie's formula,
 
 .. math:: \frac{dy}{d\sigma} = -\sigma \, \nabla \log p_\sigma(y) = \frac{y - D(y, \sigma)}{\sigma}
 
-and, with fresh noise, by a family of stochastic processes of the same marginals. Functions take one example of shape
-(d,) and a decreasing row of noise levels of shape (m,), and integrate by one ``lax.scan``; batch with ``jax.vmap``, or
-draw a batch with :func:`sample`. The work is done in the dtype of ``y``.
+and so does, with fresh noise, a family of stochastic processes with the same marginals. Functions take one example of
+shape (d,) and decreasing noise levels of shape (m,), and integrate with one ``lax.scan``; batch with ``jax.vmap``, or
+draw a batch with :func:`sample`. Computation is in the dtype of ``y``.
 
-Denoisers of one network a level, closed forms or trained, close the module: the reverse process of the paper's Fig. 2.
+The module ends with denoisers made of one network per noise level, closed-form or trained: the reverse process of the
+paper's Fig. 2.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -21,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from dae_theory.checks import check_data, check_integer, check_nonnegative, check_positive, is_concrete
 from dae_theory.model import ReluDae, denoise
@@ -43,7 +45,7 @@ __all__ = [
 ]
 
 Step: TypeAlias = Callable[[Denoiser, Array, Scalar, Scalar], Array]
-"""One step of the probability flow, ``(denoiser, y, sigma, next_sigma) -> y``; ``next_sigma`` may be 0."""
+"""One step of the probability flow, ``(denoiser, y, sigma, next_sigma) -> y``; ``next_sigma`` can be 0."""
 
 
 def karras_schedule(
@@ -60,9 +62,16 @@ def karras_schedule(
     .. math:: \sigma_i = \left(\sigma_{\max}^{1/\rho} + \tfrac{i}{N-1}
               \left(\sigma_{\min}^{1/\rho} - \sigma_{\max}^{1/\rho}\right)\right)^\rho, \quad i = 0, \ldots, N-1
 
-    ``num_steps`` steps need m = ``num_steps`` + 1 levels: with ``to_zero`` N = ``num_steps`` levels and then 0, so that
-    the last step returns ``D(y, σ_min)``; without, N = ``num_steps`` + 1. ρ > 0: 1 is even spacing, a large ρ nears
-    :func:`geometric_schedule`. ``ValueError`` unless σ_max > σ_min > 0 and ``num_steps`` is enough for N >= 2.
+    ``num_steps`` steps need m = ``num_steps`` + 1 levels. With ``to_zero`` these are N = ``num_steps`` levels and a
+    final 0, so that the last step returns ``D(y, σ_min)``; without it N = ``num_steps`` + 1.
+
+    Args:
+        sigma_max: First and largest noise level, in the units of the data.
+        sigma_min: Last positive noise level, 0 < σ_min < σ_max.
+        num_steps: Number of steps, large enough for N >= 2.
+        rho: ρ > 0; 1 is even spacing, and ρ → ∞ gives :func:`geometric_schedule`.
+        to_zero: Whether to append the noise level 0.
+        dtype: Dtype of the levels, by default the default floating dtype.
     """
     check_positive("rho", rho)
     high, low, ramp = _ends(sigma_max, sigma_min, num_steps, to_zero, dtype)
@@ -73,7 +82,7 @@ def karras_schedule(
 def geometric_schedule(
     sigma_max: Scalar, sigma_min: Scalar, num_steps: int, *, to_zero: bool = True, dtype: DTypeLike | None = None
 ) -> Float[Array, " m"]:
-    r"""Noise levels evenly spaced in ``log σ``: the limit ρ → ∞ of :func:`karras_schedule`, whose arguments it shares.
+    r"""Noise levels evenly spaced in ``log σ``: the limit ρ → ∞ of :func:`karras_schedule`, with the same arguments.
 
     .. math:: \sigma_i = \sigma_{\max} \left(\sigma_{\min}/\sigma_{\max}\right)^{i/(N-1)}
     """
@@ -82,11 +91,11 @@ def geometric_schedule(
 
 
 def euler(denoiser: Denoiser, y: Float[Array, " d"], sigma: Scalar, next_sigma: Scalar) -> Float[Array, " d"]:
-    r"""First-order step; in this parametrization it is also DDIM's :cite:`song21ddim`, eq. (12) without noise.
+    r"""First-order step; in this parameterization also the step of DDIM :cite:`song21ddim`, eq. (12) without noise.
 
     .. math:: y' = D(y, \sigma) + \frac{\sigma'}{\sigma} \left(y - D(y, \sigma)\right)
 
-    Exact while ``D`` is constant along the step: it is the exponential integrator in ``log σ`` too. At σ' = 0 it
+    Exact if ``D`` is constant along the step, so it is also the exponential integrator in ``log σ``. At σ' = 0 it
     returns ``D(y, σ)``.
     """
     estimate = denoiser(y, sigma)
@@ -99,14 +108,14 @@ def heun(denoiser: Denoiser, y: Float[Array, " d"], sigma: Scalar, next_sigma: S
     .. math:: y' = \tilde y + \frac{\sigma' - \sigma}{2} \left(\frac{\tilde y - D(\tilde y, \sigma')}{\sigma'}
               - \frac{y - D(y, \sigma)}{\sigma}\right)
 
-    with ỹ the step of :func:`euler`, which stands uncorrected at σ' = 0.
+    where ỹ is the step of :func:`euler`, without correction at σ' = 0.
     """
     estimate = denoiser(y, sigma)
-    ahead = estimate + (next_sigma / sigma) * (y - estimate)
-    # No denoiser has a level 0: there the correction is computed at σ and discarded.
+    predicted = estimate + (next_sigma / sigma) * (y - estimate)
+    # Denoisers are undefined at level 0: there the correction is computed at σ and discarded.
     level = jnp.where(next_sigma > 0, next_sigma, sigma)
-    bend = (ahead - denoiser(ahead, level)) / level - (y - estimate) / sigma
-    return jnp.where(next_sigma > 0, ahead + 0.5 * (next_sigma - sigma) * bend, ahead)
+    slope_change = (predicted - denoiser(predicted, level)) / level - (y - estimate) / sigma
+    return jnp.where(next_sigma > 0, predicted + 0.5 * (next_sigma - sigma) * slope_change, predicted)
 
 
 def probability_flow(
@@ -117,16 +126,16 @@ def probability_flow(
     step: Step = heun,
     trajectory: bool = False,
 ) -> Float[Array, "*m d"]:
-    """Carry ``y`` of noise level ``sigmas[0]`` to ``sigmas[-1]`` along the probability-flow ODE.
+    """Integrate the probability-flow ODE from ``y`` at noise level ``sigmas[0]`` to ``sigmas[-1]``.
 
-    Returns the last point, shape (d,), or with ``trajectory`` the point at every level, shape (m, d), ``y`` first.
-    Rising levels run the flow backwards, from a sample to its noise. ``ValueError`` unless ``sigmas`` are strictly
-    monotone, nonnegative, and positive but for the last.
+    Returns the last point, shape (d,), or with ``trajectory`` the points at all levels, shape (m, d), ``y`` first.
+    Increasing levels run the flow backward, from a sample to its noise. Raises ``ValueError`` unless ``sigmas`` are
+    strictly monotone and positive, except that the last can be 0.
     """
     levels = _levels(sigmas, y)
 
-    def advance(y: Float[Array, " d"], now: tuple[Array, ...]) -> Float[Array, " d"]:
-        return step(denoiser, y, *now)
+    def advance(y, levels):
+        return step(denoiser, y, *levels)
 
     return _integrate(advance, y, (levels[:-1], levels[1:]), trajectory)
 
@@ -142,23 +151,31 @@ def stochastic_flow(
     eta: Scalar | Float[Array, " m-1"] = 0.0,
     trajectory: bool = False,
 ) -> Float[Array, "*m d"]:
-    r"""The reverse process with fresh noise: both known ways of adding it, around any step of the flow.
+    r"""The reverse process with fresh noise, added before a step of the flow (churn), after it (ancestral), or both.
 
     .. math:: \hat y &= y + \sqrt{\hat\sigma^2 - \sigma^2} \, \epsilon_1, \quad \hat\sigma = (1 + \gamma) \sigma \\
               y' &= \mathrm{step}(\hat y; \hat\sigma \to \sigma_\downarrow) + \sigma_\uparrow \epsilon_2, \quad
               \sigma_\uparrow = \eta \, \sigma' \sqrt{1 - \sigma'^2/\hat\sigma^2}, \quad
               \sigma_\downarrow^2 = \sigma'^2 - \sigma_\uparrow^2
 
-    ``churn`` γ >= 0 adds noise before the step :cite:`karras22`, Algorithm 2 (there ``γ = min(S_churn/N, √2 − 1)``
-    inside a window of levels, 0 outside), ``eta`` in [0, 1] after it: with :func:`euler`, 0 is DDIM
-    :cite:`song21ddim`, eq. (16), and 1 ancestral sampling :cite:`song21sde`, appendix F. Each is one number or one a
-    step. An exact step keeps the marginal law at every level, whatever γ and η; with both 0 this is
-    :func:`probability_flow`, and no noise is drawn.
+    Noise before the step is Algorithm 2 of :cite:`karras22` (there ``γ = min(S_churn/N, √2 − 1)`` inside a window of
+    levels, 0 outside). Noise after it gives, with :func:`euler`, DDIM :cite:`song21ddim`, eq. (16), for η = 0 and
+    ancestral sampling :cite:`song21sde`, appendix F, for η = 1. If the step is exact, the marginal distribution at
+    every level is correct for all γ and η. With both 0 this is :func:`probability_flow`, and no noise is drawn.
 
-    Step i draws from ``fold_in(key, i)``. ``ValueError`` unless ``sigmas`` decrease strictly and only the last may be
-    0, and for γ < 0 or η outside [0, 1].
+    Raises ``ValueError`` for arguments outside the ranges below.
+
+    Args:
+        key: One typed PRNG key; step i uses ``fold_in(key, i)``.
+        denoiser: Any :class:`dae_theory.types.Denoiser`.
+        y: Start at noise level ``sigmas[0]``, shape (d,).
+        sigmas: Strictly decreasing noise levels, shape (m,), all positive, except that the last can be 0.
+        step: Step of the flow, for example :func:`heun` or :func:`euler`.
+        churn: γ >= 0, one number or one per step.
+        eta: η in [0, 1], one number or one per step.
+        trajectory: Whether to return the points at all levels instead of the last.
     """
-    levels = _levels(sigmas, y, falling=True)
+    levels = _levels(sigmas, y, decreasing=True)
     check_nonnegative("churn", churn)
     check_nonnegative("eta", eta)
     if is_concrete(eta) and np.any(np.asarray(eta) > 1):
@@ -168,17 +185,17 @@ def stochastic_flow(
     etas = jnp.broadcast_to(jnp.asarray(eta, y.dtype), steps)
     churns, ascends = _is_added(churn), _is_added(eta)
 
-    def advance(y: Float[Array, " d"], now: tuple[Array, ...]) -> Float[Array, " d"]:
-        i, sigma, next_sigma, gamma, eta = now
+    def advance(y, settings):
+        i, sigma, next_sigma, gamma, eta = settings
         key_before, key_after = jax.random.split(jax.random.fold_in(key, i))
         if churns:
             y = y + sigma * jnp.sqrt(gamma * (2.0 + gamma)) * jax.random.normal(key_before, y.shape, y.dtype)
             sigma = (1.0 + gamma) * sigma
         if not ascends:
             return step(denoiser, y, sigma, next_sigma)
-        kept = 1.0 - jnp.square(next_sigma / sigma)
-        y = step(denoiser, y, sigma, next_sigma * jnp.sqrt(1.0 - jnp.square(eta) * kept))
-        return y + eta * next_sigma * jnp.sqrt(kept) * jax.random.normal(key_after, y.shape, y.dtype)
+        drop = 1.0 - jnp.square(next_sigma / sigma)
+        y = step(denoiser, y, sigma, next_sigma * jnp.sqrt(1.0 - jnp.square(eta) * drop))
+        return y + eta * next_sigma * jnp.sqrt(drop) * jax.random.normal(key_after, y.shape, y.dtype)
 
     return _integrate(advance, y, (jnp.arange(steps[0]), levels[:-1], levels[1:], gammas, etas), trajectory)
 
@@ -195,16 +212,26 @@ def sample(
     eta: Scalar | Float[Array, " m-1"] = 0.0,
     batch_size: int | None = None,
 ) -> Float[Array, "num_samples dim"]:
-    """Draw ``num_samples`` rows of dimension ``dim`` by :func:`stochastic_flow` from pure noise ``N(0, σ_0² I)``.
+    """Draw samples as rows by :func:`stochastic_flow` from pure noise ``N(0, σ_0² I)``, in the dtype of ``sigmas``.
 
-    The start forgets the data's mean and covariance, a bias of relative order 1/σ_0. Row i draws from
-    ``fold_in(key, i)``, so that a larger number extends a smaller one. Rows run together, or ``batch_size`` at a time
-    to bound memory. In the dtype of ``sigmas``. ``ValueError`` as in :func:`stochastic_flow`, and for numbers below 1.
+    Starting from pure noise ignores the mean and covariance of the data, a bias of relative order 1/σ_0. Raises what
+    :func:`stochastic_flow` raises, and ``ValueError`` for sizes below 1.
+
+    Args:
+        key: One typed PRNG key; row i uses ``fold_in(key, i)``, so more samples extend fewer.
+        denoiser: Any :class:`dae_theory.types.Denoiser`.
+        sigmas: Strictly decreasing noise levels, shape (m,), all positive, except that the last can be 0.
+        num_samples: Number of rows, at least 1.
+        dim: Dimension d of a sample, at least 1.
+        step: Step of the flow, for example :func:`heun` or :func:`euler`.
+        churn: γ >= 0, one number or one per step.
+        eta: η in [0, 1], one number or one per step.
+        batch_size: Rows computed at a time, to bound memory; by default all of them.
     """
     check_integer("num_samples", num_samples, minimum=1)
     check_integer("dim", dim, minimum=1)
 
-    def draw(i: Int[Array, ""]) -> Float[Array, " dim"]:
+    def draw(i):
         start_key, flow_key = jax.random.split(jax.random.fold_in(key, i))
         start = sigmas[0] * jax.random.normal(start_key, (dim,), sigmas.dtype)
         return stochastic_flow(flow_key, denoiser, start, sigmas, step=step, churn=churn, eta=eta)
@@ -223,11 +250,11 @@ def gaussian_flow(
     mean: Float[Array, " d"],
     covariance: Float[Array, "d d"],
 ) -> Float[Array, " d"]:
-    r"""Exact probability flow from level σ > 0 to σ' >= 0 where ``x ~ N(μ, Σ)``, ``Σ u_j = s_j u_j``; derived here.
+    r"""Exact probability flow from level σ > 0 to σ' >= 0 for ``x ~ N(μ, Σ)``, ``Σ u_j = s_j u_j``; derived here.
 
     .. math:: u_j^\top (y' - \mu) = \sqrt{\frac{s_j + \sigma'^2}{s_j + \sigma^2}} \; u_j^\top (y - \mu)
 
-    since ``d(log u_jᵀ(y − μ))/dσ = σ/(s_j + σ²)``. The yardstick of every solver.
+    since ``d(log u_jᵀ(y − μ))/dσ = σ/(s_j + σ²)``. A reference to test solvers against.
     """
     check_positive("sigma", sigma)
     check_nonnegative("next_sigma", next_sigma)
@@ -238,47 +265,52 @@ def gaussian_flow(
 
 
 def closed_form_denoiser(minimizer: Callable[[Scalar], ReluDae]) -> Denoiser:
-    r"""A network for every noise level, ``D(y, σ) = f_σ(y)``, from ``minimizer(σ)``, for example
-    ``functools.partial(generalizing_minimizer, mixture, penalty=..., ranks=...)``.
+    r"""The denoiser ``D(y, σ) = f_σ(y)`` with its own network ``minimizer(σ)`` at every noise level.
 
-    What it samples (derived here). A network without biases is positively homogeneous in y, so the flow is too: it
-    cannot fix a scale. While the units of one block are on and the others off, with u_j, s_j the eigenpairs of the
-    block's second moment and ℓ = λ/ρ, directions decouple:
+    ``minimizer`` is, for example, ``functools.partial(generalizing_minimizer, mixture, penalty=..., ranks=...)``.
+
+    What it samples (derived here): a network without biases is positively homogeneous in y, and so is the flow, which
+    therefore cannot determine a scale. As long as the units of one block are on and all others off, directions
+    decouple; with u_j, s_j the eigenpairs of the block's second moment and ℓ = λ/ρ,
 
     .. math:: u_j^\top y(\sigma) \propto \varphi_j(\sigma) = \sigma^{\ell/s_j} (s_j + \sigma^2)^{(1 - \ell/s_j)/2},
               \qquad y_\perp(\sigma) \propto \sigma
 
-    At λ = 0 this is :func:`gaussian_flow` for ``N(0, S)``, ``S = μμᵀ + Σ``. A generalizing block carries noisy samples
-    of its mode to samples of the right second moment S, with mean ``S^{1/2}(S + σ_0² I)^{-1/2} μ``; a memorizing block
-    returns ``x_i (x_iᵀ y(σ_0)/‖x_i‖²) (1 + σ_0²/‖x_i‖²)^{-1/2}``, a multiple of its training row. With λ > 0 every
-    direction shrinks on, by ``σ^{ℓ/s_j}``, as σ → 0.
+    At λ = 0 this is :func:`gaussian_flow` for ``N(0, S)``, ``S = μμᵀ + Σ``. A generalizing block transports noisy
+    samples of its mode to samples with the correct second moment S, and mean ``S^{1/2}(S + σ_0² I)^{-1/2} μ``. A
+    memorizing block returns ``x_i (x_iᵀ y(σ_0)/‖x_i‖²) (1 + σ_0²/‖x_i‖²)^{-1/2}``, a multiple of its training row. With
+    λ > 0 every direction keeps shrinking like ``σ^{ℓ/s_j}`` as σ → 0.
     """
+    return functools.partial(_denoise_by_minimizer, minimizer)
 
-    def denoiser(y: Float[Array, " d"], sigma: Scalar, /) -> Float[Array, " d"]:
-        return denoise(minimizer(sigma), y)
 
-    return denoiser
+def _denoise_by_minimizer(
+    minimizer: Callable[[Scalar], ReluDae], y: Float[Array, " d"], sigma: Scalar, /
+) -> Float[Array, " d"]:
+    return denoise(minimizer(sigma), y)
 
 
 def nearest_level_denoiser(daes: ReluDae, levels: Float[Array, " L"]) -> Denoiser:
-    r"""A stack of networks, one a noise level, each serving the levels nearest to its own in ``log σ``.
+    r"""The denoiser that applies, out of one network per noise level, the one whose level is nearest in ``log σ``.
 
-    ``daes`` holds weights of shape (L, d, p), ``levels`` > 0 their noise levels in any order. Sampled at exactly these
-    levels it is the paper's Fig. 2. ``ValueError`` unless there is one positive level a network.
+    ``daes`` holds weights of shape (L, d, p), ``levels`` > 0 their noise levels in any order. Sampling at exactly these
+    levels is the procedure of the paper's Fig. 2. Raises ``ValueError`` unless there is one positive level per network.
     """
     shapes = jnp.shape(daes.w1), jnp.shape(daes.w2)
     if any(len(shape) != 3 or shape[0] != levels.size for shape in shapes) or levels.ndim != 1:
         raise ValueError(
-            "daes must stack one network a level, weights of shape (L, d, p) for levels of shape (L,); "
+            "daes must stack one network per level, weights of shape (L, d, p) for levels of shape (L,); "
             f"got {shapes[0]} and {shapes[1]} for {levels.shape}."
         )
     check_positive("levels", levels)
+    return functools.partial(_denoise_by_nearest, daes, levels)
 
-    def denoiser(y: Float[Array, " d"], sigma: Scalar, /) -> Float[Array, " d"]:
-        nearest = jnp.argmin(jnp.abs(jnp.log(levels / sigma)))
-        return denoise(ReluDae(daes.w1[nearest], daes.w2[nearest]), y)
 
-    return denoiser
+def _denoise_by_nearest(
+    daes: ReluDae, levels: Float[Array, " L"], y: Float[Array, " d"], sigma: Scalar, /
+) -> Float[Array, " d"]:
+    nearest = jnp.argmin(jnp.abs(jnp.log(levels / sigma)))
+    return denoise(ReluDae(daes.w1[nearest], daes.w2[nearest]), y)
 
 
 def _ends(
@@ -296,22 +328,22 @@ def _ends(
 def _closed(
     sigmas: Float[Array, " N"], high: Float[Array, ""], low: Float[Array, ""], to_zero: bool
 ) -> Float[Array, " m"]:
-    # Powers round: networks trained at the ends would otherwise miss them by one unit in the last place.
+    # Set exactly: powers round, and networks trained at the ends would miss them by one unit in the last place.
     sigmas = sigmas.at[0].set(high).at[-1].set(low)
     return jnp.pad(sigmas, (0, int(to_zero)))
 
 
-def _levels(sigmas: Float[Array, " m"], y: Float[Array, " d"], *, falling: bool = False) -> Float[Array, " m"]:
+def _levels(sigmas: Float[Array, " m"], y: Float[Array, " d"], *, decreasing: bool = False) -> Float[Array, " m"]:
     check_data(y[None, :], name="y")
     if sigmas.ndim != 1 or sigmas.size < 2:
-        raise ValueError(f"sigmas must be a row of at least two noise levels, got shape {sigmas.shape}.")
+        raise ValueError(f"sigmas must be a vector of at least two noise levels, got shape {sigmas.shape}.")
     check_nonnegative("sigmas", sigmas)
     if is_concrete(sigmas):
         slopes = np.diff(np.asarray(sigmas))
-        if not (np.all(slopes < 0) or (np.all(slopes > 0) and not falling)):
-            raise ValueError(f"sigmas must {'decrease' if falling else 'be'} strictly{'' if falling else ' monotone'}.")
+        if not (np.all(slopes < 0) or (np.all(slopes > 0) and not decreasing)):
+            raise ValueError(f"sigmas must be strictly {'decreasing' if decreasing else 'monotone'}.")
         if not np.all(np.asarray(sigmas)[:-1] > 0):
-            raise ValueError("sigmas must be positive but for the last: no denoiser has a level 0 to start from.")
+            raise ValueError("sigmas must be positive except for the last: no step can start at noise level 0.")
     return sigmas.astype(y.dtype)
 
 
@@ -325,8 +357,8 @@ def _integrate(
     steps: tuple[Array, ...],
     trajectory: bool,
 ) -> Float[Array, "*m d"]:
-    def body(y: Float[Array, " d"], now: tuple[Array, ...]) -> tuple[Float[Array, " d"], Float[Array, " d"] | None]:
-        y = advance(y, now)
+    def body(y, settings):
+        y = advance(y, settings)
         return y, y if trajectory else None
 
     last, path = jax.lax.scan(body, y, steps)

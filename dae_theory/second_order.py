@@ -1,22 +1,24 @@
 r"""The Hessian of the exact objective, in closed form, block by block.
 
-The objective :cite:`zhang26`, eq. (6), averaged exactly, is a sum over pairs of units of a weight from W₂ times a
-function of five numbers of W₁ (derived here),
+The objective :cite:`zhang26`, eq. (6), averaged over the noise exactly, is a sum over pairs of units. Each term is a
+weight that depends on W₂ times a moment that depends on W₁ through five scalars (derived here),
 
 .. math:: L = \frac1n \sum_i \Big[ \|x_i\|^2 - 2 \sum_j (w_{2j} \cdot x_i)\, E[u_{ij}]_+
           + \sum_{jk} (w_{2j} \cdot w_{2k})\, E[u_{ij}]_+ [u_{ik}]_+ \Big] + \lambda (\|W_1\|^2 + \|W_2\|^2)
 
-with ``u ~ N(W₁ᵀx, σ² W₁ᵀW₁)``. By :cite:`price58` a derivative in a variance is half a second derivative in the mean,
-and one in a covariance is a mixed derivative in two means: so all that is needed are derivatives in the means up to the
-fourth, which are closed forms that share one evaluation of the bivariate distribution. The Hessian thus costs about as
-much as the objective, where products with 2dp basis vectors would cost 2dp gradients.
+with ``u ~ N(W₁ᵀx, σ² W₁ᵀW₁)``. By Price's theorem :cite:`price58` a derivative with respect to a variance is half a
+second derivative with respect to the mean, and one with respect to a covariance is a mixed derivative with respect to
+two means. So the Hessian needs only derivatives with respect to the means up to fourth order, which are closed forms
+that share one evaluation of the bivariate distribution. It costs about as much as the objective, whereas products with
+2dp basis vectors would cost 2dp gradients.
 
-In W₂ the objective is quadratic, with a (p, p) matrix: :func:`factorize` eliminates W₂ by it, and factors (dp, dp).
+In W₂ the objective is quadratic with a (p, p) matrix: :func:`factorize` uses it to eliminate W₂, and factors a (dp, dp)
+matrix for the rest.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,19 +35,19 @@ from dae_theory.types import Scalar
 
 __all__ = ["Factors", "ObjectiveHessian", "factorize", "forward_root", "inverse_root", "objective_hessian", "to_matrix"]
 
-# Samples times pairs of units in work at once, each with some thirty numbers.
-PAIRS_IN_WORK = 2**14
+# Samples times pairs of units processed at a time, each with some thirty numbers.
+PAIRS_PER_CHUNK = 2**14
 
 
 class ObjectiveHessian(NamedTuple):
-    """Second derivatives of the exact objective; index pairs (j, a) and (k, b) are unit and coordinate."""
+    """Blocks of the Hessian of the exact objective, indexed by unit and coordinate (j, a), (k, b); a pytree."""
 
     inner: Float[Array, "p d p d"]
-    """In W₁ twice."""
+    """Second derivatives with respect to W₁."""
     cross: Float[Array, "p d p d"]
-    """In W₁, then W₂."""
+    """Mixed derivatives: the first index pair is of W₁, the second of W₂."""
     outer: Float[Array, "p p"]
-    """In W₂ twice: this matrix for each coordinate, zero between different coordinates."""
+    """Second derivatives with respect to W₂: this matrix for each coordinate, zero between different coordinates."""
 
 
 class _Jet(NamedTuple):
@@ -65,8 +67,9 @@ def objective_hessian(dae: ReluDae, data: Float[Array, "n d"], sigma: Scalar, pe
        \partial_{w_{1j}} \partial_{w_{2k}} L = \tfrac2n \Big[ \nabla_1 K_{jk} \otimes w_{2j}
        + \delta_{jk} \sum_l \nabla_1 K_{jl} \otimes w_{2l} - \delta_{jk} \sum_i \nabla E[u_{ij}]_+ \otimes x_i \Big]
 
-    The blocks of a zero column of W₁ are NaN: there is no Hessian (the objective has a kink). Memory ``2 (dp)²``
-    numbers. ``ValueError`` for ``sigma <= 0``, a negative ``penalty``, shapes that disagree and non-finite data.
+    The blocks of a zero column of W₁ are NaN, because the objective has a kink there and no Hessian. Needs memory for
+    ``2 (dp)²`` numbers. Raises ``ValueError`` for ``sigma <= 0``, a negative ``penalty``, shapes that disagree and
+    non-finite data.
     """
     check_data(data)
     check_positive("sigma", sigma)
@@ -83,7 +86,7 @@ def _objective_hessian(
 ) -> ObjectiveHessian:
     (n, d), p = data.shape, dae.w1.shape[1]
     dead = jnp.sum(jnp.square(dae.w1), axis=0) == 0
-    # Zero columns are worked out for ones in their place, and what they get is thrown away.
+    # Zero columns are replaced by ones, to avoid NaN in between, and their results discarded.
     dae = dae._replace(w1=jnp.where(dead[None, :], 1.0, dae.w1))
     w1, w2 = dae.w1.T, dae.w2.T
     weights = w2 @ w2.T
@@ -102,11 +105,11 @@ def _objective_hessian(
 
     j, k, is_real, batch = _pair_batches(n, p)
 
-    def add(carry: tuple[Array, Array, Array], pair: tuple[Any, Any, Any]) -> tuple[tuple[Array, Array, Array], None]:
+    def add(carry, pairs):
         inner, slopes, moments = carry
-        j, k, real = pair
+        j, k, real = pairs
         jets = jax.vmap(lambda j, k: _pair(w1[j], w1[k], means[:, j], means[:, k], data, sigma))(j, k)
-        # A unit that is zero has no moments with others, whatever they do.
+        # The moments of a zero unit with other units are zero.
         real = real & ~dead[j] & ~dead[k]
         jets = jax.tree.map(lambda a: jnp.where(real.reshape(-1, *[1] * (a.ndim - 1)), a, 0.0), jets)
         curved = 2.0 * weights[j, k][:, None, None, None, None] * jets.hessian
@@ -122,19 +125,19 @@ def _objective_hessian(
     moments = jnp.where(dead[:, None] | dead[None, :], 0.0, moments)
     diagonal = jnp.arange(p)[:, None], jnp.arange(d)[None, :]
     inner = (inner / n).at[diagonal[0], diagonal[1], diagonal[0], diagonal[1]].add(decay)
-    own = jnp.einsum("jla,lb->jab", slopes, w2) - means_gradient
-    cross = jnp.einsum("jka,jb->jakb", slopes, w2).at[units, :, units, :].add(own) * (2.0 / n)
+    same_unit = jnp.einsum("jla,lb->jab", slopes, w2) - means_gradient
+    cross = jnp.einsum("jka,jb->jakb", slopes, w2).at[units, :, units, :].add(same_unit) * (2.0 / n)
     outer = moments * (2.0 / n) + decay * jnp.eye(p, dtype=data.dtype)
-    none = dead[:, None, None, None] | dead[None, None, :, None]
-    return ObjectiveHessian(jnp.where(none, jnp.nan, inner), jnp.where(none, jnp.nan, cross), outer)
+    undefined = dead[:, None, None, None] | dead[None, None, :, None]
+    return ObjectiveHessian(jnp.where(undefined, jnp.nan, inner), jnp.where(undefined, jnp.nan, cross), outer)
 
 
 def to_matrix(hessian: ObjectiveHessian) -> Float[Array, "m m"]:
-    """The whole matrix, m = 2dp, in the order of ``ravel_pytree`` of a :class:`dae_theory.model.ReluDae`."""
+    """The full matrix, m = 2dp, in the order of ``ravel_pytree`` of a :class:`dae_theory.model.ReluDae`."""
     p, d = hessian.inner.shape[:2]
     outer = hessian.outer[:, None, :, None] * jnp.eye(d, dtype=hessian.outer.dtype)[None, :, None, :]
 
-    def flat(block: Float[Array, "p d p d"]) -> Float[Array, "dp dp"]:
+    def flat(block):
         return jnp.transpose(block, (1, 0, 3, 2)).reshape(p * d, p * d)
 
     cross = flat(hessian.cross)
@@ -147,7 +150,7 @@ class Factors(NamedTuple):
     .. math:: M = \begin{pmatrix} F & G \\ 0 & L \otimes I \end{pmatrix}, \quad L L^\top = B + \mu I, \quad
        G = C L^{-\top}, \quad F F^\top = A + \mu I - G G^\top
 
-    for inner, cross and outer blocks A, C, B: W₂ is eliminated first, by its small matrix.
+    for inner, cross and outer blocks A, C, B: W₂ is eliminated first, with its small matrix.
     """
 
     inner: Float[Array, "dp dp"]
@@ -186,16 +189,16 @@ def inverse_root(factors: Factors, z: ReluDae) -> ReluDae:
 
 @full_precision
 def forward_root(factors: Factors, z: ReluDae) -> ReluDae:
-    """``M z``, the transposed inverse of :func:`inverse_root`: it takes a gradient in z to the gradient in weights."""
+    """``M z``, the inverse transpose of :func:`inverse_root`: maps a gradient in z to the gradient in the weights."""
     d, p = z.w1.shape
     s1 = factors.inner @ z.w1.T.reshape(-1) + factors.cross @ z.w2.T.reshape(-1)
     return ReluDae(s1.reshape(p, d).T, (factors.outer @ z.w2.T).T)
 
 
 def _pair_batches(n: int, p: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Pairs j < k in equal batches, the last filled up; and how many batches there are."""
+    """Pairs j < k in equal batches with the last one padded, which of them are real, and the number of batches."""
     j, k = np.triu_indices(p, 1)
-    size = max(1, min(j.size, PAIRS_IN_WORK // n))
+    size = max(1, min(j.size, PAIRS_PER_CHUNK // n))
     batches = -(-j.size // size)
     if not batches:
         return j, k, j > k, 0
@@ -212,12 +215,25 @@ def _single(
     data: Float[Array, "n d"],
     sigma: Float[Array, ""],
 ) -> tuple[_Jet, Float[Array, "d d"]]:
-    """``Σ E[u]₊²`` and its gradient, but the Hessian of all terms with this unit alone; and ``Σ ∇E[u]₊ ⊗ x``."""
+    """The terms of one unit, summed over samples.
+
+    Args:
+        w1: Encoder column.
+        w2: Decoder column.
+        mean: Mean preactivation of each sample.
+        weight: ``‖w₂‖²``.
+        data: Clean samples as rows.
+        sigma: Noise level σ > 0.
+
+    Returns:
+        Value and gradient of ``Σ E[u]₊²``, with the Hessian of all terms of the objective that contain no other unit;
+        and ``Σ ∇E[u]₊ ⊗ x``.
+    """
     var = sigma * sigma
     std = sigma * jnp.linalg.norm(w1)
     a = standardize(mean, jnp.broadcast_to(std, mean.shape))
     gate, density = normal_cdf(a), normal_pdf(a) / std
-    # Derivatives in the mean, of orders 1 to 4, of E[u]₊ and of E[u]₊².
+    # Derivatives of E[u]₊ and of E[u]₊² with respect to the mean, of orders 1 to 4.
     first = (gate, density, -a * density / std, (a * a - 1.0) * density / std / std)
     second = (2.0 * relu_mean(mean, jnp.broadcast_to(std, mean.shape)), *(2.0 * term for term in first[:3]))
     pull = data @ w2
@@ -242,6 +258,14 @@ def _pair(
     data: Float[Array, "n d"],
     sigma: Float[Array, ""],
 ) -> _Jet:
+    """The jet of a pair of units.
+
+    Args:
+        w_j, w_k: Encoder columns.
+        mean_j, mean_k: Mean preactivations of each sample.
+        data: Clean samples as rows.
+        sigma: Noise level σ > 0.
+    """
     var = sigma * sigma
     std_j, std_k, cov = sigma * jnp.linalg.norm(w_j), sigma * jnp.linalg.norm(w_k), var * (w_j @ w_k)
     r, q = angle(std_j, std_k, cov)
@@ -250,11 +274,11 @@ def _pair(
     w = wedge(a, b, jnp.broadcast_to(r, a.shape), jnp.broadcast_to(q, a.shape))
     both = gate_covariance(w) + w.cdf_a * w.cdf_b
     ratio = std_k / std_j
-    # For parallel columns the joint density at 0 has no bound, but what it multiplies below vanishes with q².
+    # The joint density at 0 diverges for parallel columns, but what it multiplies below vanishes like q².
     small = jnp.maximum(w.q, jnp.sqrt(jnp.finfo(a.dtype).eps))
     joint = jnp.where(w.q > 0, w.density / (std_j * std_k * small), 0.0)
 
-    # κ = E[u_j]₊[u_k]₊ by the orders of its derivatives in (mean_j, mean_k).
+    # Derivatives of κ = E[u_j]₊[u_k]₊, named by their orders in (mean_j, mean_k).
     phi_j, phi_k = normal_pdf(a), normal_pdf(b)
     k11 = both
     k20 = ratio * (w.q * w.density + phi_j * (b - r * a) * w.cdf_tb)
@@ -281,8 +305,8 @@ def _pair(
     )
     h_shared = var * var * jnp.sum(h_shared, axis=-1)
     g_shared = var * jnp.sum(jnp.stack([0.5 * k20, 0.5 * k02, k11]), axis=-1)
-    none = jnp.zeros_like(w_j)
-    by_column = jnp.stack([jnp.stack([2.0 * w_j, none]), jnp.stack([none, 2.0 * w_k]), jnp.stack([w_k, w_j])])
+    zero = jnp.zeros_like(w_j)
+    by_column = jnp.stack([jnp.stack([2.0 * w_j, zero]), jnp.stack([zero, 2.0 * w_k]), jnp.stack([w_k, w_j])])
 
     gradient = jnp.stack([k10, k01]) @ data + jnp.einsum("g,gad->ad", g_shared, by_column)
     mixed = jnp.einsum("agd,gbe->adbe", h_mixed @ data, by_column)

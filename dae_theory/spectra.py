@@ -1,10 +1,10 @@
-r"""Clusters of a data set and the spectra of their second moments: what every closed form of the theory reads.
+r"""Clusters of a data set and the spectra of their second moments, which every closed form of the theory starts from.
 
-A block k holds the rows of one label. With ``X_k`` of shape (n_k, d), rows being samples, and ``Λ`` the eigenvalues of
+Block k holds the rows of one label. With ``X_k`` of shape (n_k, d), samples as rows, and ``Λ`` the eigenvalues of
 ``X_kᵀ X_k`` (:cite:`zhang26`, Theorem 3.1, unnormalized), the *moments* are ``s = Λ/n_k``, the eigenvalues of
-``S_k = X_kᵀ X_k/n_k``, and the *weight* is ``ρ_k = n_k/n``. In these letters data and population share every formula.
+``S_k = X_kᵀ X_k/n_k``, and the *weight* is ``ρ_k = n_k/n``. In this notation data and population share every formula.
 
-Labels are concrete, because they fix shapes; blocks come in order of label. Nothing here is per example.
+Labels must be concrete, because they determine shapes; blocks are in order of label. Functions take whole data sets.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ __all__ = [
 ]
 
 Labels: TypeAlias = ArrayLike | Sequence[int]
-"""One integer a row of the data; rows that share it form a block."""
+"""One integer per row of the data; rows with the same integer form a block."""
 
 Ranks: TypeAlias = ArrayLike | Sequence[int]
-"""Units of each block in order of label, or one number for all of them."""
+"""Number of units of each block in order of label, or one number for all blocks."""
 
 Multiplicity: TypeAlias = ArrayLike | Sequence[int] | None
-"""Copies that each row stands for, whole numbers above 0; one each if ``None``."""
+"""Number of copies that each row stands for, positive whole numbers; one each if ``None``."""
 
 
 class Blocks(NamedTuple):
@@ -61,31 +61,31 @@ class Blocks(NamedTuple):
     labels: np.ndarray
     """The distinct labels, ascending, shape (K,)."""
     members: np.ndarray
-    """The block of each row, 0..K-1, shape (n,)."""
+    """Block of each row, 0..K-1, shape (n,)."""
     counts: np.ndarray
-    """Rows of each block, n_k, shape (K,)."""
+    """Number of rows n_k of each block, shape (K,)."""
 
 
 class Spectra(NamedTuple):
     """Second-moment spectra of K blocks; a pytree."""
 
     moments: Float[Array, "K r"]
-    """Eigenvalues of S_k, descending along the row, padded with zeros."""
+    """Eigenvalues of S_k, descending within each row, padded with zeros."""
     weights: Float[Array, " K"]
-    """Shares ρ_k of the samples, or probabilities of the modes."""
+    """Fractions ρ_k of the samples, or probabilities of the modes."""
 
 
 def partition(labels: Labels, num_samples: int) -> Blocks:
-    """Blocks of equal label.
+    """Group rows by label.
 
-    ``ValueError`` if ``labels`` is traced, not integer, or not one label for each of ``num_samples`` rows.
+    Raises ``ValueError`` if ``labels`` is traced, not integer, or not one label for each of ``num_samples`` rows.
     """
     if not is_concrete(labels):
-        raise ValueError("labels must be concrete: they fix the blocks' shapes; close over them instead of tracing.")
+        raise ValueError("labels must be concrete, because they determine shapes; close over them instead of tracing.")
     names = np.asarray(labels)
     if names.shape != (num_samples,):
         raise ValueError(
-            f"labels must have shape ({num_samples},), one for each row of data; got {names.shape}"
+            f"labels must have shape ({num_samples},), one per row of data; got {names.shape}"
             + (f", {names.size - num_samples:+d} labels." if names.ndim == 1 else ".")
         )
     if not np.issubdtype(names.dtype, np.integer):
@@ -95,13 +95,13 @@ def partition(labels: Labels, num_samples: int) -> Blocks:
 
 
 def check_ranks(ranks: Ranks, limits: Sequence[int] | np.ndarray, *, width: int | None = None) -> tuple[int, ...]:
-    """The rank p_k of each block as a tuple, one integer standing for all of them.
+    """The rank p_k of each block as a tuple; a single integer applies to all blocks.
 
-    ``limits`` are the largest ranks, min(n_k, d). ``ValueError`` for a wrong number of ranks, a rank outside
-    [0, limit], or more units than ``width``; the message says by how much.
+    ``limits`` are the largest possible ranks, min(n_k, d). Raises ``ValueError`` for a wrong number of ranks, a rank
+    outside [0, limit], or more units than ``width``; the message says by how much.
     """
     if not is_concrete(ranks):
-        raise ValueError("ranks must be concrete: they are shapes; close over them instead of tracing.")
+        raise ValueError("ranks must be concrete, because they are shapes; close over them instead of tracing.")
     same = isinstance(ranks, numbers.Integral) or np.ndim(ranks) == 0
     listed = [ranks] * len(limits) if same else list(np.asarray(ranks))
     if len(listed) != len(limits):
@@ -110,8 +110,8 @@ def check_ranks(ranks: Ranks, limits: Sequence[int] | np.ndarray, *, width: int 
     for k, (rank, limit) in enumerate(zip(checked, limits, strict=True)):
         if rank > limit:
             raise ValueError(
-                f"ranks[{k}] = {rank} exceeds by {rank - limit} the rank that block {k} can have, "
-                f"{limit} = min(samples, dimensions); lower it, or pass one rank for each block."
+                f"ranks[{k}] = {rank} exceeds by {rank - limit} the largest rank of block {k}, "
+                f"{limit} = min(samples, dimensions); lower it, or pass one rank per block."
             )
     total = sum(checked)
     if width is not None and total > check_integer("width", width, minimum=1):
@@ -120,10 +120,10 @@ def check_ranks(ranks: Ranks, limits: Sequence[int] | np.ndarray, *, width: int 
 
 
 def blocks_alike(blocks: Blocks, ranks: Sequence[int] | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Blocks of like size (and equal rank) together, so that one batched call serves them and compiles once.
+    """Groups of blocks of similar size (and equal rank), so that one batched call handles a group and compiles once.
 
-    Yields block numbers (g,) and rows (g, m), where m is n_k rounded up to a power of two and the row n, one past the
-    last, fills up: see :func:`block_points`.
+    Yields block numbers (g,) and row indices (g, m), where m is n_k rounded up to a power of two. The index n, one past
+    the last row, pads: see :func:`block_points`.
     """
     n = blocks.members.size
     order = np.argsort(blocks.members, kind="stable")
@@ -132,14 +132,14 @@ def blocks_alike(blocks: Blocks, ranks: Sequence[int] | None = None) -> Iterator
     keys = np.stack([sizes, np.zeros_like(sizes) if ranks is None else np.asarray(ranks)], axis=1)
     for key in np.unique(keys, axis=0):
         (numbers_alike,) = np.nonzero(np.all(keys == key, axis=1))
-        place = np.arange(key[0])[None, :]
-        inside = place < blocks.counts[numbers_alike][:, None]
-        rows = order[np.minimum(starts[numbers_alike][:, None] + place, n - 1)]
-        yield numbers_alike, np.where(inside, rows, n)
+        position = np.arange(key[0])[None, :]
+        is_real = position < blocks.counts[numbers_alike][:, None]
+        rows = order[np.minimum(starts[numbers_alike][:, None] + position, n - 1)]
+        yield numbers_alike, np.where(is_real, rows, n)
 
 
 def block_points(data: Float[Array, "n d"], rows: np.ndarray) -> Float[Array, "g m d"]:
-    """The rows of each block of :func:`blocks_alike`, and zeros, which change no second moment."""
+    """The rows of each block of :func:`blocks_alike`, padded with zeros, which change no second moment."""
     return data.at[jnp.asarray(rows)].get(mode="fill", fill_value=0.0)
 
 
@@ -149,13 +149,13 @@ def principal_axes(points: Float[Array, "m d"], rank: int) -> tuple[Float[Array,
 
     .. math:: X^\top X = U \Lambda U^\top
 
-    From the smaller of the two Gram matrices. Eigenvalues that rounding cannot tell from zero are exactly zero.
+    Computed from the smaller of the two Gram matrices. Eigenvalues that are zero up to rounding are exactly zero.
     """
     m, d = points.shape
-    # The Gram matrix's eigenvalues are off by the rounding of the largest; Rayleigh quotients square that error.
+    # Eigenvalues of the Gram matrix are off by the rounding of the largest; Rayleigh quotients square that error.
     if m < d:
         gram = points @ points.T
-        # Rows of zeros would tie at the eigenvalue 0, and ties make derivatives NaN: send them below, one by one.
+        # Zero rows would tie at the eigenvalue 0, and ties make derivatives NaN: give them distinct negative ones.
         empty = jnp.all(points == 0, axis=1).astype(gram.dtype)
         _, vectors = jnp.linalg.eigh(gram - jnp.diag(empty * jnp.cumsum(empty)) * jnp.trace(gram) / m)
         scaled = points.T @ vectors[:, ::-1][:, :rank]
@@ -172,12 +172,13 @@ def principal_axes(points: Float[Array, "m d"], rank: int) -> tuple[Float[Array,
 
 @full_precision
 def empirical_spectra(data: Float[Array, "n d"], labels: Labels, *, multiplicity: Multiplicity = None) -> Spectra:
-    r"""Moments and weights of labeled rows; r = min(max n_k, d).
+    r"""Moments and weights of labeled rows, with r = min(max n_k, d).
 
     .. math:: s = \mathrm{eig}(X_k^\top X_k)/n_k, \quad \rho_k = n_k/n
 
-    ``multiplicity`` (n,), positive whole numbers, counts row i as so many copies, and n_k counts copies then. Jits with
-    ``labels`` and ``multiplicity`` closed over. ``ValueError`` for bad data, labels or multiplicities.
+    ``multiplicity`` (n,), positive whole numbers, is the number of copies that each row stands for; n_k then counts
+    copies. Jittable with ``labels`` and ``multiplicity`` closed over. Raises ``ValueError`` for bad data, labels or
+    multiplicities.
     """
     check_data(data)
     blocks = partition(labels, data.shape[0])
@@ -210,7 +211,10 @@ def population_spectra(mixture: GaussianMixture) -> Spectra:
 
 
 def check_multiplicity(multiplicity: Multiplicity, num_samples: int) -> np.ndarray:
-    """Copies of each row, ones if ``None``; ``ValueError`` unless concrete, positive whole numbers, shape (n,)."""
+    """Copies of each row, ones if ``None``.
+
+    Raises ``ValueError`` unless they are concrete, positive whole numbers of shape (n,).
+    """
     if multiplicity is None:
         return np.ones(num_samples, int)
     if not is_concrete(multiplicity):
@@ -218,28 +222,29 @@ def check_multiplicity(multiplicity: Multiplicity, num_samples: int) -> np.ndarr
     copies = np.asarray(multiplicity)
     check_positive("multiplicity", copies)
     if copies.shape != (num_samples,):
-        raise ValueError(f"multiplicity must have shape ({num_samples},), one for each row; got {copies.shape}.")
+        raise ValueError(f"multiplicity must have shape ({num_samples},), one number per row; got {copies.shape}.")
     if np.any(copies != np.round(copies)):
-        raise ValueError("multiplicity must hold whole numbers: row i stands for so many equal samples.")
+        raise ValueError("multiplicity must hold whole numbers: the number of copies that each row stands for.")
     return copies.astype(int)
 
 
 def distinct_rows(data: Float[Array, "n d"], members: np.ndarray) -> tuple[Float[Array, "m d"], np.ndarray, np.ndarray]:
-    """Distinct rows in order of appearance, shape (m, d), the block of each, and which of them each row is, (n,).
+    """Distinct rows in order of appearance, the block of each, and the index of each row among them, shape (n,).
 
-    No gate can tell equal rows apart: ``ValueError`` if they belong to different blocks. Concrete data only.
+    Raises ``ValueError`` if equal rows belong to different blocks, because no gate can distinguish them. Takes concrete
+    data only.
     """
     _, first, inverse = np.unique(np.asarray(data), axis=0, return_index=True, return_inverse=True)
     order = np.argsort(first)
     inverse, first = np.argsort(order)[inverse.reshape(-1)], first[order]
-    strays = int(np.sum(members[first][inverse] != members))
-    if strays:
-        raise ValueError(f"{strays} rows equal an earlier row of another label; give equal rows one label.")
+    conflicts = int(np.sum(members[first][inverse] != members))
+    if conflicts:
+        raise ValueError(f"{conflicts} rows equal an earlier row of another label; give equal rows the same label.")
     return data[first], members[first], inverse
 
 
 def span_coordinates(rows: Float[Array, "m d"]) -> Float[Array, "m r"]:
-    """The rows in an orthonormal basis of their span, r = min(m, d): inner products and spectra do not change."""
+    """The rows in an orthonormal basis of their span, r = min(m, d), which keeps inner products and spectra."""
     return jnp.linalg.qr(rows.T, mode="r").T if rows.shape[0] < rows.shape[1] else rows
 
 
@@ -250,30 +255,33 @@ def block_copies(members: Int[Array, " m"], copies: Float[Array, " m"], num_bloc
 
 @full_precision
 def masked_spectra(
-    rows: Float[Array, "m r"], own: Float[Array, "K m"]
+    rows: Float[Array, "m r"], copies: Float[Array, "K m"]
 ) -> tuple[Float[Array, "K r"], Float[Array, " K"], Float[Array, "K r r"]]:
-    """Moments, counts and axes (columns) of K blocks that hold ``own`` >= 0 copies of each row; zeros for empty ones.
+    """Moments, counts and axes (as columns) of K blocks with ``copies`` >= 0 of each row; zeros for empty blocks.
 
-    One shape for every partition, so that a search compiles once, where :func:`empirical_spectra` has one for each size
-    of block. K matrices of size r are the price.
+    Its shapes are the same for every partition, so that a search compiles once; those of :func:`empirical_spectra`
+    depend on the block sizes. The cost is K matrices of size r.
     """
-    moments, axes = jax.lax.map(lambda c: gram_axes((rows * c[:, None]).T @ rows, jnp.sum(c)), own)
-    return moments, jnp.sum(own, axis=1), axes
+    moments, axes = jax.lax.map(lambda c: gram_axes((rows * c[:, None]).T @ rows, jnp.sum(c)), copies)
+    return moments, jnp.sum(copies, axis=1), axes
 
 
 def gram_axes(gram: Float[Array, "r r"], count: Float[Array, ""]) -> tuple[Float[Array, " r"], Float[Array, "r r"]]:
     """Moments ``eig(gram)/count``, descending, with their axes; zeros where the count is 0."""
     lam, axes = jnp.linalg.eigh(gram)
-    # Removing a block's last sample leaves a rounding error over nothing.
-    some = count > 0
-    moments = jnp.where(some, jnp.maximum(lam[::-1], 0.0) / jnp.where(some, count, 1.0), 0.0)
+    # Removing a block's last sample leaves a rounding error divided by a count of 0.
+    nonempty = count > 0
+    moments = jnp.where(nonempty, jnp.maximum(lam[::-1], 0.0) / jnp.where(nonempty, count, 1.0), 0.0)
     return moments, axes[:, ::-1]
 
 
 def direction_spectra(
-    moments: Float[Array, "K r"], counts: Float[Array, " K"], rows: Float[Array, "m r"], alone: Float[Array, " m"]
+    moments: Float[Array, "K r"], counts: Float[Array, " K"], rows: Float[Array, "m r"], singletons: Float[Array, " m"]
 ) -> Spectra:
-    """Every direction as a block of rank one: the K r of the blocks, then the m rows, ``alone`` copies of each."""
+    """Every direction as a block of rank one: K r directions of blocks, then m rows that are blocks of their own.
+
+    ``singletons`` is the number of copies of each row outside the K blocks, 0 for a row that belongs to one of them.
+    """
     of_blocks = jnp.broadcast_to(counts[:, None], moments.shape).reshape(-1)
-    weights = jnp.concatenate([of_blocks, alone]) / (jnp.sum(counts) + jnp.sum(alone))
+    weights = jnp.concatenate([of_blocks, singletons]) / (jnp.sum(counts) + jnp.sum(singletons))
     return Spectra(jnp.concatenate([moments.reshape(-1), jnp.sum(jnp.square(rows), axis=1)])[:, None], weights)

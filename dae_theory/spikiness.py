@@ -1,7 +1,8 @@
 r"""Measures of spikiness of one code ``h`` of shape (p,): few units carry a spiky code, many a balanced one.
 
-One signature, ``measure(code) -> ()``; batch with ``jax.vmap``. All but :func:`std` are scale-free; signed codes are
-allowed. :data:`MEASURES` maps names to functions. A zero code has no direction: each docstring says its defined value.
+All have the signature ``measure(code) -> ()``; batch with ``jax.vmap``. All but :func:`std` are invariant to scale;
+codes may have either sign. :data:`MEASURES` maps names to functions. For a zero code the value is set by convention, as
+each docstring says.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def std(code: Float[Array, " p"]) -> Float[Array, ""]:
     In [0, max|h|]; grows with the scale of the input and of the layer. Divides by p (PyTorch's default divides by
     p − 1). 0 for a zero code.
     """
-    # √ has an infinite derivative at 0, where constant codes lie: take it on a safe branch.
+    # √ has an infinite derivative at 0, the variance of a constant code: double where.
     variance = jnp.mean(jnp.square(code - jnp.mean(code)))
     return jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
 
@@ -56,7 +57,7 @@ def hoyer(code: Float[Array, " p"]) -> Float[Array, ""]:
 
     .. math:: \left(\sqrt p - \|h\|_1/\|h\|_2\right) / (\sqrt p - 1)
 
-    0 for a zero code, and for p = 1, where every code is both.
+    0 for a zero code, and for p = 1, where every code is both one-hot and constant.
     """
     unit, alive = _unit(code)
     root = code.size**0.5
@@ -70,11 +71,11 @@ def kurtosis(code: Float[Array, " p"]) -> Float[Array, ""]:
 
     .. math:: \frac{\frac1p \sum_j (h_j - \bar h)^4}{\left(\frac1p \sum_j (h_j - \bar h)^2\right)^2} - 3
 
-    −2, the least value, for a constant code (a zero code too): it has no outlier.
+    −2, the smallest value, for a constant code, including a zero code.
     """
     scaled, _ = _unit(code)
     unit, alive = _unit(scaled - jnp.mean(scaled))
-    # A constant code leaves rounding behind after its mean is taken; that is not a spread.
+    # Subtracting the mean of a constant code leaves rounding errors, which are not a spread.
     alive = alive & (jnp.max(jnp.abs(scaled - jnp.mean(scaled))) > 4 * jnp.finfo(code.dtype).eps)
     return jnp.where(alive, code.size * jnp.sum(unit**4) - 3.0, -2.0)
 
@@ -91,7 +92,7 @@ MEASURES: Mapping[str, Callable[[Float[Array, " p"]], Float[Array, ""]]] = Mappi
 
 
 def _unit(code: Float[Array, " p"]) -> tuple[Float[Array, " p"], Array]:
-    """The code at unit length, and whether it has any; scaled first, so that squares neither overflow nor vanish."""
+    """The code divided by its norm, and whether that is positive; scaled first against overflow and underflow."""
     largest = jnp.max(jnp.abs(code), initial=0.0)
     alive = largest > 0
     scaled = code / jnp.where(alive, largest, 1.0)

@@ -1,6 +1,6 @@
-"""Array aliases and the one contract for denoisers.
+"""Array aliases and the interface of denoisers.
 
-Shapes are written in the letters of the paper: ``n`` samples, ``d`` data dimension, ``p`` hidden units, ``K`` modes.
+Shapes use the letters of the paper: ``n`` samples, ``d`` data dimension, ``p`` hidden units, ``K`` modes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ PRNGKey: TypeAlias = Key[Array, ""]
 class Denoiser(Protocol):
     r"""An estimate of the clean sample, ``D(y, σ) ≈ E[x | y]`` for ``y = x + σ ε``, ``ε ~ N(0, I)``.
 
-    One example, shape (d,), in and out; batch it with ``jax.vmap``. Its score is ``(D(y, σ) − y)/σ²`` (Tweedie).
+    Takes and returns one example of shape (d,); batch it with ``jax.vmap``. Its score is ``(D(y, σ) − y)/σ²``
+    (Tweedie).
+
+    Example:
+        >>> import functools, jax.numpy as jnp
+        >>> from dae_theory import empirical_denoiser
+        >>> isinstance(functools.partial(empirical_denoiser, data=jnp.eye(2)), Denoiser)
+        True
     """
 
     def __call__(self, y: Float[Array, " d"], sigma: Scalar, /) -> Float[Array, " d"]:

@@ -74,7 +74,7 @@ def test_bounds_of_all_patterns_of_two_units_are_exact_and_sum_to_one(network):
     dae, x, _ = network
     pair = ReluDae(dae.w1[:, :2], dae.w2[:, :2])
     patterns = jnp.array([[0, 0], [0, 1], [1, 0], [1, 1]], bool)
-    bounds = jax.vmap(functools.partial(active_set, pair, x, SIGMA))(patterns)
+    bounds = jax.jit(jax.vmap(functools.partial(active_set, pair, x, SIGMA)))(patterns)
     np.testing.assert_allclose(bounds.lower, bounds.upper, atol=1e-15)
     np.testing.assert_allclose(jnp.sum(bounds.lower), 1.0, atol=1e-15)
 
@@ -129,12 +129,12 @@ def test_the_local_linear_map_is_the_jacobian_and_the_denoiser(network):
 def test_moments_are_homogeneous(network, scale):
     """Data, noise and nothing else scaled by c: norms of degree 1, 2, 4, 2; gates and Jacobians unchanged."""
     dae, x, _ = network
-    small, large = spikiness_moments(dae, x, SIGMA), spikiness_moments(dae, scale * x, scale * SIGMA)
+    moments = jax.jit(spikiness_moments)
+    small, large = moments(dae, x, SIGMA), moments(dae, scale * x, scale * SIGMA)
     for a, b, degree in zip(small, large, (1, 2, 4, 2), strict=True):
         np.testing.assert_allclose(b, a * scale**degree, rtol=1e-12)
-    np.testing.assert_allclose(
-        joint_gate_probabilities(dae, scale * x, scale * SIGMA), joint_gate_probabilities(dae, x, SIGMA), rtol=1e-12
-    )
+    both = jax.jit(joint_gate_probabilities)
+    np.testing.assert_allclose(both(dae, scale * x, scale * SIGMA), both(dae, x, SIGMA), rtol=1e-12)
 
 
 def test_hard_corners_are_finite(network):
@@ -142,11 +142,15 @@ def test_hard_corners_are_finite(network):
     dae, x, _ = network
     w = jnp.stack([dae.w1[:, 0], 2 * dae.w1[:, 0], -dae.w1[:, 0], jnp.zeros(3)], axis=1)
     odd = ReluDae(w, dae.w2)
-    for sigma in (1e-3, 1.0, 1e3):
-        values = (gate_probabilities, joint_gate_probabilities, spikiness_moments, mean_jacobian, jacobian_energy)
-        for f in values:
-            gradient = jax.grad(lambda d, f=f, s=sigma: sum(jnp.sum(v) for v in jax.tree.leaves(f(d, x, s))))(odd)
-            assert all(bool(jnp.all(jnp.isfinite(v))) for v in jax.tree.leaves((f(odd, x, sigma), gradient)))
+    for f in (gate_probabilities, joint_gate_probabilities, spikiness_moments, mean_jacobian, jacobian_energy):
+
+        def total(dae, sigma, f=f):
+            values = f(dae, x, sigma)
+            return sum(jnp.sum(v) for v in jax.tree.leaves(values)), values
+
+        values_and_gradient = jax.jit(jax.value_and_grad(total, has_aux=True))
+        for sigma in (1e-3, 1.0, 1e3):
+            assert all(bool(jnp.all(jnp.isfinite(v))) for v in jax.tree.leaves(values_and_gradient(odd, sigma)))
     both = joint_gate_probabilities(odd, x, 1.0)
     on = gate_probabilities(odd, x, 1.0)
     np.testing.assert_allclose(jnp.diagonal(both), on, rtol=1e-14)

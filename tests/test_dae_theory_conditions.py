@@ -217,7 +217,7 @@ def test_rows_say_by_how_much(key):
     assert not cosine.holds
     assert f"{-cosine.slack:.3g}" in cosine.explanation
     assert "3 have q clipped" in table["penalty"].explanation
-    assert "only rank + 1 = 7" in table["few_clusters"].explanation
+    assert "at most rank + 1 = 7" in table["few_clusters"].explanation
     assert all(isinstance(row.holds, bool) and isinstance(row.slack, float) for row in table.values())
 
 

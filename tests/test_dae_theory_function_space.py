@@ -220,7 +220,7 @@ def test_single_precision_keeps_its_own_digits():
 
 def test_unequal_dimensions_are_refused():
     for function in (function_distance_sq, function_inner_product):
-        with pytest.raises(ValueError, match="one dimension d, got 4 and 3"):
+        with pytest.raises(ValueError, match="same dimension d, got 4 and 3"):
             function(random_dae(0), random_dae(0, dim=3))
 
 

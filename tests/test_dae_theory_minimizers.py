@@ -324,7 +324,7 @@ WORLD = GaussianMixture(jnp.ones(1), jnp.ones((1, 2)), jnp.eye(2)[None])
     [
         (lambda x: minimizers.memorizing_minimizer(x, -0.1, 0.0, 9), "sigma must not be negative, got -0.1"),
         (lambda x: minimizers.memorizing_minimizer(x, 0.1, -1e-3, 9), "penalty must not be negative"),
-        (lambda x: minimizers.memorizing_minimizer(x, 0.1, 0.0, 7), "width = 7 is 2 under the n = 9 samples"),
+        (lambda x: minimizers.memorizing_minimizer(x, 0.1, 0.0, 7), "width = 7 is 2 less than n = 9"),
         (lambda x: minimizers.memorizing_minimizer(x, 0.1, 0.0, 0), "width must be at least 1"),
         (lambda x: minimizers.memorizing_minimizer(x.at[2, 1].set(jnp.inf), 0.1, 0.0, 9), "1 non-finite"),
         (lambda x: minimizers.block_minimizer(x.at[0].set(jnp.nan), LABELS, 0.1, 0.0, RANKS), "6 non-finite"),

@@ -200,16 +200,19 @@ column_derivatives = jax.jit(
 )
 
 
+def half_square(w, x):
+    return 0.5 * relu_second_moment(w @ x, 0.6 * jnp.sqrt(w @ w))
+
+
+half_square_derivatives = jax.jit(lambda w, x: (jax.grad(half_square)(w, x), jax.hessian(half_square)(w, x)))
+
+
 @pytest.mark.parametrize("ratio", [1.0, 2.5, -2.5, -1e3])
 def test_parallel_columns_have_the_derivatives_of_one_unit(ratio):
     """``∂E/∂w = E[1(u>0) v₊ y]``, ``∂²E/∂w∂v = E[1(u>0) 1(v>0) y yᵀ]``, ``∂²E/∂w² = E[δ(u) v₊ y yᵀ] = 0``, v = ρu."""
     w, x = jnp.array([0.7, -0.3]), jnp.array([0.5, 0.4])
-
-    def half_square(w):
-        return 0.5 * relu_second_moment(w @ x, 0.6 * jnp.sqrt(w @ w))
-
     both_on = 1.0 if ratio > 0 else 0.0
-    slope, curvature = both_on * jax.grad(half_square)(w), both_on * jax.hessian(half_square)(w)
+    slope, curvature = (both_on * derivative for derivative in half_square_derivatives(w, x))
     found, blocks = column_derivatives(jnp.stack([w, ratio * w]), x)
     np.testing.assert_allclose(found[0] / ratio, slope, rtol=1e-14, atol=1e-15)
     np.testing.assert_allclose(found[1], slope, rtol=1e-14, atol=1e-15)

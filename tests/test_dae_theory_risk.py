@@ -390,7 +390,7 @@ def test_one_trace_for_all_noise_levels_and_penalties():
         ({"data": jnp.ones((2, 5), int)}, "floating point"),
         ({"data": jnp.ones((2, 5), jnp.float32)}, "float32 but the weights are float64"),
         ({"data": jnp.ones((2, 4))}, "4 columns but the weights have 5 rows"),
-        ({"dae": ReluDae(jnp.ones((5, 2)), jnp.ones((5, 3)))}, "share one shape"),
+        ({"dae": ReluDae(jnp.ones((5, 2)), jnp.ones((5, 3)))}, "must have the same shape"),
         ({"dae": ReluDae(jnp.full((5, 2), jnp.nan), jnp.ones((5, 2)))}, "w1 has 10 non-finite"),
         ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
         ({"num_draws": 0}, "num_draws must be at least 1, got 0"),

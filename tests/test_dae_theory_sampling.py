@@ -490,9 +490,9 @@ def test_bad_input_is_refused(key):
         sampling.karras_schedule(1.0, 0.1, 1)
     with pytest.raises(ValueError, match="strictly monotone"):
         sampling.probability_flow(GAUSSIAN, y, jnp.array([1.0, 0.5, 0.5]))
-    with pytest.raises(ValueError, match="positive but for the last"):
+    with pytest.raises(ValueError, match="positive except for the last"):
         sampling.probability_flow(GAUSSIAN, y, jnp.array([0.0, 1.0]))
-    with pytest.raises(ValueError, match="decrease strictly"):
+    with pytest.raises(ValueError, match="strictly decreasing"):
         sampling.stochastic_flow(key, GAUSSIAN, y, levels[:-1][::-1])
     with pytest.raises(ValueError, match="negative"):
         sampling.probability_flow(GAUSSIAN, y, jnp.array([1.0, -1.0]))
@@ -506,7 +506,7 @@ def test_bad_input_is_refused(key):
         sampling.stochastic_flow(key, GAUSSIAN, y, levels, churn=-0.1)
     with pytest.raises(ValueError, match="num_samples must be at least 1"):
         sampling.sample(key, GAUSSIAN, levels, 0, 3)
-    with pytest.raises(ValueError, match="one network a level"):
+    with pytest.raises(ValueError, match="one network per level"):
         sampling.nearest_level_denoiser(ReluDae(jnp.zeros((2, 3, 4)), jnp.zeros((2, 3, 4))), jnp.ones(3))
     with pytest.raises(ValueError, match="levels must be positive"):
         sampling.nearest_level_denoiser(ReluDae(jnp.zeros((2, 3, 4)), jnp.zeros((2, 3, 4))), jnp.array([0.0, 1.0]))

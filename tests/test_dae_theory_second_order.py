@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from dae_theory import ReluDae, exact_objective
+from dae_theory import ReluDae, exact_objective, second_order
 from dae_theory.certificate import hessian
 from dae_theory.model import init
 from dae_theory.second_order import factorize, forward_root, inverse_root, objective_hessian, to_matrix
@@ -40,11 +40,14 @@ def test_products_with_all_basis_vectors_give_the_same_matrix(shape, exponent, r
 
 
 def test_chunks_do_not_matter(key, monkeypatch):
-    dae, data = problem(key, 5, 3, 6)
-    monkeypatch.setattr("dae_theory.second_order.PAIRS_IN_WORK", 20)
-    # Shapes that no other test has, or a program compiled before would be run.
-    chunked = to_matrix(objective_hessian(dae, data, 0.4, 0.1))
-    want = hessian(dae, data, 0.4, 0.1)
+    dae, data = problem(key, 6, 4, 5)
+    want = to_matrix(objective_hessian(dae, data, 0.4, 0.1))
+    monkeypatch.setattr(second_order, "PAIRS_PER_CHUNK", 20)
+    # Ten pairs, three at a time.
+    assert second_order._pair_batches(6, 5)[3] == 4
+    # Jitted anew, or the program compiled above would run again.
+    anew = jax.jit(lambda *args: second_order._objective_hessian.__wrapped__(*args))
+    chunked = to_matrix(anew(dae, data, jnp.asarray(0.4), jnp.asarray(0.1)))
     np.testing.assert_allclose(chunked, want, atol=1e-12 * float(jnp.max(jnp.abs(want))))
 
 
@@ -71,7 +74,7 @@ def test_nearly_parallel_columns(key, factor, angle):
 
 def test_a_zero_column_has_no_hessian(key):
     """Its blocks say so; those of other units are those of the network without it."""
-    dae, data = problem(key, 4, 3, 3)
+    dae, data = problem(key, 6, 3, 3)
     dead = ReluDae(dae.w1.at[:, 1].set(0.0), dae.w2.at[:, 1].set(0.0))
     got = objective_hessian(dead, data, 0.4, 0.1)
     assert bool(jnp.all(jnp.isnan(got.inner[1, :, 1, :])))

@@ -195,7 +195,7 @@ def test_matching_is_invertible_and_survives_nan():
     order = jnp.asarray(np.random.default_rng(0).permutation(7))
     np.testing.assert_array_equal(order[match(a, permuted(a, order))], np.arange(7))
     assert match(a, ReluDae(a.w1 * jnp.nan, a.w2)).shape == (7,)
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="the same shape"):
         match(a, random_dae(6, 5, 8))
 
 

@@ -98,7 +98,7 @@ def test_the_readme_fits_on_two_screens():
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_guides_begin_with_a_table_of_contents(guide):
     listed = re.findall(r"^\* \[[^\]]*\]\(#([^)]*)\)", guide.read_text(), flags=re.M)
-    sections = [anchor for anchor in anchors(guide)[1:]]
+    sections = anchors(guide)[1:]
     second = re.findall(r"^## (.*)$", re.sub(r"```.*?```", "", guide.read_text(), flags=re.S), flags=re.M)
     assert len(second) == len(listed)
     assert set(listed) <= set(sections)
