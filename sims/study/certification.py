@@ -19,6 +19,7 @@ from dae_theory.model import live_columns
 from dae_theory.risk import exact_objective
 from dae_theory.structures import Structure, compare_structures
 from sims.data import datasets
+from sims.study.tables import markdown
 from sims.sweeps.spec import Spec
 
 __all__ = ["as_text", "certification", "regime"]
@@ -74,9 +75,8 @@ def as_text(found: dict[str, Any]) -> str:
     ]
     for entry in found["certificates"]:
         lines += ["", f"## sigma = {entry['sigma']:g}: {entry['regime']}", "", entry["search"].capitalize() + ".", ""]
-        lines += ["| structure | regime | objective | units | margin | trusted |", "|---|---|---|---|---|---|"]
-        for s in entry["structures"]:
-            cells = (
+        structures = [
+            (
                 s["name"],
                 s["regime"],
                 f"{s['objective']:.6g}",
@@ -84,13 +84,18 @@ def as_text(found: dict[str, Any]) -> str:
                 _number(s["margin"]),
                 _yes(s["holds"]),
             )
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-        lines += ["", "| condition | holds | slack | |", "|---|---|---|---|"]
-        for row in entry["conditions"]:
-            lines.append(f"| {row['name']} | {_yes(row['holds'])} | {_number(row['slack'])} | {row['explanation']} |")
-        lines += ["", "| certificate | |", "|---|---|"]
-        certificate = entry["certificate"]
-        lines += [f"| {name.replace('_', ' ')} | {_number(value)} |" for name, value in certificate.items()]
+            for s in entry["structures"]
+        ]
+        checked = [
+            (row["name"], _yes(row["holds"]), _number(row["slack"]), row["explanation"]) for row in entry["conditions"]
+        ]
+        certificate = [(name.replace("_", " "), _number(value)) for name, value in entry["certificate"].items()]
+        lines += [markdown(("structure", "regime", "objective", "units", "margin", "trusted"), structures), ""]
+        lines += [
+            markdown(("condition", "holds", "slack", ""), checked),
+            "",
+            markdown(("certificate", ""), certificate),
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 
 from sims.store.provenance import differences
+from sims.study.tables import markdown, mean_and_error
 from sims.study.transitions import transition
 
 __all__ = ["summary", "transition_table"]
@@ -82,23 +83,22 @@ def _origin_lines(sessions: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _transition_lines(results: xr.Dataset) -> list[str]:
-    rows = transition_table(results)
-    axes = [name for name in rows[0] if name not in ("estimate", "low", "high", "crossed")]
-    lines = [
+    crossings = transition_table(results)
+    axes = [name for name in crossings[0] if name not in ("estimate", "low", "high", "crossed")]
+    rows = []
+    for row in crossings:
+        estimate = f"{row['estimate']:.3g}" if math.isfinite(row["estimate"]) else "outside the grid"
+        interval = f"{row['low']:.3g} to {row['high']:.3g}" if math.isfinite(row["low"]) else "-"
+        rows.append([*(_shown(row[axis]) for axis in axes), estimate, interval])
+    return [
         "## Where memorization ends",
         "",
         "n* is the training-set size at which the denoising error on training rows is half of that on held-out rows "
         f"(gap = 1/2), with the 95 % bootstrap interval over {results.sizes['seed']} seeds.",
         "",
-        "| " + " | ".join([*axes, "n*", "interval"]) + " |",
-        "|" + "---|" * (len(axes) + 2),
+        markdown([*axes, "n*", "interval"], rows),
+        "",
     ]
-    for row in rows:
-        cells = [_shown(row[axis]) for axis in axes]
-        found = f"{row['estimate']:.3g}" if math.isfinite(row["estimate"]) else "outside the grid"
-        interval = f"{row['low']:.3g} to {row['high']:.3g}" if math.isfinite(row["low"]) else "-"
-        lines.append("| " + " | ".join([*cells, found, interval]) + " |")
-    return [*lines, ""]
 
 
 _ENDS = {
@@ -122,25 +122,13 @@ def _ends_lines(results: xr.Dataset) -> list[str]:
     here = results[names].isel(step=-1, sigma=middle)
     here = here.isel({dim: 0 for dim in here.dims if dim not in ("num_samples", "seed")})
     ends = [here.isel(num_samples=i) for i in (0, -1)]
-    lines = [
+    rows = [[_ENDS[name], *(mean_and_error(end[name].values) for end in ends)] for name in names]
+    return [
         f"## The two ends, at sigma = {float(here.sigma):g}",
         "",
-        "| | " + " | ".join(f"n = {int(end.num_samples)}" for end in ends) + " |",
-        "|---|---|---|",
+        markdown(["", *(f"n = {int(end.num_samples)}" for end in ends)], rows),
+        "",
     ]
-    for name in names:
-        cells = [_mean_and_error(end[name].values) for end in ends]
-        lines.append(f"| {_ENDS[name]} | " + " | ".join(cells) + " |")
-    return [*lines, ""]
-
-
-def _mean_and_error(values: np.ndarray) -> str:
-    finite = values[np.isfinite(values)]
-    if finite.size == 0:
-        return "not defined"
-    if finite.size == 1:
-        return f"{finite[0]:.3g}"
-    return f"{finite.mean():.3g} ± {finite.std(ddof=1) / math.sqrt(finite.size):.1g}"
 
 
 def _listed(values: Iterable[Any]) -> str:
