@@ -7,7 +7,7 @@ from sims.study.tables import markdown, mean_and_error, standard_error
 
 
 def test_a_table_has_a_head_a_rule_and_rows():
-    assert markdown(["n", "of |x|"], [(2, "a|b"), (3, "")]) == "| n | of \\|x\\| |\n|---|---|\n| 2 | a\\|b |\n| 3 |  |"
+    assert markdown(["n", "of |x|"], [(2, "a|b"), (3, "")]) == "| n | of \\|x\\| |\n|---|---|\n| 2 | a\\|b |\n| 3 | |"
     assert markdown(["a"], []) == "| a |\n|---|"
     with pytest.raises(ValueError, match="a row has 1 cells under 2 heads"):
         markdown(["a", "b"], [["x"]])

@@ -76,26 +76,16 @@ def as_text(found: dict[str, Any]) -> str:
     for entry in found["certificates"]:
         lines += ["", f"## sigma = {entry['sigma']:g}: {entry['regime']}", "", entry["search"].capitalize() + ".", ""]
         structures = [
-            (
-                s["name"],
-                s["regime"],
-                f"{s['objective']:.6g}",
-                s["units"],
-                _number(s["margin"]),
-                _yes(s["holds"]),
-            )
+            (s["name"], s["regime"], f"{s['objective']:.6g}", s["units"], _number(s["margin"]), _yes(s["holds"]))
             for s in entry["structures"]
         ]
         checked = [
             (row["name"], _yes(row["holds"]), _number(row["slack"]), row["explanation"]) for row in entry["conditions"]
         ]
-        certificate = [(name.replace("_", " "), _number(value)) for name, value in entry["certificate"].items()]
+        values = [(name.replace("_", " "), _number(value)) for name, value in entry["certificate"].items()]
         lines += [markdown(("structure", "regime", "objective", "units", "margin", "trusted"), structures), ""]
-        lines += [
-            markdown(("condition", "holds", "slack", ""), checked),
-            "",
-            markdown(("certificate", ""), certificate),
-        ]
+        lines += [markdown(("condition", "holds", "slack", ""), checked), ""]
+        lines += [markdown(("certificate", ""), values)]
     return "\n".join(lines) + "\n"
 
 

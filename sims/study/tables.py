@@ -41,4 +41,5 @@ def mean_and_error(values: Float[np.ndarray, "*n"], *, missing: str = "not defin
 
 
 def _line(cells: Sequence[Any]) -> str:
-    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+    shown = (str(cell).replace("|", "\\|") for cell in cells)
+    return "|" + "".join(f" {cell} |" if cell else " |" for cell in shown)
