@@ -23,7 +23,7 @@ from sims.bench.timing import Row, compare, peak_memory, per_unit, row, seconds
 from sims.data import datasets
 from sims.sweeps.engine import all_units, worlds_of
 from sims.sweeps.measures import MEASURES
-from sims.sweeps.programs import Compiled, compile_job, job_of, placement, run_units
+from sims.sweeps.programs import placement, run_units
 from sims.sweeps.spec import Spec
 from sims.sweeps.train import Recipe, advance, start
 
@@ -151,17 +151,14 @@ def linear_cells(repeats: int, quick: bool) -> Row:
     spec = Spec(dataset=("digits",), num_samples=(8,), sigma=_ladder(10), width=(width,), steps=steps)
     measures = {"objective": MEASURES["objective"]}
     worlds, place = worlds_of(spec), placement(group=5)
-    compiled = compile_job(spec, job_of(spec, all_units(spec)[0], worlds), measures, place)
 
     def sweep(seeds: int) -> Callable[[], object]:
         many = dataclasses.replace(spec, seeds=seeds)
         units = all_units(many)
         # Results are looked at and dropped, as by a store.
-        return lambda: [done.wall_s for done in run_units(many, units, measures, worlds, place, compiled_once)]
+        return lambda: [done.wall_s for done in run_units(many, units, measures, worlds, place)]
 
-    def compiled_once(*_: object) -> Compiled:
-        return compiled
-
+    # Compiles; sweeps of other seeds in groups of one size share the program.
     sweep(1)()
     times, peaks = {}, {}
     for seeds in sizes:

@@ -17,6 +17,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 from dae_theory.checks import check_finite, check_integer
 from dae_theory.mixture import GaussianMixture
 from dae_theory.types import Scalar
+from sims.data.duplicates import parse_duplicates
 from sims.data.readers import Source, read
 
 __all__ = ["Dataset", "center", "describe", "load", "max_cosine", "parse_duplicates", "prefix", "separable_rows"]
@@ -170,17 +171,6 @@ def separable_rows(
         found = _greedy(cosines, count, bound, starts)
         best, low = (found, low) if len(found) == count else (best, bound)
     return np.array(best)
-
-
-def parse_duplicates(text: str) -> tuple[int, int]:
-    """``"20x60"`` as (20, 60): 20 rows, 60 times each. ``ValueError`` unless both are positive integers."""
-    try:
-        count, times = (int(part) for part in text.lower().split("x"))
-    except ValueError:
-        count = times = 0
-    if count < 1 or times < 1:
-        raise ValueError(f"duplicates must be KxM, K rows M times each, as in 20x60; got {text!r}.")
-    return count, times
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from .run import locked as locked
 from .run import open_run as open_run
 from .run import pending as pending
 from .run import progress as progress
+from .run import read as read
 from .run import read_spec as read_spec
 from .run import template_of as template_of
 from .run import write_chunk as write_chunk

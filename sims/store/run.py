@@ -49,6 +49,7 @@ __all__ = [
     "open_run",
     "pending",
     "progress",
+    "read",
     "read_spec",
     "template_of",
     "write_chunk",
@@ -156,7 +157,17 @@ def load(out: str | os.PathLike[str]) -> xr.Dataset:
     Besides the template's variables it has ``done`` and ``wall_s`` (seconds) over the chunked dimensions. Safe while
     another process writes. ``StoreError`` if the folder holds no run, one of a newer format, or a damaged one.
     """
-    run = attached(out)
+    return read(out)[0]
+
+
+def read(out: str | os.PathLike[str]) -> tuple[xr.Dataset, dict[str, Any]]:
+    """The run as :func:`load` gives it, and its record as :func:`read_spec` does, read once.
+
+    If the record was lost it has no sessions. ``StoreError`` as :func:`load`.
+    """
+    path = Path(out)
+    record = _found(path)
+    run = _attach(path, record, "r")
     finished = on_disk.finished(run)
     dataset = on_disk.labels(run)
     for name, array in run.arrays.items():
@@ -164,7 +175,7 @@ def load(out: str | os.PathLike[str]) -> xr.Dataset:
         for unit in finished:
             values[on_disk.indices(array, unit)] = on_disk.read_chunk(run, name, unit)
         dataset[name] = xr.Variable(on_disk.dims(array), values, dict(array.attrs))
-    return dataset
+    return dataset, record
 
 
 def attached(out: str | os.PathLike[str]) -> Run:

@@ -29,7 +29,7 @@ import jax
 from sims.store.chunks import AGAIN
 from sims.sweeps.engine import Executor, resolve_measures, worlds_of
 from sims.sweeps.measures import MEASURES, Measure
-from sims.sweeps.programs import Compiled, Finished, Job, Placement, TrainingSet, compile_job, placement, run_units
+from sims.sweeps.programs import Finished, TrainingSet, placement, run_units
 from sims.sweeps.spec import Spec
 
 __all__ = ["connected"]
@@ -131,13 +131,5 @@ def _prepared(order: bytes) -> Callable[[TrainingSet], Iterator[Finished]]:
     fields, asked, double, memory, group = cloudpickle.loads(order)
     jax.config.update("jax_enable_x64", double)
     spec, measures = Spec.from_dict(fields), resolve_measures(asked)
-    compiled: dict[Any, Compiled] = {}
-
-    def compile_once(spec: Spec, job: Job, measures: Mapping[str, Measure], place: Placement) -> Compiled:
-        key = job.program, tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(job.data))
-        if key not in compiled:
-            compiled[key] = compile_job(spec, job, measures, place)
-        return compiled[key]
-
     place, worlds = placement(memory=memory, group=group), worlds_of(spec)
-    return lambda unit: run_units(spec, [unit], measures, worlds, place, compile_once)
+    return lambda unit: run_units(spec, [unit], measures, worlds, place)

@@ -32,6 +32,7 @@ from dae_theory import (
 from dae_theory.conditions import Checks, check_conditions
 from dae_theory.model import live_columns
 from dae_theory.types import PRNGKey, Scalar
+from sims.sweeps.measure_names import DEFAULT
 
 __all__ = ["DEFAULT", "MEASURES", "CellData", "CellSpec", "Measure", "noisy_pairs"]
 
@@ -198,27 +199,7 @@ MEASURES: Mapping[str, Measure] = MappingProxyType(
         )
     }
 )
-"""Built-in measures by name."""
-
-DEFAULT: tuple[str, ...] = (
-    "objective",
-    "train_error",
-    "held_out_error",
-    "gap",
-    "distance_to_empirical_train",
-    "distance_to_empirical_held_out",
-    "distance_to_population_train",
-    "distance_to_population_held_out",
-    "distance_to_closed_form",
-    "conditions_hold",
-    "num_live_columns",
-    "num_aligned_columns",
-    "std_train",
-    "std_held_out",
-    "l4_over_l2_train",
-    "l4_over_l2_held_out",
-)
-"""Measures taken when none are named."""
+"""Built-in measures by name, those of :data:`sims.sweeps.measure_names.NAMES`."""
 
 
 def _mean_square(

@@ -16,11 +16,13 @@ import numpy as np
 from sims.sweeps.engine import all_units, resolve_measures, worlds_of
 from sims.sweeps.measures import Measure
 from sims.sweeps.programs import (
+    REMEMBERED,
     Job,
     Numbers,
     Placement,
     alike_units,
     compile_job,
+    compile_key,
     grid_of,
     job_of,
     placement,
@@ -79,7 +81,11 @@ def plan(
     worlds = worlds_of(spec)
     kinds = [(job_of(spec, alike[0], worlds), len(alike)) for alike in alike_units(all_units(spec, shard))]
     kinds.sort(key=lambda kind: _work(kind[0]))
-    least, most = (_probe(spec, kinds[end][0], chosen, place) for end in (0, -1))
+    keys = [compile_key(spec, job, chosen, place) for job, _ in kinds]
+    least = _probe(spec, kinds[0][0], chosen, place)
+    # The same program would not be compiled again, and so seem to compile at once.
+    most = least if keys[-1] == keys[0] else _probe(spec, kinds[-1][0], chosen, place)
+    programs = len(set(keys)) if len(set(keys)) <= REMEMBERED else len(kinds)
     cells = spec.cells_per_unit
     devices = len(place.devices)
 
@@ -96,10 +102,10 @@ def plan(
     return Plan(
         cells=cells * units,
         units=units,
-        programs=len(kinds),
+        programs=programs,
         group=most.group,
         memory=max(least.memory, most.memory),
-        compile_s=len(kinds) * (least.compile_s + most.compile_s) / 2,
+        compile_s=programs * (least.compile_s + most.compile_s) / 2,
         run_s=run_s,
         results=cells * units * most.results // most.group,
     )

@@ -10,6 +10,7 @@ processes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,8 @@ from sims.sweeps.train import Recipe, advance, start
 from sims.sweeps.worlds import World, cell_data
 
 __all__ = [
+    "REMEMBERED",
+    "CompileKey",
     "Compiled",
     "Finished",
     "Job",
@@ -40,6 +43,7 @@ __all__ = [
     "Worlds",
     "alike_units",
     "compile_job",
+    "compile_key",
     "fit_cell",
     "grid_of",
     "group_function",
@@ -52,6 +56,10 @@ __all__ = [
     "single_unit",
     "unit_program",
 ]
+
+
+REMEMBERED = 32
+"""Compiled programs that a process keeps, those used last."""
 
 
 class Numbers(NamedTuple):
@@ -197,16 +205,10 @@ def fit_cell(
 
 
 def run_units(
-    spec: Spec,
-    units: Sequence[TrainingSet],
-    measures: Mapping[str, Measure],
-    worlds: Worlds,
-    place: Placement,
-    compiling: Callable[[Spec, Job, Mapping[str, Measure], Placement], Compiled] | None = None,
+    spec: Spec, units: Sequence[TrainingSet], measures: Mapping[str, Measure], worlds: Worlds, place: Placement
 ) -> Iterator[Finished]:
-    """Compute ``units`` in order, each yielded when it is finished; those next to each other that run the same program
-    on the same shapes share its compiled code and lie on devices side by side. ``compiling`` may remember code from
-    call to call.
+    """Compute ``units`` in order, each yielded when it is finished; neighbors that run the same program on the same
+    shapes lie on devices side by side.
 
     With several processes all of them must call this alike, and each gets every result. ``ValueError`` if a cell does
     not fit in the memory.
@@ -216,7 +218,7 @@ def run_units(
         # Rows are drawn when their turn comes, and not kept: memory does not grow with the number of units.
         jobs = (job_of(spec, unit, worlds) for unit in alike)
         first = next(jobs)
-        compiled = (compiling or compile_job)(spec, first, measures, place)
+        compiled = compile_job(spec, first, measures, place)
         parts = _groups(spec.cells_per_unit, compiled.group)
         groups = ((job, _some(numbers, cells)) for job in itertools.chain([first], jobs) for cells in parts)
         values: list[dict[str, np.ndarray]] = []
@@ -272,20 +274,63 @@ class Compiled(NamedTuple):
     """From groups, one for each device or fewer, and the segments to the groups' results."""
 
 
-def compile_job(spec: Spec, job: Job, measures: Mapping[str, Measure], place: Placement) -> Compiled:
-    """Code for all groups of the jobs that are like ``job``; ``ValueError`` if not even one cell fits in the memory."""
-    numbers, segments, total = grid_of(spec), segments_of(spec), spec.cells_per_unit
+class CompileKey(NamedTuple):
+    """All that compiled code depends on; hashable. Arrays stand as ``jax.ShapeDtypeStruct``."""
+
+    program: Program
+    cell: Numbers
+    """The numbers of one cell."""
+    key: jax.ShapeDtypeStruct
+    data: CellData
+    segments: jax.ShapeDtypeStruct
+    measures: tuple[tuple[str, Measure], ...]
+    """Functions are equal if they are the same object."""
+    size: int
+    """Cells of a group, if they fit in the memory."""
+    place: Placement
+    options: tuple[Any, ...]
+    """JAX's settings of precision."""
+
+
+def compile_key(spec: Spec, job: Job, measures: Mapping[str, Measure], place: Placement) -> CompileKey:
+    """What the code for ``job`` depends on: jobs with equal keys share it."""
+    cell = jax.tree.map(lambda axis: axis[0], grid_of(spec))
+    shapes = jax.tree.map(
+        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), (cell, job.key, job.data, segments_of(spec))
+    )
     # All at once, but fewer groups than devices would leave some without work.
+    total = spec.cells_per_unit
     size = min(total, place.group or max(1, total * spec.seeds // len(place.devices)))
-    here = [i for i, device in enumerate(place.devices) if device.process_index == jax.process_index()]
-    function = jax.jit(group_function(job.program, measures))
+    options = (jax.config.read("jax_enable_x64"), jax.config.read("jax_default_matmul_precision"))
+    return CompileKey(job.program, *shapes, tuple(measures.items()), size, place, options)
+
+
+def compile_job(spec: Spec, job: Job, measures: Mapping[str, Measure], place: Placement) -> Compiled:
+    """Code for groups of cells of ``job``, and of all jobs with the same :func:`compile_key`, which share it.
+
+    The last :data:`REMEMBERED` programs of this process are kept, so that another sweep of equal shapes, with the same
+    measures, compiles nothing. ``ValueError`` if not even one cell fits in the memory.
+    """
+    return _compiled(compile_key(spec, job, measures, place))
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def _compiled(asked: CompileKey) -> Compiled:
+    place, size = asked.place, asked.size
+    local = [i for i, device in enumerate(place.devices) if device.process_index == jax.process_index()]
+    function = jax.jit(group_function(asked.program, dict(asked.measures)))
 
     def lowered(i: int) -> jax.stages.Lowered:
-        cells = _some(numbers, np.zeros(size, int))
-        return function.lower(*jax.device_put((cells, job.key, job.data, segments), place.devices[i]))
+        sharding = jax.sharding.SingleDeviceSharding(place.devices[i])
+        cells = jax.tree.map(lambda one: jax.ShapeDtypeStruct((size,), one.dtype), asked.cell)
+        shapes = jax.tree.map(
+            lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=sharding),
+            (cells, asked.key, asked.data, asked.segments),
+        )
+        return function.lower(*shapes)
 
     while True:
-        first = lowered(here[0]).compile()
+        first = lowered(local[0]).compile()
         analysis = first.memory_analysis()
         # Backends that do not analyze memory give None: then the size stands.
         needed = 0 if analysis is None else int(analysis.temp_size_in_bytes)
@@ -297,16 +342,16 @@ def compile_job(spec: Spec, job: Job, measures: Mapping[str, Measure], place: Pl
             )
         size = min(size - 1, max(1, size * place.memory // needed))
     # Every device runs the program of a single one: XLA fuses, and so rounds, one that spans devices another way.
-    others = [lowered(i) for i in here[1:]]
+    others = [lowered(i) for i in local[1:]]
     with futures.ThreadPoolExecutor() as pool:
-        compiled = [first, *pool.map(jax.stages.Lowered.compile, others)]
+        programs = [first, *pool.map(jax.stages.Lowered.compile, others)]
 
     def launch(groups: Sequence[tuple[Job, Numbers]], segments: Int[np.ndarray, " r"]) -> list[dict[str, np.ndarray]]:
         # Devices of other processes: those without work repeat that of the last, so that all give results to gather.
-        mine = groups if jax.process_count() == 1 else [groups[min(i, len(groups) - 1)] for i in here]
+        mine = groups if jax.process_count() == 1 else [groups[min(i, len(groups) - 1)] for i in local]
         running = [
             run(*jax.device_put((cells, job.key, job.data, segments), place.devices[i]))
-            for i, run, (job, cells) in zip(here, compiled, mine, strict=False)
+            for i, run, (job, cells) in zip(local, programs, mine, strict=False)
         ]
         return _gathered(jax.device_get(running))[: len(groups)]
 

@@ -6,26 +6,15 @@ own units are finished. Jobs need nothing of each other.
 
 from __future__ import annotations
 
-import argparse
 import pathlib
 from collections.abc import Callable, Iterator
 
 from sims import store
+from sims.flags import parse_shard
 from sims.store import chunks as on_disk
 from sims.store.filling import Computed
 
 __all__ = ["folder", "merge", "parse_shard"]
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """``"3/8"`` as (3, 8); an error of argparse unless 1 <= I <= N."""
-    try:
-        index, count = (int(part) for part in text.split("/"))
-    except ValueError:
-        index = count = 0
-    if not 1 <= index <= count:
-        raise argparse.ArgumentTypeError(f"a shard is I/N with 1 <= I <= N, such as 3/8; got {text!r}.")
-    return index, count
 
 
 def folder(out: str | pathlib.Path, shard: tuple[int, int]) -> pathlib.Path:
