@@ -296,12 +296,13 @@ def compile_key(spec: Spec, job: Job, measures: Mapping[str, Measure], place: Pl
     """What the code for ``job`` depends on: jobs with equal keys share it."""
     cell = jax.tree.map(lambda axis: axis[0], grid_of(spec))
     shapes = jax.tree.map(
-        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), (cell, job.key, job.data, segments_of(spec))
+        lambda array: jax.ShapeDtypeStruct(array.shape, jax.dtypes.canonicalize_dtype(array.dtype)),
+        (cell, job.key, job.data, segments_of(spec)),
     )
     # All at once, but fewer groups than devices would leave some without work.
     total = spec.cells_per_unit
     size = min(total, place.group or max(1, total * spec.seeds // len(place.devices)))
-    options = (jax.config.read("jax_enable_x64"), jax.config.read("jax_default_matmul_precision"))
+    options = (jax.config.values["jax_enable_x64"], jax.config.values["jax_default_matmul_precision"])
     return CompileKey(job.program, *shapes, tuple(measures.items()), size, place, options)
 
 
