@@ -8,6 +8,7 @@ from .filling import checksum as checksum
 from .filling import fill as fill
 from .filling import fill_units as fill_units
 from .provenance import environment as environment
+from .run import FORMAT as FORMAT
 from .run import SPEC as SPEC
 from .run import Count as Count
 from .run import Progress as Progress
