@@ -205,7 +205,7 @@ def child(tmp_path):
         process.stdout.close()
 
 
-@pytest.mark.parametrize(("moment", "finished"), [("gap", 1), ("done", 2)])
+@pytest.mark.parametrize(("moment", "finished"), [("gap", 1), pytest.param("done", 2, marks=pytest.mark.slow)])
 def test_a_killed_unit_is_done_or_computed_again(tmp_path, undisturbed, child, moment, finished):
     out = tmp_path / "run"
     process = child(moment)

@@ -321,17 +321,17 @@ def compile_job(spec: Spec, job: Job, measures: Mapping[str, Measure], place: Pl
 
 
 @functools.lru_cache(maxsize=REMEMBERED)
-def _compiled(asked: CompileKey) -> Compiled:
-    place, size = asked.place, asked.size
+def _compiled(key: CompileKey) -> Compiled:
+    place, size = key.place, key.size
     local = [i for i, device in enumerate(place.devices) if device.process_index == jax.process_index()]
-    function = jax.jit(group_function(asked.program, dict(asked.measures)))
+    function = jax.jit(group_function(key.program, dict(key.measures)))
 
     def lowered(i: int) -> jax.stages.Lowered:
         sharding = jax.sharding.SingleDeviceSharding(place.devices[i])
-        cells = jax.tree.map(lambda one: jax.ShapeDtypeStruct((size,), one.dtype), asked.cell)
+        cells = jax.tree.map(lambda one: jax.ShapeDtypeStruct((size,), one.dtype), key.cell)
         shapes = jax.tree.map(
             lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=sharding),
-            (cells, asked.key, asked.data, asked.segments),
+            (cells, key.key, key.data, key.segments),
         )
         return function.lower(*shapes)
 
