@@ -1,21 +1,57 @@
-"""What command lines share: exit codes, and a progress bar."""
+"""What command lines share: the loop over commands, exit codes, a progress bar and a log file."""
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import os
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
+from absl import app, logging
+from absl.flags import argparse_flags
 from tqdm import tqdm
 
-__all__ = ["Bar", "Log", "guarded"]
+__all__ = ["Bar", "Log", "guarded", "parse_command", "run_commands"]
+
+
+def run_commands(
+    prog: str, doc: str | None, package: str, commands: Iterable[str], *, before: Callable[[], None] | None = None
+) -> None:
+    """Run the command line of ``package`` and exit: 0 done, 2 bad input, 130 interrupted.
+
+    Each of ``commands`` is a module of ``package`` with ``SUMMARY`` (one line), ``add_flags(parser)`` and
+    ``run(args)``. What takes long to import belongs inside ``run``, so that ``--help`` and a mistyped flag answer at
+    once. ``before`` is called after parsing, before the command runs.
+    """
+    logging.set_verbosity(logging.WARNING)
+
+    def run(args: argparse.Namespace) -> int:
+        if before is not None:
+            before()
+        return args.run(args)
+
+    app.run(run, flags_parser=lambda argv: parse_command(argv[1:], prog, doc, package, commands))
+
+
+def parse_command(
+    argv: Sequence[str], prog: str, doc: str | None, package: str, commands: Iterable[str]
+) -> argparse.Namespace:
+    """Parse a command and its flags; ``args.run(args)`` of the result runs it and returns the exit code."""
+    parser = argparse_flags.ArgumentParser(prog=prog, description=doc, allow_abbrev=False)
+    choices = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name in commands:
+        module = importlib.import_module(f"{package}.{name}")
+        sub = choices.add_parser(name, help=module.SUMMARY, description=module.SUMMARY, allow_abbrev=False)
+        module.add_flags(sub)
+        sub.set_defaults(run=guarded(module.run))
+    return parser.parse_args(argv)
 
 
 def guarded(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], int]:
-    """Turn bad input into a message and exit code 2, an interrupt into 130."""
+    """Turn bad input into a message and exit code 2, and an interrupt into exit code 130."""
 
     def shielded(args: argparse.Namespace) -> int:
         try:
@@ -24,11 +60,11 @@ def guarded(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Nam
             sys.stderr.write(f"error: {error}\n")
             return 2
         except BrokenPipeError:
-            # The reader (head, less) has seen enough; Python would complain once more at exit.
+            # The reader (head, less) has closed the pipe; Python would complain once more at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except KeyboardInterrupt:
-            kept = f"; finished cells are in {args.out}" if getattr(args, "out", None) else ""
-            sys.stderr.write(f"\ninterrupted{kept}. The same command again resumes.\n")
+            finished = f"; finished cells are in {args.out}" if getattr(args, "out", None) else ""
+            sys.stderr.write(f"\ninterrupted{finished}. The same command again resumes.\n")
             return 130
         return 0
 
@@ -36,7 +72,7 @@ def guarded(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Nam
 
 
 class Bar:
-    """A progress bar that knows its total only when work begins."""
+    """A progress bar whose total becomes known when work begins."""
 
     def __init__(self, quiet: bool, unit: str) -> None:
         self._bar = tqdm(disable=quiet, unit=f" {unit}", dynamic_ncols=True)
@@ -48,7 +84,7 @@ class Bar:
         self._bar.close()
 
     def move(self, done: int, total: int, label: str = "") -> None:
-        """Stand at ``done`` of ``total``."""
+        """Show ``done`` of ``total``."""
         if self._bar.total is None:
             # What an earlier run finished must not count in the rate.
             self._bar.reset(total=total)
@@ -58,7 +94,7 @@ class Bar:
 
 
 class Log:
-    """Lines with the time, appended to a file; none without a file. ``ValueError`` if it cannot be written."""
+    """Appends lines with the time to a file; does nothing without a file. ``ValueError`` if it cannot be written."""
 
     def __init__(self, path: pathlib.Path | None) -> None:
         self._path = path

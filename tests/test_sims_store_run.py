@@ -205,7 +205,7 @@ def child(tmp_path):
         process.stdout.close()
 
 
-@pytest.mark.parametrize(("moment", "finished"), [("gap", 1), ("done", 2)])
+@pytest.mark.parametrize(("moment", "finished"), [("gap", 1), pytest.param("done", 2, marks=pytest.mark.slow)])
 def test_a_killed_unit_is_done_or_computed_again(tmp_path, undisturbed, child, moment, finished):
     out = tmp_path / "run"
     process = child(moment)
@@ -302,7 +302,7 @@ def test_a_lost_record_does_not_let_another_spec_in(copied):
 def test_an_edited_spec_is_noticed(copied):
     edit_record(copied, spec=SPEC | {"sigma": [0.2, 0.5]})
     for use in (store.load, work):
-        with pytest.raises(StoreError, match=r"spec\.json and .*zarr\.json tell of different runs"):
+        with pytest.raises(StoreError, match=r"spec\.json and .*zarr\.json describe different runs"):
             use(copied)
 
 

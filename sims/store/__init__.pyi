@@ -6,13 +6,15 @@ from . import run as run
 from .filling import batch_rows as batch_rows
 from .filling import checksum as checksum
 from .filling import fill as fill
+from .filling import fill_units as fill_units
 from .provenance import environment as environment
+from .run import FORMAT as FORMAT
 from .run import SPEC as SPEC
 from .run import Count as Count
 from .run import Progress as Progress
+from .run import Region as Region
 from .run import Run as Run
 from .run import StoreError as StoreError
-from .run import Unit as Unit
 from .run import attached as attached
 from .run import blank as blank
 from .run import count_finite as count_finite
@@ -21,6 +23,7 @@ from .run import locked as locked
 from .run import open_run as open_run
 from .run import pending as pending
 from .run import progress as progress
+from .run import read as read
 from .run import read_spec as read_spec
 from .run import template_of as template_of
 from .run import write_chunk as write_chunk

@@ -1,9 +1,9 @@
 """The arrays of a run on disk: a zarr group whose chunk grid is the grid of units of work.
 
-All variables are chunked alike, so that a unit owns its files; each file is little-endian numbers and their CRC-32C.
-The layout (metadata and labels) is written once, in one move, and known by its digests. A unit is finished when the
-file of its ``done`` flag is there: it is written last, after the rest has been flushed to the disk. What to compute and
-who may write is the business of :mod:`sims.store`.
+All variables are chunked alike, so that each unit has files of its own; a file holds little-endian numbers and their
+CRC-32C. The layout (metadata and labels) is written once, in one move, and its digests are recorded. A unit is finished
+when the file of its ``done`` flag exists: it is written last, after the others have been flushed to the disk. What to
+compute and who may write is decided in :mod:`sims.store.run`.
 """
 
 from __future__ import annotations
@@ -31,50 +31,52 @@ __all__ = [
     "AGAIN",
     "BOOKKEEPING",
     "RESULTS",
+    "Region",
     "Run",
     "StoreError",
-    "Unit",
     "attach",
     "blank",
     "digests",
     "dims",
     "disk",
     "finished",
+    "indices",
     "is_finished",
     "labels",
     "layout",
     "pending",
     "read_chunk",
-    "region",
+    "units",
     "write_chunk",
 ]
 
 RESULTS = "results.zarr"
 BOOKKEEPING = {"wall_s": np.dtype(float), "done": np.dtype(bool)}
 AGAIN = "run the same command again: finished chunks are kept"
+"""How error messages end where the command can resume."""
 
-Unit: TypeAlias = dict[str, slice]
-"""A unit of work: its slice of every chunked dimension, as ``Dataset.isel(unit)`` takes it."""
+Region: TypeAlias = dict[str, slice]
+"""Where a unit of work lies: its slice of every chunked dimension, as ``Dataset.isel(region)`` takes it."""
 
 
 class StoreError(ValueError):
-    """A run's folder cannot be used as asked; the message names the folder or the file and says what to do."""
+    """The folder of a run cannot be used; the message names the folder or file and says what to do."""
 
 
 class Run(NamedTuple):
-    """A run's folder, opened."""
+    """An open run."""
 
     path: Path
-    """The folder."""
+    """Its folder."""
     chunks: dict[str, int]
-    """Size of a unit along each chunked dimension, as it was when the run began."""
+    """Size of a unit along each chunked dimension, fixed when the run began."""
     arrays: dict[str, zarr.Array]
     """The variables, with ``wall_s`` and ``done``."""
 
 
 @contextlib.contextmanager
 def disk(action: str, path: Path) -> Iterator[None]:
-    """Turn an ``OSError`` inside into a :class:`StoreError`: "cannot ``action`` ``path``", and what to do."""
+    """Turn an ``OSError`` into a :class:`StoreError` that says "cannot ``action`` ``path``", and what to do."""
     try:
         yield
     except (OSError, NotImplementedError) as error:
@@ -84,7 +86,7 @@ def disk(action: str, path: Path) -> Iterator[None]:
 
 
 def blank(coords: Mapping[str, Any], variables: Mapping[str, Sequence[Any]]) -> xr.Dataset:
-    """The template of a run: labeled, and taking no memory whatever its size.
+    """The template of a run: a labeled data set that takes no memory, whatever its size.
 
     ``coords`` are as for ``xarray.Dataset``; ``variables`` maps names to ``(dims, dtype)`` or ``(dims, dtype, attrs)``.
     Cells are NaN, or 0 or False where the dtype has no NaN. ``StoreError`` if a dimension has no coordinate.
@@ -101,15 +103,15 @@ def blank(coords: Mapping[str, Any], variables: Mapping[str, Sequence[Any]]) -> 
 
 @contextlib.contextmanager
 def layout(path: Path, template: xr.Dataset, chunks: Mapping[str, int], attrs: Mapping[str, str]) -> Iterator[Path]:
-    """A results store with everything but chunks, in a passing folder under ``path``, to be moved from there.
+    """A results store without chunks, in a temporary folder under ``path``, from which it is to be moved.
 
     It has the labels and variables of the template, ``wall_s`` and ``done`` over the chunked dimensions, and the
-    attributes of the template joined by ``attrs``.
+    attributes of the template and ``attrs``.
     """
     folder = path / ".layout"
     shutil.rmtree(folder, ignore_errors=True)
     coords = template.coords.to_dataset().assign_attrs({**template.attrs, **attrs})
-    # Zarr specifies text of variable length only.
+    # Zarr specifies only text of variable length.
     text = {name: label.astype(object) for name, label in coords.coords.items() if label.dtype.kind == "U"}
     variables = {str(name): (array.dims, array.dtype, array.attrs) for name, array in template.data_vars.items()}
     variables |= {name: (tuple(chunks), dtype, {}) for name, dtype in BOOKKEEPING.items()}
@@ -129,8 +131,8 @@ def layout(path: Path, template: xr.Dataset, chunks: Mapping[str, int], attrs: M
                 attributes=attributes,
             )
         with warnings.catch_warnings():
-            # Format 3 does not specify consolidated metadata yet, but plain open_zarr warns without them. They cannot
-            # go stale: the layout never changes.
+            # Format 3 does not specify consolidated metadata yet, but plain open_zarr warns without them. They stay
+            # valid because the layout never changes.
             warnings.filterwarnings("ignore", message="Consolidated metadata")
             zarr.consolidate_metadata(str(folder))
         yield folder
@@ -139,7 +141,7 @@ def layout(path: Path, template: xr.Dataset, chunks: Mapping[str, int], attrs: M
 
 
 def digests(results: Path, variables: Iterable[str]) -> dict[str, str]:
-    """SHA-256 of every file of the layout, by its name under ``results``: all files but the chunks of ``variables``."""
+    """SHA-256 of every file of the layout (all but the chunks of ``variables``), by its path under ``results``."""
     chunks = tuple(f"{name}/c" for name in variables)
     names = sorted(file.relative_to(results).as_posix() for file in results.rglob("*") if file.is_file())
     return {name: _digest(results / name) for name in names if not name.startswith(chunks)}
@@ -153,19 +155,27 @@ def attach(
     *,
     mode: Literal["r", "r+"],
 ) -> Run:
-    """Open the results under ``path``. ``StoreError`` if a file of the layout is not as in its digest in ``files``."""
+    """Open the results under ``path``. ``StoreError`` if a file of the layout does not match its digest in ``files``.
+
+    Args:
+        path: folder of the run.
+        chunks: size of a unit along each chunked dimension.
+        variables: names of the arrays, with ``wall_s`` and ``done``.
+        files: digests (:func:`digests`) by path under the results.
+        mode: ``r`` to read, ``r+`` to write.
+    """
     results = path / RESULTS
     for name, digest in files.items():
         if not (results / name).is_file() or _digest(results / name) != digest:
             raise StoreError(f"{results / name} was changed, damaged or lost; delete it and {AGAIN}.")
-    # Else a chunk of nothing but NaN would leave no file and look lost.
+    # Otherwise a chunk of nothing but NaN would leave no file and look lost.
     with zarr.config.set({"array.write_empty_chunks": True}):
         group = zarr.open_group(results, mode=mode, use_consolidated=False)
         return Run(path, dict(chunks), {name: cast(zarr.Array, group[name]) for name in variables})
 
 
 def labels(run: Run) -> xr.Dataset:
-    """The data set without its variables: coordinates and attributes, in memory."""
+    """The data set's coordinates and attributes, without its variables, in memory."""
     with xr.open_dataset(run.path / RESULTS, engine="zarr", chunks=None, consolidated=False) as stored:
         return stored.drop_vars(list(run.arrays)).load()
 
@@ -175,44 +185,55 @@ def dims(array: zarr.Array) -> tuple[str, ...]:
     return tuple(cast(Any, array.metadata).dimension_names or ())
 
 
-def pending(run: Run) -> list[Unit]:
-    """The units still to be computed, in the order of the grid."""
-    return [unit for unit in _units(run) if not is_finished(run, unit)]
+def units(run: Run) -> list[Region]:
+    """All units, finished or not, in the order of the grid."""
+    parts = [
+        [slice(start, min(start + chunk, size)) for start in range(0, size, chunk)]
+        for size, chunk in zip(run.arrays["done"].shape, run.chunks.values(), strict=True)
+    ]
+    return [dict(zip(run.chunks, unit, strict=True)) for unit in itertools.product(*parts)]
 
 
-def finished(run: Run) -> list[Unit]:
-    """The units that are done, in the order of the grid."""
-    return [unit for unit in _units(run) if is_finished(run, unit)]
+def pending(run: Run) -> list[Region]:
+    """Units that are not finished, in the order of the grid."""
+    return [unit for unit in units(run) if not is_finished(run, unit)]
 
 
-def is_finished(run: Run, unit: Unit) -> bool:
-    """Whether this unit is done."""
+def finished(run: Run) -> list[Region]:
+    """Units that are finished, in the order of the grid."""
+    return [unit for unit in units(run) if is_finished(run, unit)]
+
+
+def is_finished(run: Run, unit: Region) -> bool:
+    """Whether this unit is finished."""
     return _file(run, "done", unit).exists()
 
 
-def region(array: zarr.Array, unit: Unit) -> tuple[slice, ...]:
-    """Where a unit lies in ``array``: a slice of every dimension."""
+def indices(array: zarr.Array, unit: Region) -> tuple[slice, ...]:
+    """The indices of a unit in ``array``: a slice of every dimension."""
     return tuple(unit.get(dim, slice(0, size)) for dim, size in zip(dims(array), array.shape, strict=True))
 
 
-def write_chunk(run: Run, unit: Unit, arrays: Mapping[str, Any], *, wall_s: float = math.nan) -> None:
+def write_chunk(run: Run, unit: Region, arrays: Mapping[str, Any], *, wall_s: float = math.nan) -> None:
     """Store one finished unit: its arrays, flushed to the disk, then its ``done`` flag.
 
-    ``arrays`` has every variable of the template in the shape that ``template.isel(unit)`` gives it; ``wall_s`` is what
-    the unit took, in seconds. ``StoreError`` if the unit is not pending, if names, shapes or dtypes are others, or if
-    the disk refuses: then this unit stays pending and finished ones are kept.
+    ``arrays`` has every variable of the template in the shape that ``template.isel(unit)`` gives it; ``wall_s`` is the
+    time that the unit took, in seconds. ``StoreError`` if the unit is not pending, if names, shapes or dtypes differ
+    from the template's, or if the disk refuses: this unit then stays pending, and finished ones stay finished.
     """
     values = {**_checked(run, unit, arrays), "wall_s": np.asarray(wall_s)}
     with disk(f"write {_shown(unit)} in", run.path):
         for name, value in values.items():
-            run.arrays[name][region(run.arrays[name], unit)] = value
+            run.arrays[name][indices(run.arrays[name], unit)] = value
         _flush(run, values, unit)
-        run.arrays["done"][region(run.arrays["done"], unit)] = True
+        run.arrays["done"][indices(run.arrays["done"], unit)] = True
         _flush(run, ["done"], unit)
 
 
-def read_chunk(run: Run, name: str, unit: Unit) -> np.ndarray:
-    """What a finished unit holds of the variable ``name``. ``StoreError`` if its file is damaged or lost."""
+def read_chunk(run: Run, name: str, unit: Region) -> np.ndarray:
+    """Values of the variable ``name`` in a finished unit. ``StoreError`` if its file is damaged or lost."""
+    # The checksum is that of zarr's codec, which could read the chunk too, but takes 15 times as long: half a
+    # millisecond, for every unit and variable of a run each time that it is opened.
     array, file = run.arrays[name], _file(run, name, unit)
     raw = file.read_bytes() if file.exists() else b""
     body, checksum = raw[:-4], raw[-4:]
@@ -222,7 +243,7 @@ def read_chunk(run: Run, name: str, unit: Unit) -> np.ndarray:
         raise StoreError(f"{file} is damaged or lost; delete {done} and {AGAIN}, only {_shown(unit)} is computed anew.")
     values = np.frombuffer(body, array.dtype.newbyteorder("<")).reshape(array.chunks)
     # The last chunk of a dimension is padded.
-    return values[(*(slice(part.stop - part.start) for part in region(array, unit)), ...)]
+    return values[(*(slice(part.stop - part.start) for part in indices(array, unit)), ...)]
 
 
 def _fill(dtype: np.dtype) -> np.ndarray:
@@ -233,26 +254,18 @@ def _digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _units(run: Run) -> list[Unit]:
-    parts = [
-        [slice(start, min(start + chunk, size)) for start in range(0, size, chunk)]
-        for size, chunk in zip(run.arrays["done"].shape, run.chunks.values(), strict=True)
-    ]
-    return [dict(zip(run.chunks, unit, strict=True)) for unit in itertools.product(*parts)]
-
-
-def _file(run: Run, name: str, unit: Unit) -> Path:
+def _file(run: Run, name: str, unit: Region) -> Path:
     array = run.arrays[name]
     place = tuple(unit[dim].start // run.chunks[dim] if dim in unit else 0 for dim in dims(array))
     return run.path / RESULTS / name / array.metadata.encode_chunk_key(place)
 
 
-def _shown(unit: Unit) -> str:
+def _shown(unit: Region) -> str:
     parts = ", ".join(f"{dim}[{part.start}:{part.stop}]" for dim, part in unit.items())
     return f"chunk {parts}" if parts else "the only chunk"
 
 
-def _is_unit(run: Run, unit: Unit) -> bool:
+def _is_unit(run: Run, unit: Region) -> bool:
     sizes = dict(zip(run.chunks, run.arrays["done"].shape, strict=True))
     return unit.keys() == sizes.keys() and all(
         part.start in range(0, sizes[dim], run.chunks[dim])
@@ -261,7 +274,7 @@ def _is_unit(run: Run, unit: Unit) -> bool:
     )
 
 
-def _checked(run: Run, unit: Unit, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _checked(run: Run, unit: Region, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
     if not _is_unit(run, unit) or is_finished(run, unit):
         raise StoreError(f"{unit} is not pending in {run.path}; write each unit of pending(run) once.")
     wanted = [name for name in run.arrays if name not in BOOKKEEPING]
@@ -270,7 +283,7 @@ def _checked(run: Run, unit: Unit, arrays: Mapping[str, Any]) -> dict[str, np.nd
     values = {name: np.asarray(arrays[name]) for name in wanted}
     for name, value in values.items():
         array = run.arrays[name]
-        shape = tuple(part.stop - part.start for part in region(array, unit))
+        shape = tuple(part.stop - part.start for part in indices(array, unit))
         if value.shape != shape or not np.can_cast(value.dtype, array.dtype, "same_kind"):
             raise StoreError(
                 f"{name!r} of {_shown(unit)} must have shape {shape} over {dims(array)} and dtype {array.dtype}, "
@@ -279,7 +292,7 @@ def _checked(run: Run, unit: Unit, arrays: Mapping[str, Any]) -> dict[str, np.nd
     return values
 
 
-def _flush(run: Run, names: Iterable[str], unit: Unit) -> None:
+def _flush(run: Run, names: Iterable[str], unit: Region) -> None:
     folders = set()
     for name in names:
         file, top = _file(run, name, unit), run.path / RESULTS / name
