@@ -19,25 +19,6 @@ Functions are pure and take one example; batch with ``jax.vmap``. References are
 this directory lists, for every statement, the function that computes it and the test that proves it.
 """
 
-from dae_theory.certificate import certify as certify
-from dae_theory.conditions import check_conditions as check_conditions
-from dae_theory.conditions import separability as separability
-from dae_theory.denoisers import empirical_denoiser as empirical_denoiser
-from dae_theory.denoisers import gaussian_denoiser as gaussian_denoiser
-from dae_theory.denoisers import mixture_denoiser as mixture_denoiser
-from dae_theory.denoisers import score as score
-from dae_theory.exact_training import minimize_exact_objective as minimize_exact_objective
-from dae_theory.minimizers import block_minimizer as block_minimizer
-from dae_theory.minimizers import generalizing_minimizer as generalizing_minimizer
-from dae_theory.minimizers import memorizing_minimizer as memorizing_minimizer
-from dae_theory.mixture import GaussianMixture as GaussianMixture
-from dae_theory.model import ReluDae as ReluDae
-from dae_theory.model import denoise as denoise
-from dae_theory.model import encode as encode
-from dae_theory.model import jacobian as jacobian
-from dae_theory.risk import exact_objective as exact_objective
-from dae_theory.risk import exact_risk as exact_risk
-from dae_theory.risk import monte_carlo_objective as monte_carlo_objective
-from dae_theory.risk import monte_carlo_risk as monte_carlo_risk
-from dae_theory.symmetry import merge_parallel_columns as merge_parallel_columns
-from dae_theory.types import Denoiser as Denoiser
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

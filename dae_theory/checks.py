@@ -2,45 +2,54 @@
 
 Static properties (rank, shape, dtype) are always checked. Values are checked if they are concrete, as in an eager call;
 under a trace (``jit``, ``vmap``, ``grad``) they are unknown and pass. Messages name the value and say what to do.
+
+JAX and NumPy are imported when an array is checked: specifications of experiments are checked by command lines that
+have not loaded them yet.
 """
 
 from __future__ import annotations
 
+import math
 import numbers
-
-import jax
-import jax.core
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import ArrayLike
+from typing import Any
 
 __all__ = ["check_data", "check_finite", "check_integer", "check_nonnegative", "check_positive", "is_concrete"]
 
 
 def is_concrete(*values: object) -> bool:
     """Whether no leaf of ``values`` is a tracer, so that its numbers can be inspected."""
+    if all(isinstance(value, (int, float)) for value in values):
+        return True
+    import jax
+
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
 
 
-def check_finite(name: str, value: ArrayLike) -> None:
+def check_finite(name: str, value: Any) -> None:
     """Raise ``ValueError`` if a concrete ``value`` has a NaN or an infinity; the message counts them."""
-    if is_concrete(value):
+    if not is_concrete(value):
+        return
+    if isinstance(value, (int, float)):
+        bad = int(not math.isfinite(value))
+    else:
+        import numpy as np
+
         bad = int(np.sum(~np.isfinite(np.asarray(value))))
-        if bad:
-            raise ValueError(f"{name} has {bad} non-finite entries (NaN or infinity); remove or replace them first.")
+    if bad:
+        raise ValueError(f"{name} has {bad} non-finite entries (NaN or infinity); remove or replace them first.")
 
 
-def check_positive(name: str, value: ArrayLike) -> None:
+def check_positive(name: str, value: Any) -> None:
     """Raise ``ValueError`` unless every entry of a concrete ``value`` is finite and above zero."""
     check_finite(name, value)
-    if is_concrete(value) and not np.all(np.asarray(value) > 0):
+    if is_concrete(value) and not _smallest(value) > 0:
         raise ValueError(f"{name} must be positive, got {_shown(value)}.")
 
 
-def check_nonnegative(name: str, value: ArrayLike) -> None:
+def check_nonnegative(name: str, value: Any) -> None:
     """Raise ``ValueError`` unless every entry of a concrete ``value`` is finite and at least zero."""
     check_finite(name, value)
-    if is_concrete(value) and not np.all(np.asarray(value) >= 0):
+    if is_concrete(value) and not _smallest(value) >= 0:
         raise ValueError(f"{name} must not be negative, got {_shown(value)}.")
 
 
@@ -56,8 +65,10 @@ def check_integer(name: str, value: object, *, minimum: int, maximum: int | None
     return value
 
 
-def check_data(data: ArrayLike, *, name: str = "data") -> None:
+def check_data(data: Any, *, name: str = "data") -> None:
     """Raise ``ValueError`` unless ``data`` is a floating (n, d) array with n, d >= 1 and, when concrete, finite."""
+    import jax.numpy as jnp
+
     shape, dtype = jnp.shape(data), jnp.result_type(data)
     if len(shape) != 2:
         raise ValueError(f"{name} must have shape (n, d), samples as rows; got shape {shape}.")
@@ -68,6 +79,19 @@ def check_data(data: ArrayLike, *, name: str = "data") -> None:
     check_finite(name, data)
 
 
-def _shown(value: ArrayLike) -> str:
+def _smallest(value: Any) -> Any:
+    """The smallest entry; infinity where there is none."""
+    if isinstance(value, (int, float)):
+        return value
+    import numpy as np
+
+    return np.min(np.asarray(value), initial=np.inf)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (int, float)):
+        return str(value)
+    import numpy as np
+
     array = np.asarray(value)
     return str(array) if array.size <= 6 else f"an array whose smallest entry is {array.min()}"

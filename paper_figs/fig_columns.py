@@ -71,8 +71,6 @@ def compute(spec: dict[str, Any]) -> dict[str, np.ndarray]:
 def from_run(folder: str | Path) -> dict[str, np.ndarray]:
     """Refuse: the figure trains its own networks."""
     raise ValueError(f"the figure `columns` trains its own networks, not those of {folder}; leave --run out.")
-        f"the figure `columns` trains its own networks and cannot be drawn from {folder}; leave --run out."
-    )
 
 
 def draw(arrays: Arrays) -> matplotlib.figure.Figure:

@@ -11,18 +11,15 @@ import jax
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-PACKAGES = ("dae_theory",)
+PACKAGES = ("dae_theory", "sims", "scaling")
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
 def exports(package):
-    """Public names of a package: its ``__all__``, else the names that it imports ``as`` themselves."""
-    body = ast.parse((ROOT / package / "__init__.py").read_text()).body
-    for node in body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-            return sorted(ast.literal_eval(node.value))
-    imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
-    return sorted(alias.asname for node in imports for alias in node.names if alias.asname)
+    """Public names of a package but for its rooms and modules: what its stub imports from them."""
+    body = ast.parse((ROOT / package / "__init__.pyi").read_text()).body
+    imports = [node for node in body if isinstance(node, ast.ImportFrom) and node.module is not None]
+    return sorted(alias.asname for node in imports for alias in node.names)
 
 
 @pytest.mark.parametrize(("package", "name"), [(package, name) for package in PACKAGES for name in exports(package)])
@@ -44,4 +41,4 @@ def test_the_example_of_every_export_runs(package, name):
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_exports_are_found(package):
-    assert len(exports(package)) > 10
+    assert len(exports(package)) >= 4

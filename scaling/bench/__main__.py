@@ -40,12 +40,12 @@ import numpy as np
 from absl import app, logging
 from absl.flags import argparse_flags
 
-from scaling.bridge import load_model, save_pretrained
 from scaling.backend import limit_blas_threads
 from scaling.bench import jacobian as bench_jacobian
 from scaling.bench import training as bench_training
 from scaling.bench import unet as bench_unet
 from scaling.bench.unet import QUICK, SD14, check_room, has_torch
+from scaling.bridge import load_model, save_pretrained
 from scaling.bridge.weights import read_header
 from scaling.models.model import Model, initialize, understand
 from sims.bench.timing import Row, apart, compare, peak_memory, row, seconds, table, write_json
