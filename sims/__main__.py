@@ -102,7 +102,7 @@ def _sweep(args: argparse.Namespace) -> None:
             )
             executor = stack.enter_context(workers)
 
-        def on_unit(progress: engine.Progress) -> None:
+        def on_unit(progress: engine.CellProgress) -> None:
             label = ", ".join(f"{axis} {value}" for axis, value in progress.unit.items())
             bar.move(progress.done, progress.total, label)
             log.write(f"{progress.done} of {progress.total} cells: {label or 'begin'}")

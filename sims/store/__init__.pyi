@@ -6,13 +6,14 @@ from . import run as run
 from .filling import batch_rows as batch_rows
 from .filling import checksum as checksum
 from .filling import fill as fill
+from .filling import fill_units as fill_units
 from .provenance import environment as environment
 from .run import SPEC as SPEC
 from .run import Count as Count
 from .run import Progress as Progress
+from .run import Region as Region
 from .run import Run as Run
 from .run import StoreError as StoreError
-from .run import Unit as Unit
 from .run import attached as attached
 from .run import blank as blank
 from .run import count_finite as count_finite

@@ -31,21 +31,22 @@ __all__ = [
     "AGAIN",
     "BOOKKEEPING",
     "RESULTS",
+    "Region",
     "Run",
     "StoreError",
-    "Unit",
     "attach",
     "blank",
     "digests",
     "dims",
     "disk",
     "finished",
+    "indices",
     "is_finished",
     "labels",
     "layout",
     "pending",
     "read_chunk",
-    "region",
+    "units",
     "write_chunk",
 ]
 
@@ -53,8 +54,8 @@ RESULTS = "results.zarr"
 BOOKKEEPING = {"wall_s": np.dtype(float), "done": np.dtype(bool)}
 AGAIN = "run the same command again: finished chunks are kept"
 
-Unit: TypeAlias = dict[str, slice]
-"""A unit of work: its slice of every chunked dimension, as ``Dataset.isel(unit)`` takes it."""
+Region: TypeAlias = dict[str, slice]
+"""Where a unit of work lies: its slice of every chunked dimension, as ``Dataset.isel(region)`` takes it."""
 
 
 class StoreError(ValueError):
@@ -175,27 +176,36 @@ def dims(array: zarr.Array) -> tuple[str, ...]:
     return tuple(cast(Any, array.metadata).dimension_names or ())
 
 
-def pending(run: Run) -> list[Unit]:
+def units(run: Run) -> list[Region]:
+    """All units, finished or not, in the order of the grid."""
+    parts = [
+        [slice(start, min(start + chunk, size)) for start in range(0, size, chunk)]
+        for size, chunk in zip(run.arrays["done"].shape, run.chunks.values(), strict=True)
+    ]
+    return [dict(zip(run.chunks, unit, strict=True)) for unit in itertools.product(*parts)]
+
+
+def pending(run: Run) -> list[Region]:
     """The units still to be computed, in the order of the grid."""
-    return [unit for unit in _units(run) if not is_finished(run, unit)]
+    return [unit for unit in units(run) if not is_finished(run, unit)]
 
 
-def finished(run: Run) -> list[Unit]:
+def finished(run: Run) -> list[Region]:
     """The units that are done, in the order of the grid."""
-    return [unit for unit in _units(run) if is_finished(run, unit)]
+    return [unit for unit in units(run) if is_finished(run, unit)]
 
 
-def is_finished(run: Run, unit: Unit) -> bool:
+def is_finished(run: Run, unit: Region) -> bool:
     """Whether this unit is done."""
     return _file(run, "done", unit).exists()
 
 
-def region(array: zarr.Array, unit: Unit) -> tuple[slice, ...]:
+def indices(array: zarr.Array, unit: Region) -> tuple[slice, ...]:
     """Where a unit lies in ``array``: a slice of every dimension."""
     return tuple(unit.get(dim, slice(0, size)) for dim, size in zip(dims(array), array.shape, strict=True))
 
 
-def write_chunk(run: Run, unit: Unit, arrays: Mapping[str, Any], *, wall_s: float = math.nan) -> None:
+def write_chunk(run: Run, unit: Region, arrays: Mapping[str, Any], *, wall_s: float = math.nan) -> None:
     """Store one finished unit: its arrays, flushed to the disk, then its ``done`` flag.
 
     ``arrays`` has every variable of the template in the shape that ``template.isel(unit)`` gives it; ``wall_s`` is what
@@ -205,13 +215,13 @@ def write_chunk(run: Run, unit: Unit, arrays: Mapping[str, Any], *, wall_s: floa
     values = {**_checked(run, unit, arrays), "wall_s": np.asarray(wall_s)}
     with disk(f"write {_shown(unit)} in", run.path):
         for name, value in values.items():
-            run.arrays[name][region(run.arrays[name], unit)] = value
+            run.arrays[name][indices(run.arrays[name], unit)] = value
         _flush(run, values, unit)
-        run.arrays["done"][region(run.arrays["done"], unit)] = True
+        run.arrays["done"][indices(run.arrays["done"], unit)] = True
         _flush(run, ["done"], unit)
 
 
-def read_chunk(run: Run, name: str, unit: Unit) -> np.ndarray:
+def read_chunk(run: Run, name: str, unit: Region) -> np.ndarray:
     """What a finished unit holds of the variable ``name``. ``StoreError`` if its file is damaged or lost."""
     array, file = run.arrays[name], _file(run, name, unit)
     raw = file.read_bytes() if file.exists() else b""
@@ -222,7 +232,7 @@ def read_chunk(run: Run, name: str, unit: Unit) -> np.ndarray:
         raise StoreError(f"{file} is damaged or lost; delete {done} and {AGAIN}, only {_shown(unit)} is computed anew.")
     values = np.frombuffer(body, array.dtype.newbyteorder("<")).reshape(array.chunks)
     # The last chunk of a dimension is padded.
-    return values[(*(slice(part.stop - part.start) for part in region(array, unit)), ...)]
+    return values[(*(slice(part.stop - part.start) for part in indices(array, unit)), ...)]
 
 
 def _fill(dtype: np.dtype) -> np.ndarray:
@@ -233,26 +243,18 @@ def _digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _units(run: Run) -> list[Unit]:
-    parts = [
-        [slice(start, min(start + chunk, size)) for start in range(0, size, chunk)]
-        for size, chunk in zip(run.arrays["done"].shape, run.chunks.values(), strict=True)
-    ]
-    return [dict(zip(run.chunks, unit, strict=True)) for unit in itertools.product(*parts)]
-
-
-def _file(run: Run, name: str, unit: Unit) -> Path:
+def _file(run: Run, name: str, unit: Region) -> Path:
     array = run.arrays[name]
     place = tuple(unit[dim].start // run.chunks[dim] if dim in unit else 0 for dim in dims(array))
     return run.path / RESULTS / name / array.metadata.encode_chunk_key(place)
 
 
-def _shown(unit: Unit) -> str:
+def _shown(unit: Region) -> str:
     parts = ", ".join(f"{dim}[{part.start}:{part.stop}]" for dim, part in unit.items())
     return f"chunk {parts}" if parts else "the only chunk"
 
 
-def _is_unit(run: Run, unit: Unit) -> bool:
+def _is_unit(run: Run, unit: Region) -> bool:
     sizes = dict(zip(run.chunks, run.arrays["done"].shape, strict=True))
     return unit.keys() == sizes.keys() and all(
         part.start in range(0, sizes[dim], run.chunks[dim])
@@ -261,7 +263,7 @@ def _is_unit(run: Run, unit: Unit) -> bool:
     )
 
 
-def _checked(run: Run, unit: Unit, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _checked(run: Run, unit: Region, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
     if not _is_unit(run, unit) or is_finished(run, unit):
         raise StoreError(f"{unit} is not pending in {run.path}; write each unit of pending(run) once.")
     wanted = [name for name in run.arrays if name not in BOOKKEEPING]
@@ -270,7 +272,7 @@ def _checked(run: Run, unit: Unit, arrays: Mapping[str, Any]) -> dict[str, np.nd
     values = {name: np.asarray(arrays[name]) for name in wanted}
     for name, value in values.items():
         array = run.arrays[name]
-        shape = tuple(part.stop - part.start for part in region(array, unit))
+        shape = tuple(part.stop - part.start for part in indices(array, unit))
         if value.shape != shape or not np.can_cast(value.dtype, array.dtype, "same_kind"):
             raise StoreError(
                 f"{name!r} of {_shown(unit)} must have shape {shape} over {dims(array)} and dtype {array.dtype}, "
@@ -279,7 +281,7 @@ def _checked(run: Run, unit: Unit, arrays: Mapping[str, Any]) -> dict[str, np.nd
     return values
 
 
-def _flush(run: Run, names: Iterable[str], unit: Unit) -> None:
+def _flush(run: Run, names: Iterable[str], unit: Region) -> None:
     folders = set()
     for name in names:
         file, top = _file(run, name, unit), run.path / RESULTS / name

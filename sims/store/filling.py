@@ -1,25 +1,56 @@
-"""Long work in batches of numbered items, written to a run's folder (:mod:`sims.store.run`) as it is done.
+"""The loop that fills a run's folder (:mod:`sims.store.run`): pending units are computed, written and reported.
 
-A run's identity is what its numbers depend on: digests of arrays, not the paths at which they lie, and not the size of
-batches.
+:func:`fill_units` is the loop itself, for units of any shape that are finished in any order; :func:`fill` computes
+numbered items in batches of one size. A run's identity is what its numbers depend on: digests of arrays, not the paths
+at which they lie, and not the size of batches.
 """
 
 from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 import xarray as xr
 from jaxtyping import Int
 
+from sims.store import chunks as on_disk
 from sims.store import run as store
+from sims.store.run import Region, Run
 
-__all__ = ["batch_rows", "checksum", "fill"]
+__all__ = ["Computed", "batch_rows", "checksum", "fill", "fill_units"]
+
+Computed: TypeAlias = tuple[Region, Mapping[str, Any], float]
+"""Where a unit lies, the values of every variable there, and the seconds that it took."""
+
+
+def fill_units(
+    run: Run,
+    compute: Callable[[list[Region]], Iterable[Computed]],
+    *,
+    regions: Sequence[Region] | None = None,
+    on_unit: Callable[[int, int, Region | None], None] | None = None,
+) -> None:
+    """Compute the pending units of an open run, and write each when it is finished.
+
+    ``compute`` is called once, with the regions of all pending units (perhaps none), and yields units in any order;
+    those that it leaves out stay pending. ``regions`` restricts the work to these units. ``on_unit(done, total,
+    region)`` is called at the start, with None for the region, and after each unit; it counts units of ``regions``.
+    """
+    considered = on_disk.units(run) if regions is None else regions
+    todo = [region for region in considered if not on_disk.is_finished(run, region)]
+    done, total = len(considered) - len(todo), len(considered)
+    if on_unit is not None:
+        on_unit(done, total, None)
+    for region, values, wall_s in compute(todo):
+        store.write_chunk(run, region, values, wall_s=wall_s)
+        done += 1
+        if on_unit is not None:
+            on_unit(done, total, region)
 
 
 def fill(
@@ -34,26 +65,39 @@ def fill(
 ) -> None:
     """Compute what the run in ``out`` still lacks, ``batch_size`` items of the template's first dimension at a time.
 
-    ``compute`` takes the numbers of the items, always equally many: the last batch repeats its last item. A run that
-    goes on keeps the batches that it began with. ``on_batch(done, total)`` is told the items finished, at the start
-    too. ``provenance`` is recorded beside the environment. ``ValueError`` for a folder that holds something else.
+    Args:
+        out: the run's folder; the same call resumes.
+        spec: the identity of the run, as JSON.
+        template: the data set to fill (:func:`sims.store.run.blank`); items lie along its first dimension.
+        batch_size: items of a batch; a run that resumes keeps the size with which it began.
+        compute: from the numbers of a batch's items to their values. Every batch has the same size: the last one
+            repeats its last item.
+        provenance: recorded beside the environment.
+        on_batch: ``(done, total)``, called with the number of finished items at the start and after each batch.
+
+    ``ValueError`` for a folder that holds something else.
     """
     dim, total = next(iter(template.sizes.items()))
+    dim = str(dim)
     provenance = {**store.environment(), **(provenance or {})}
-    with store.open_run(out, spec, template, {str(dim): min(batch_size, total)}, provenance) as run:
-        size = run.chunks[str(dim)]
-        units = store.pending(run)
-        done = total - sum(unit[str(dim)].stop - unit[str(dim)].start for unit in units)
-        for unit in units:
+    with store.open_run(out, spec, template, {dim: min(batch_size, total)}, provenance) as run:
+        size = run.chunks[dim]
+        done = total - sum(region[dim].stop - region[dim].start for region in store.pending(run))
+
+        def batches(todo: list[Region]) -> Iterator[Computed]:
+            for region in todo:
+                part, begin = region[dim], time.perf_counter()
+                batch = jax.device_get(dict(compute(batch_rows(part.start, size, total))))
+                values = {name: value[: part.stop - part.start] for name, value in batch.items()}
+                yield region, values, time.perf_counter() - begin
+
+        def report(_: int, __: int, region: Region | None) -> None:
+            nonlocal done
+            done += 0 if region is None else region[dim].stop - region[dim].start
             if on_batch is not None:
                 on_batch(done, total)
-            part, begin = unit[str(dim)], time.perf_counter()
-            batch = jax.device_get(dict(compute(batch_rows(part.start, size, total))))
-            values = {name: value[: part.stop - part.start] for name, value in batch.items()}
-            store.write_chunk(run, unit, values, wall_s=time.perf_counter() - begin)
-            done += part.stop - part.start
-        if on_batch is not None:
-            on_batch(done, total)
+
+        fill_units(run, batches, on_unit=report)
 
 
 def batch_rows(start: int, size: int, total: int) -> Int[np.ndarray, " size"]:

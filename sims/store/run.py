@@ -29,7 +29,7 @@ import numpy as np
 import xarray as xr
 
 from sims.store import chunks as on_disk
-from sims.store.chunks import AGAIN, BOOKKEEPING, RESULTS, Run, StoreError, Unit, blank, disk, pending, write_chunk
+from sims.store.chunks import AGAIN, BOOKKEEPING, RESULTS, Region, Run, StoreError, blank, disk, pending, write_chunk
 from sims.store.files import write_text
 from sims.store.provenance import environment
 
@@ -37,9 +37,9 @@ __all__ = [
     "FORMAT",
     "Count",
     "Progress",
+    "Region",
     "Run",
     "StoreError",
-    "Unit",
     "attached",
     "blank",
     "count_finite",
@@ -162,7 +162,7 @@ def load(out: str | os.PathLike[str]) -> xr.Dataset:
     for name, array in run.arrays.items():
         values = np.full(array.shape, array.fill_value, array.dtype)
         for unit in finished:
-            values[on_disk.region(array, unit)] = on_disk.read_chunk(run, name, unit)
+            values[on_disk.indices(array, unit)] = on_disk.read_chunk(run, name, unit)
         dataset[name] = xr.Variable(on_disk.dims(array), values, dict(array.attrs))
     return dataset
 

@@ -29,7 +29,7 @@ import jax
 from sims.store.chunks import AGAIN
 from sims.sweeps.engine import Executor, resolve_measures, worlds_of
 from sims.sweeps.measures import MEASURES, Measure
-from sims.sweeps.programs import Compiled, Finished, Job, Placement, Unit, compile_job, placement, run_units
+from sims.sweeps.programs import Compiled, Finished, Job, Placement, TrainingSet, compile_job, placement, run_units
 from sims.sweeps.spec import Spec
 
 __all__ = ["connected"]
@@ -81,7 +81,12 @@ def connected(
 
 
 def _compute(
-    client: Any, memory: int, group: int | None, spec: Spec, units: Sequence[Unit], measures: Mapping[str, Measure]
+    client: Any,
+    memory: int,
+    group: int | None,
+    spec: Spec,
+    units: Sequence[TrainingSet],
+    measures: Mapping[str, Measure],
 ) -> Iterator[Finished]:
     import cloudpickle
     import distributed
@@ -112,14 +117,14 @@ def _compute(
         ) from error
 
 
-def _run(order: bytes, unit: Unit) -> Finished:
+def _run(order: bytes, unit: TrainingSet) -> Finished:
     """One unit, in a worker."""
     (found,) = _prepared(order)(unit)
     return found
 
 
 @functools.lru_cache(maxsize=4)
-def _prepared(order: bytes) -> Callable[[Unit], Iterator[Finished]]:
+def _prepared(order: bytes) -> Callable[[TrainingSet], Iterator[Finished]]:
     """What a worker does for every unit of a sweep: data sets are loaded and programs compiled once."""
     import cloudpickle
 

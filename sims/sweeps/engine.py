@@ -20,10 +20,12 @@ import xarray as xr
 from jax.experimental import multihost_utils
 
 from sims import store
+from sims.store.filling import Computed
+from sims.store.run import Region
 from sims.sweeps.measures import DEFAULT, MEASURES, Measure
 from sims.sweeps.programs import (
     Finished,
-    Unit,
+    TrainingSet,
     Worlds,
     fit_cell,
     grid_of,
@@ -36,17 +38,17 @@ from sims.sweeps.programs import (
 from sims.sweeps.spec import LOOP_AXES, OPTIONAL_AXES, VALUE_AXES, Spec
 from sims.sweeps.worlds import World, facts, make_world
 
-__all__ = ["Executor", "Progress", "all_units", "resolve_measures", "sweep", "worlds_of"]
+__all__ = ["CellProgress", "Executor", "all_units", "resolve_measures", "sweep", "worlds_of"]
 
-Executor: TypeAlias = Callable[[Spec, Sequence[Unit], Mapping[str, Measure]], Iterable[Finished]]
+Executor: TypeAlias = Callable[[Spec, Sequence[TrainingSet], Mapping[str, Measure]], Iterable[Finished]]
 """Computes units, in any order."""
 
 
-class Progress(NamedTuple):
-    """Where a sweep stands; passed to its ``on_unit`` callback."""
+class CellProgress(NamedTuple):
+    """How far a sweep is; passed to its ``on_unit`` callback."""
 
     done: int
-    """Cells finished, those of an earlier run too."""
+    """Cells finished, including those of an earlier run."""
     total: int
     unit: dict[str, int | float | str]
     """The unit just finished, by the value of its axes; empty at the start."""
@@ -61,7 +63,7 @@ def sweep(
     group: int | None = None,
     shard: tuple[int, int] | None = None,
     executor: Executor | None = None,
-    on_unit: Callable[[Progress], None] | None = None,
+    on_unit: Callable[[CellProgress], None] | None = None,
 ) -> xr.Dataset:
     """Train and measure every cell of ``spec``.
 
@@ -88,32 +90,28 @@ def sweep(
     worlds = worlds_of(spec)
     place = placement(memory=memory, group=group)
     template = _template(spec, chosen, worlds)
-    dims = _unit_dims(spec)
-    cells = spec.cells_per_unit
+    dims, regions = _unit_dims(spec), _regions(spec, shard)
 
-    def compute(places: Sequence[store.Unit]) -> Iterator[tuple[store.Unit, dict[str, np.ndarray], float]]:
-        where = {_unit(spec, place): place for place in places}
-        if executor is None:
-            found = run_units(spec, list(where), chosen, worlds, place)
-        else:
-            found = executor(spec, list(where), chosen)
-        for unit, values, wall_s in found:
-            yield where[unit], _shaped(spec, dims, values), wall_s
-
-    def report(done: int, total: int, place: store.Unit) -> None:
-        if on_unit is not None:
-            on_unit(Progress(done, total, {axis: template[axis].values[at].item() for axis, at in place.items()}))
-
-    every = _places(spec, shard)
-    total = cells * len(every)
-    if out is None or jax.process_index() != 0:
+    def compute(pending: Sequence[Region]) -> Iterator[Computed]:
         # Only the first process knows what an earlier run has finished.
-        todo = _agreed(every, every)
+        of_unit = {_unit(spec, region): region for region in _agreed(regions, pending)}
+        units = list(of_unit)
+        finished = run_units(spec, units, chosen, worlds, place) if executor is None else executor(spec, units, chosen)
+        for unit, values, wall_s in finished:
+            yield of_unit[unit], _shaped(spec, dims, values), wall_s
+
+    def report(done: int, total: int, region: Region | None) -> None:
+        if on_unit is not None:
+            unit = {axis: template[axis].values[part].item() for axis, part in (region or {}).items()}
+            on_unit(CellProgress(done * spec.cells_per_unit, total * spec.cells_per_unit, unit))
+
+    if out is None or jax.process_index() != 0:
         results = template.map(lambda variable: variable.copy(data=np.array(variable)))
-        for done, (at, values, _) in enumerate(compute(todo), 1):
+        report(0, len(regions), None)
+        for done, (region, values, _) in enumerate(compute(regions), 1):
             for name, value in values.items():
-                results[name][at] = value
-            report(done * cells, total, at)
+                results[name][region] = value
+            report(done, len(regions), region)
         return results
     identity = {**spec.to_dict(), "measures": list(chosen)}
     described = [facts(worlds(*source), spec) for source in _sources(spec)]
@@ -122,15 +120,9 @@ def sweep(
             provenance = {**store.environment(), "data": described}
             run = stack.enter_context(store.open_run(out, identity, template, dict.fromkeys(dims, 1), provenance))
         except ValueError:
-            _agreed(every, None)
+            _agreed(regions, None)
             raise
-        pending = {_start(unit) for unit in store.pending(run)}
-        todo = _agreed(every, [at for at in every if _start(at) in pending])
-        before = total - cells * len(todo)
-        report(before, total, {})
-        for done, (at, values, wall_s) in enumerate(compute(todo), 1):
-            store.write_chunk(run, at, values, wall_s=wall_s)
-            report(before + done * cells, total, at)
+        store.fill_units(run, compute, regions=regions, on_unit=report)
     return store.load(out)
 
 
@@ -167,12 +159,12 @@ def _sources(spec: Spec) -> list[tuple[str, float | None]]:
     return list(itertools.product(spec.dataset, spec.separation or (None,)))
 
 
-def all_units(spec: Spec, shard: tuple[int, int] | None = None) -> list[Unit]:
+def all_units(spec: Spec, shard: tuple[int, int] | None = None) -> list[TrainingSet]:
     """The units of a sweep, or of one shard of it, in the order in which they are computed."""
-    return [_unit(spec, place) for place in _places(spec, shard)]
+    return [_unit(spec, region) for region in _regions(spec, shard)]
 
 
-def _places(spec: Spec, shard: tuple[int, int] | None) -> list[store.Unit]:
+def _regions(spec: Spec, shard: tuple[int, int] | None) -> list[Region]:
     dims = _unit_dims(spec)
     indices = itertools.product(*(range(spec.shape[axis]) for axis in dims))
     every = [dict(zip(dims, (slice(i, i + 1) for i in index), strict=True)) for index in indices]
@@ -184,10 +176,10 @@ def _unit_dims(spec: Spec) -> list[str]:
     return [axis for axis in spec.shape if axis in LOOP_AXES or axis == "seed"]
 
 
-def _unit(spec: Spec, place: store.Unit) -> Unit:
-    at = {axis: part.start for axis, part in place.items()}
-    values = {axis: getattr(spec, axis)[at.get(axis, 0)] for axis in LOOP_AXES if getattr(spec, axis)}
-    return Unit(**{"separation": None, **values}, seed=at["seed"])
+def _unit(spec: Spec, region: Region) -> TrainingSet:
+    index = {axis: part.start for axis, part in region.items()}
+    values = {axis: getattr(spec, axis)[index.get(axis, 0)] for axis in LOOP_AXES if getattr(spec, axis)}
+    return TrainingSet(**{"separation": None, **values}, seed=index["seed"])
 
 
 def _template(spec: Spec, measures: Mapping[str, Measure], worlds: Worlds) -> xr.Dataset:
@@ -227,27 +219,27 @@ def _shaped(spec: Spec, dims: Sequence[str], values: Mapping[str, np.ndarray]) -
     return {name: value.reshape(*front, *value.shape[1:]) for name, value in values.items()}
 
 
-def _shard(units: list[store.Unit], index: int, count: int) -> list[store.Unit]:
+def _shard(regions: list[Region], index: int, count: int) -> list[Region]:
     if not 1 <= index <= count:
         raise ValueError(f"shard {index}/{count} does not exist: the first number counts from 1 to the second.")
-    mine = units[index - 1 :: count]
+    mine = regions[index - 1 :: count]
     if not mine:
-        raise ValueError(f"shard {index}/{count} is empty: there are {len(units)} units of work; use fewer shards.")
+        raise ValueError(f"shard {index}/{count} is empty: there are {len(regions)} units of work; use fewer shards.")
     return mine
 
 
-def _start(unit: store.Unit) -> tuple[int, ...]:
-    return tuple(part.start for part in unit.values())
+def _start(region: Region) -> tuple[int, ...]:
+    return tuple(part.start for part in region.values())
 
 
-def _agreed(every: Sequence[store.Unit], todo: Sequence[store.Unit] | None) -> list[store.Unit]:
-    """What the first process has to do, in every process; ``ValueError`` in the others if it cannot, with None."""
+def _agreed(regions: Sequence[Region], pending: Sequence[Region] | None) -> list[Region]:
+    """What the first process has to compute, in every process; None there is a ``ValueError`` in the others."""
     if jax.process_count() == 1:
-        return list(todo or ())
-    ours = {_start(unit) for unit in todo or ()}
-    told = np.asarray([todo is not None, *(_start(unit) in ours for unit in every)])
+        return list(pending or ())
+    starts = {_start(region) for region in pending or ()}
+    message = np.asarray([pending is not None, *(_start(region) in starts for region in regions)])
     with others_alive():
-        able, *mask = np.asarray(multihost_utils.broadcast_one_to_all(told)).tolist()
+        able, *mask = np.asarray(multihost_utils.broadcast_one_to_all(message)).tolist()
     if not able and jax.process_index() != 0:
-        raise ValueError("the first process cannot go on; see what it says.")
-    return [unit for unit, wanted in zip(every, mask, strict=True) if wanted]
+        raise ValueError("the first process cannot go on; see its message.")
+    return [region for region, wanted in zip(regions, mask, strict=True) if wanted]

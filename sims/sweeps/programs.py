@@ -36,7 +36,7 @@ __all__ = [
     "Numbers",
     "Placement",
     "Program",
-    "Unit",
+    "TrainingSet",
     "Worlds",
     "alike_units",
     "compile_job",
@@ -63,7 +63,7 @@ class Numbers(NamedTuple):
     sigma: Any
 
 
-class Unit(NamedTuple):
+class TrainingSet(NamedTuple):
     """One training set and the program that its cells share, by the values of their axes."""
 
     dataset: str
@@ -80,7 +80,7 @@ class Unit(NamedTuple):
 class Finished(NamedTuple):
     """A unit with its results."""
 
-    unit: Unit
+    unit: TrainingSet
     values: dict[str, np.ndarray]
     """For each measure (cells, records, ...), cells in the order of :func:`grid_of`."""
     wall_s: float
@@ -132,7 +132,7 @@ def grid_of(spec: Spec) -> Numbers:
     return Numbers(*np.asarray(list(cells), spec.dtype).T)
 
 
-def recipe_of(spec: Spec, unit: Unit) -> Recipe:
+def recipe_of(spec: Spec, unit: TrainingSet) -> Recipe:
     """The static part of training the networks of a unit."""
     return Recipe(
         width=unit.width,
@@ -150,17 +150,17 @@ def segments_of(spec: Spec) -> Int[np.ndarray, " r"]:
     return np.diff(np.asarray(spec.record_steps, np.int32), prepend=np.int32(0))
 
 
-def single_unit(spec: Spec) -> tuple[Unit, Numbers]:
+def single_unit(spec: Spec) -> tuple[TrainingSet, Numbers]:
     """The one unit and the one cell of a spec whose axes have one value each, at seed 0; ``ValueError`` otherwise."""
     for axis in (*LOOP_AXES, *VALUE_AXES):
         if len(getattr(spec, axis)) > 1:
             raise ValueError(f"a single run needs one {axis}, got {getattr(spec, axis)}; use sweep for several.")
     values = {axis: getattr(spec, axis)[0] for axis in LOOP_AXES if getattr(spec, axis)}
     numbers = Numbers(*(jnp.asarray(getattr(spec, axis)[0], spec.dtype) for axis in VALUE_AXES))
-    return Unit(**{"separation": None, **values}, seed=0), numbers
+    return TrainingSet(**{"separation": None, **values}, seed=0), numbers
 
 
-def unit_program(spec: Spec, unit: Unit, world: World) -> tuple[Program, PRNGKey, CellData]:
+def unit_program(spec: Spec, unit: TrainingSet, world: World) -> tuple[Program, PRNGKey, CellData]:
     """What the cells of a unit run, and on what."""
     key, data, identity = cell_data(world, spec, unit.num_samples, unit.seed, unit.duplicates)
     evaluation = CellSpec(0.0, 0.0, spec.eval_samples, spec.eval_draws, identity)
@@ -198,7 +198,7 @@ def fit_cell(
 
 def run_units(
     spec: Spec,
-    units: Sequence[Unit],
+    units: Sequence[TrainingSet],
     measures: Mapping[str, Measure],
     worlds: Worlds,
     place: Placement,
@@ -236,17 +236,17 @@ def run_units(
 class Job(NamedTuple):
     """A unit, ready to be computed: arrays of NumPy, and keys as their data."""
 
-    unit: Unit
+    unit: TrainingSet
     program: Program
     key: UInt[np.ndarray, " k"]
     data: CellData
 
 
-def alike_units(units: Sequence[Unit]) -> Iterator[list[Unit]]:
+def alike_units(units: Sequence[TrainingSet]) -> Iterator[list[TrainingSet]]:
     """Runs of neighbors with equal programs and shapes; seeds are the last axis of units, so a run is at least
     those."""
 
-    def same(unit: Unit) -> Unit:
+    def same(unit: TrainingSet) -> TrainingSet:
         # Data sets along an axis of separations have one shape; others need not.
         return unit._replace(seed=0, separation=None if unit.separation is None else 0.0)
 
@@ -254,7 +254,7 @@ def alike_units(units: Sequence[Unit]) -> Iterator[list[Unit]]:
         yield list(neighbors)
 
 
-def job_of(spec: Spec, unit: Unit, worlds: Worlds) -> Job:
+def job_of(spec: Spec, unit: TrainingSet, worlds: Worlds) -> Job:
     """A unit with the rows that it trains on."""
     program, key, data = unit_program(spec, unit, worlds(unit.dataset, unit.separation))
     host = jax.tree.map(np.asarray, data._replace(key=jax.random.key_data(data.key)))

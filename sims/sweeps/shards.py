@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from sims import store
 from sims.store import chunks as on_disk
+from sims.store.filling import Computed
 
 __all__ = ["folder", "merge", "parse_shard"]
 
@@ -50,17 +51,21 @@ def merge(out: str | pathlib.Path, *, on_unit: Callable[[int, int], None] | None
     template = store.template_of(parts[0])
     sessions = [session for record in records for session in record["sessions"]]
     provenance = {**store.environment(), "data": sessions[-1]["data"] if sessions else [], "shards": sessions}
+
+    def copied(pending: list[store.Region]) -> Iterator[Computed]:
+        sources = [store.attached(part) for part in parts]
+        for region in pending:
+            source = next((source for source in sources if on_disk.is_finished(source, region)), None)
+            if source is not None:
+                values = {name: on_disk.read_chunk(source, name, region) for name in source.arrays}
+                wall_s = float(values.pop("wall_s").item())
+                del values["done"]
+                yield region, values, wall_s
+
+    def report(done: int, total: int, region: store.Region | None) -> None:
+        if on_unit is not None and region is not None:
+            on_unit(done, total)
+
     with store.open_run(out, first["spec"], template, first["chunks"], provenance) as run:
-        done, total = store.progress(run)
-        for part in parts:
-            source = store.attached(part)
-            for unit in on_disk.finished(source):
-                if not on_disk.is_finished(run, unit):
-                    values = {name: on_disk.read_chunk(source, name, unit) for name in source.arrays}
-                    wall_s = float(values.pop("wall_s").item())
-                    del values["done"]
-                    store.write_chunk(run, unit, values, wall_s=wall_s)
-                    done += 1
-                    if on_unit is not None:
-                        on_unit(done, total)
-        return store.Progress(done, total)
+        store.fill_units(run, copied, on_unit=report)
+        return store.progress(run)
