@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from scaling.commands import options
 from scaling.study.settings import TIMESTEPS, JacobianSetting
@@ -14,7 +13,7 @@ from sims.flags import add_fields, given, parse_floats, parse_ints
 if TYPE_CHECKING:
     import xarray as xr
 
-__all__ = ["SUMMARY", "add_flags", "run", "table"]
+__all__ = ["SUMMARY", "add_flags", "run", "summary"]
 
 SUMMARY = "compute singular values and vectors of the denoiser's Jacobian at chosen images and noise levels; resumable"
 
@@ -36,7 +35,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=4,
         metavar="N",
-        help="without --rows: images >= 1 of each group in the model's membership.json, or of the data set (default: 4)",
+        help="without --rows: images >= 1 of each group in the model's membership.json, or of all (default: 4)",
     )
     levels = parser.add_mutually_exclusive_group()
     shown = ",".join(map(str, TIMESTEPS))
@@ -53,7 +52,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Compute what the run does not have yet, write the sheets, print means over each group."""
-    from scaling.study.jacobians import analyze, choose, group_means, read_corpus_images, write_pictures
+    from scaling.study.jacobians import analyze, choose, read_corpus_images, write_pictures
     from sims import store
     from sims.terminal import Bar
 
@@ -76,11 +75,23 @@ def run(args: argparse.Namespace) -> None:
             on_batch=bar.move,
         )
     results = store.load(args.out)
-    means = group_means(results)
-    files = write_pictures(args.out, results, means)
+    files = write_pictures(args.out, results)
     if not args.quiet:
-        print(table(means))
-        print(f"Written: {', '.join(map(str, files))}, {args.out}/results.zarr, {args.out}/spec.json")
+        print(summary(results))
+        print(f"\nWritten: {', '.join(map(str, files))}, {args.out}/results.zarr, {args.out}/spec.json")
+
+
+def summary(results: xr.Dataset) -> str:
+    """A Markdown table: means ± standard errors over the images of each group and noise level."""
+    from scaling.study.jacobians import SUMMARIZED, group_values
+    from sims.study.tables import markdown, mean_and_error
+
+    head = ("group", "sigma", "images", *(name.replace("_", " ") for name in SUMMARIZED))
+    rows = [
+        (entry["group"], f"{entry['sigma']:.4g}", entry["images"], *map(mean_and_error, values.values()))
+        for entry, values in group_values(results)
+    ]
+    return markdown(head, rows)
 
 
 def _membership(model: str) -> dict[str, list[int]] | None:

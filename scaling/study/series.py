@@ -41,14 +41,12 @@ from scaling.training.captions import from_labels
 from scaling.training.run import PATHS, config_of, read_corpus, train
 from scaling.training.spec import TrainSpec
 from sims import Spec, store, sweep
-from sims.store import checksum
+from sims.store import Region, checksum
 from sims.store.files import write_npz
+from sims.store.filling import Computed
 from sims.sweeps import processes
 
-__all__ = ["NUM_SAMPLES", "agreement", "duplication", "transition", "two_layer"]
-
-NUM_SAMPLES = (10, 30, 100, 300, 750)
-"""Default numbers of training images; digits has enough for two halves of the largest, and images to hold out."""
+__all__ = ["agreement", "duplication", "transition", "two_layer"]
 
 VARIED = ("num_samples", "duplicates", "offset", "held_out", "split_seed", "seed", "steps")
 """Fields of the training spec that a series sets itself."""
@@ -310,28 +308,31 @@ def _fill(
     provenance: Mapping[str, Any] | None,
     on_unit: OnUnit | None,
 ) -> xr.Dataset:
-    """Compute and write the units that the run still lacks."""
+    """Compute and write the pending units of the run in ``out``; returns all results."""
     check_integer("workers", workers, minimum=1)
-    told = {**store.environment(), **(provenance or {})}
-    with store.open_run(out, spec, template, dict.fromkeys(dims, 1), told) as run:
-        units = store.pending(run)
-        done, total = store.progress(run)
+
+    def job_of(region: Region) -> Job:
+        return job({dim: region[dim].start for dim in dims})
+
+    def compute(regions: list[Region]) -> Iterator[Computed]:
+        for number, results, wall_s in _computed([job_of(region) for region in regions], workers):
+            # A unit has length one along the outer dimensions.
+            values = {str(name): variable.values[None, None] for name, variable in results.data_vars.items()}
+            yield regions[number], values, wall_s
+
+    def report(done: int, total: int, region: Region | None) -> None:
         if on_unit is not None:
-            on_unit(done, total, "")
-        jobs = [job({dim: unit[dim].start for dim in dims}) for unit in units]
-        for number, values, wall_s in _computed(jobs, workers):
-            # A unit has length one along its dimensions.
-            store.write_chunk(
-                run, units[number], {k: np.asarray(v)[None, None] for k, v in values.items()}, wall_s=wall_s
-            )
-            done += 1
-            if on_unit is not None:
-                on_unit(done, total, jobs[number][2])
+            on_unit(done, total, "" if region is None else job_of(region)[2])
+
+    with store.open_run(
+        out, spec, template, dict.fromkeys(dims, 1), {**store.environment(), **(provenance or {})}
+    ) as run:
+        store.fill_units(run, compute, on_unit=report)
     return store.load(out)
 
 
-def _computed(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, dict[str, np.ndarray], float]]:
-    """The number, the values and the seconds of each job, as they end."""
+def _computed(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, xr.Dataset, float]]:
+    """The number, the results and the seconds of each job, as jobs finish."""
     if workers == 1 or len(jobs) < 2:
         for number, (function, args, _) in enumerate(jobs):
             yield number, *_timed(function, *args)
@@ -348,12 +349,12 @@ def _computed(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, dict[str
 
 
 def _begin(workers: int) -> None:
-    """In a process that is one of so many: a program of its own."""
+    """Set up one of ``workers`` processes, which is a program of its own."""
     processes.share_cores(workers)
     limit_blas_threads()
 
 
-def _timed(function: Callable[..., dict[str, np.ndarray]], *args: Any) -> tuple[dict[str, np.ndarray], float]:
+def _timed(function: Callable[..., xr.Dataset], *args: Any) -> tuple[xr.Dataset, float]:
     begin = time.perf_counter()
-    values = function(*args)
-    return values, time.perf_counter() - begin
+    results = function(*args)
+    return results, time.perf_counter() - begin

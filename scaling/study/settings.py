@@ -10,7 +10,10 @@ import dataclasses
 from scaling.measures.options import CHUNK
 from sims.flags import documented, flag, parse_floats, parse_ints
 
-__all__ = ["STANDARD", "TIMESTEPS", "ExaminationSetting", "JacobianSetting"]
+__all__ = ["NUM_SAMPLES", "STANDARD", "TIMESTEPS", "ExaminationSetting", "JacobianSetting"]
+
+NUM_SAMPLES = (10, 30, 100, 300, 750)
+"""Default training-set sizes of a series; digits has enough for two halves of the largest, and images to hold out."""
 
 TIMESTEPS = (10, 50, 200)
 """Timesteps of a run over Jacobians where the caller names no noise levels."""
