@@ -1,4 +1,4 @@
-"""Images from a pipeline: sampled in batches into a run's folder, then as pictures, a contact sheet and an archive."""
+"""Images sampled from a pipeline into a run's folder, and written as pictures, a contact sheet and an archive."""
 
 from __future__ import annotations
 
@@ -70,6 +70,14 @@ def generate(
         on_batch: ``(done, total)``, called at the start and after each batch.
 
     ``ValueError`` for values out of range, and for a folder that holds another run.
+
+    >>> import tempfile
+    >>> import sims
+    >>> from scaling import zoo
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     generate(zoo.load("digits-10"), 2, 2, folder)
+    ...     dict(sims.load(folder).images.sizes)
+    {'sample': 2, 'channel': 1, 'height': 8, 'width': 8}
     """
     network, vae = pipeline.network, pipeline.vae
     total, size = check_integer("num", num, minimum=1), size or pixel_size(pipeline)
@@ -124,6 +132,13 @@ def write_pictures(out: str | Path) -> list[Path]:
 
     They are ``images/00000.png`` and so on, ``sheet.png`` with all of them, and ``samples.npz`` with the arrays.
     ``ValueError`` if the folder holds no finished samples, or cannot be written.
+
+    >>> import tempfile
+    >>> from scaling import zoo
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     generate(zoo.load("digits-10"), 2, 2, folder)
+    ...     [file.name for file in write_pictures(folder)]
+    ['00000.png', '00001.png', 'sheet.png', 'samples.npz']
     """
     out, samples = Path(out), store.load(out)
     if "images" not in samples or not samples.done.all():

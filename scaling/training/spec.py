@@ -35,6 +35,9 @@ class TrainSpec:
 
     The defaults train a network of 0.70 million parameters that copies repeated images and generalizes otherwise.
     ``ValueError`` for values out of range.
+
+    >>> TrainSpec(steps=100).recipe().learning_rate
+    0.001
     """
 
     arch: str = flag(
