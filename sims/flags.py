@@ -27,6 +27,7 @@ __all__ = [
     "parse_floats",
     "parse_ints",
     "parse_names",
+    "parse_shard",
 ]
 
 T = TypeVar("T", int, float)
@@ -82,8 +83,8 @@ def add_fields(
     *,
     leave_out: Container[str] = (),
     defaults: Mapping[str, Any] | None = None,
-) -> None:
-    """Add an option for each field of the dataclass ``cls`` made by :func:`flag`.
+) -> dict[str, Any]:
+    """Add an option for each field of the dataclass ``cls`` made by :func:`flag`; returns argparse's groups by title.
 
     An option that is left out is None, so that :func:`given` can tell it from the default. ``leave_out`` names fields
     that the command sets otherwise; ``defaults`` are those of the command, shown in place of the class's.
@@ -105,6 +106,7 @@ def add_fields(
         text = f"{option.help} (default: {shown})" if shown else option.help
         name = options.pop("name", f"--{field.name.replace('_', '-')}")
         groups[option.group].add_argument(name, dest=field.name, default=None, help=text.replace("%", "%%"), **options)
+    return groups
 
 
 def given(args: argparse.Namespace, cls: type) -> dict[str, Any]:
@@ -150,6 +152,17 @@ def parse_bytes(text: str) -> int:
     return int(size)
 
 
+def parse_shard(text: str) -> tuple[int, int]:
+    """``"3/8"`` as (3, 8); an error of argparse unless 1 <= I <= N."""
+    try:
+        index, count = (int(part) for part in text.split("/"))
+    except ValueError:
+        index = count = 0
+    if not 1 <= index <= count:
+        raise argparse.ArgumentTypeError(f"a shard is I/N with 1 <= I <= N, such as 3/8; got {text!r}.")
+    return index, count
+
+
 def _parse_axis(text: str, kind: type[T], rounded: Callable[[float], T]) -> tuple[T, ...]:
     # NumPy takes a tenth of a second to import: help texts do without.
     import numpy as np
@@ -174,5 +187,5 @@ def _default(value: Any) -> str:
     if value is None or value == "" or value == () or value is dataclasses.MISSING or isinstance(value, bool):
         return ""
     if isinstance(value, (tuple, list)):
-        return ",".join(_default(item) or "none" for item in value)
+        return ",".join(str(item).lower() if isinstance(item, bool) else _default(item) or "none" for item in value)
     return f"{value:g}" if isinstance(value, float) else str(value)

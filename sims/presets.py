@@ -24,4 +24,4 @@ DEMO = MappingProxyType(
 """``python -m sims demo``: the phase diagram of the embedded digits."""
 
 CERTIFY = MappingProxyType({"num_samples": (8,), "sigma": (0.1,)})
-"""``python -m sims certify``: few rows, little noise, where the theorems speak."""
+"""``python -m sims certify``: few rows, little noise, where the theorems apply."""

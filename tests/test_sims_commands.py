@@ -278,10 +278,3 @@ def test_a_sweep_killed_twenty_times_ends_as_the_undisturbed_one(tmp_path):
     whole, cut = store.load(tmp_path / "whole"), store.load(tmp_path / "cut")
     assert bool(cut.done.all())
     np.testing.assert_array_equal(cut.train_error, whole.train_error)
-
-
-def test_the_module_runs_as_a_program():
-    shown = subprocess.run(
-        [sys.executable, "-m", "sims", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert "transitions" in shown.stdout

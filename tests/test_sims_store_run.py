@@ -302,7 +302,7 @@ def test_a_lost_record_does_not_let_another_spec_in(copied):
 def test_an_edited_spec_is_noticed(copied):
     edit_record(copied, spec=SPEC | {"sigma": [0.2, 0.5]})
     for use in (store.load, work):
-        with pytest.raises(StoreError, match=r"spec\.json and .*zarr\.json tell of different runs"):
+        with pytest.raises(StoreError, match=r"spec\.json and .*zarr\.json describe different runs"):
             use(copied)
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 
 import dask
+import jax
 import jax.numpy as jnp
 import numpy as np
 import psutil
@@ -89,20 +90,24 @@ def test_a_custom_measure_travels(results, address):
 
 
 def test_units_of_one_shape_compile_once_on_a_worker(monkeypatch):
+    def gap_of_this_test(params, data, spec):
+        return sims.sweeps.measures.gap(params, data, spec)
+
     compiled = []
+    compile_one = jax.stages.Lowered.compile
 
-    def spy(spec, job, measures, place):
-        compiled.append(job.unit)
-        return compile_job(spec, job, measures, place)
+    def spy(lowered):
+        compiled.append(lowered)
+        return compile_one(lowered)
 
-    compile_job = cluster.compile_job
-    monkeypatch.setattr(cluster, "compile_job", spy)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", spy)
     client = InThisProcess()
     units = sims.sweeps.engine.all_units(SPEC)
     monkeypatch.setattr(distributed, "as_completed", lambda futures: futures)
-    found = list(cluster._compute(client, 2 << 30, None, SPEC, units, {"gap": sims.sweeps.measures.MEASURES["gap"]}))
+    found = list(cluster._compute(client, 2 << 30, None, SPEC, units, {"gap_of_this_test": gap_of_this_test}))
     assert [done.unit for done in found] == units
-    assert [unit.num_samples for unit in compiled] == [3, 6]
+    assert [unit.num_samples for unit in units] == [3, 3, 6, 6]
+    assert len(compiled) == 2
 
 
 class InThisProcess:

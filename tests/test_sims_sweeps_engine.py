@@ -1,5 +1,7 @@
 """Sweeps: cells equal single runs, groups do not matter, runs resume, custom measures join in, bad input is refused."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,6 +75,67 @@ def test_grouping_by_memory_changes_nothing_but_rounding(results, monkeypatch):
     assert groups[-1].group < 4
     assert all(found.memory <= budget for found in groups)
     np.testing.assert_allclose(small.train_error, results.train_error, rtol=2e-5)
+
+
+@pytest.fixture
+def compilations():
+    """Of whatever JAX compiles, or reads from its cache on disk, while a test runs: a growing list."""
+    seen = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_a_second_sweep_of_equal_shapes_compiles_nothing(compilations):
+    spec = dataclasses.replace(SPEC, dataset="mixture:modes=2,dim=3")
+
+    def norm(params, data, spec):
+        return jnp.linalg.norm(params.w1)
+
+    first, many = sims.sweep(spec, [norm, "gap"]), len(compilations)
+    assert many >= 2
+    other = dataclasses.replace(spec, sigma=(0.4, 0.5), penalty=(0.0, 1e-3), seed=1, record_steps=(1, 6))
+    found = sims.sweep(other, [norm, "gap"])
+    assert np.all(found.gap.values != first.gap.values)
+    xr.testing.assert_identical(sims.sweep(spec, [norm, "gap"]), first)
+    assert len(compilations) == many
+
+    # Another function of that name is another measure.
+    def twice(params, data, spec):
+        return 2 * jnp.linalg.norm(params.w1)
+
+    twice.__name__ = "norm"
+    np.testing.assert_array_equal(sims.sweep(spec, [twice, "gap"]).norm, 2 * first.norm)
+    assert len(compilations) > many
+
+
+def test_what_code_depends_on_is_in_its_key():
+    measures, place = {"gap": MEASURES["gap"]}, programs.placement()
+    worlds = engine.worlds_of(SPEC)
+
+    def key(spec, place=place, measures=measures, unit=0):
+        return programs.compile_key(spec, programs.job_of(spec, engine.all_units(spec)[unit], worlds), measures, place)
+
+    assert key(SPEC) == key(SPEC, unit=1) == key(dataclasses.replace(SPEC, sigma=(1.0, 2.0), record_steps=(1, 6)))
+    others = [
+        key(SPEC, unit=2),
+        key(dataclasses.replace(SPEC, sigma=0.5)),
+        key(dataclasses.replace(SPEC, record_steps=6)),
+        key(dataclasses.replace(SPEC, optimizer="sgd")),
+        key(dataclasses.replace(SPEC, eval_draws=3)),
+        key(SPEC, place._replace(memory=1)),
+        key(SPEC, place._replace(group=2)),
+        key(SPEC, measures={"gap": MEASURES["train_error"]}),
+        key(SPEC, measures={"renamed": MEASURES["gap"]}),
+    ]
+    with jax.default_matmul_precision("bfloat16"):
+        others.append(key(SPEC))
+    assert len({key(SPEC), *others}) == 1 + len(others)
 
 
 def test_segments_are_the_steps_between_records():

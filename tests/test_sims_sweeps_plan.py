@@ -84,11 +84,13 @@ def test_counts_follow_the_axes():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "compile_job", lambda *_: programs.Compiled(6, 1, launch))
         found = plan(spec, ["gap"])
+        fewer = plan(dataclasses.replace(spec, width=4), ["gap"])
     units = 2 * 3 * 2 * 2 * 2 * 2 * 2 * 2
     assert found.units == units == math.prod(spec.shape.values()) // (6 * 3)
     assert found.cells == spec.num_cells == units * 6
-    # A run of neighbors is the seeds: other axes lie between the separations.
-    assert found.programs == units // 2
+    # Seeds share a program. So do separations, but other axes lie between them: only where all programs are kept.
+    assert found.programs == units // 2 == 192
+    assert fewer.programs == fewer.units // (2 * 3) == programs.REMEMBERED
     assert found.group == 6
 
 

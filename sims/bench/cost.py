@@ -1,7 +1,7 @@
-"""What one training step of one cell costs, counted by XLA: operations, and bytes that move between memory and cores.
+"""The cost of one training step of one cell as XLA counts it: operations, and bytes moved between memory and cores.
 
-Beside a machine's rates the two give a bound: no cell takes less than the larger of operations over operations per
-second and bytes over bytes per second :cite:`williams09`.
+With a machine's rates they bound the time of a step from below: the larger of operations over operations per second
+and bytes over bytes per second :cite:`williams09`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ class Cost(NamedTuple):
 
     flops: float
     bytes: float
-    """Of the compiled program for this backend, fused as it is."""
+    """Of the program as compiled, and fused, for this backend."""
 
 
 def step_cost(spec: Spec) -> Cost:
-    """The cost of a step of the largest n and width of ``spec``, all cells of a unit together, divided among them.
+    """The cost per cell of a step at the largest n and width of ``spec``, where all cells of a unit run together.
 
-    ``ValueError`` where the backend counts nothing.
+    ``ValueError`` if the backend does not count operations.
     """
     unit = max(all_units(spec), key=lambda unit: unit.num_samples * unit.width)
     program, key, data = unit_program(spec, unit, worlds_of(spec)(unit.dataset, unit.separation))
@@ -53,7 +53,7 @@ def step_cost(spec: Spec) -> Cost:
     states = jax.vmap(begin)(grid)
     counted = jax.jit(jax.vmap(step)).lower(states, grid).compile().cost_analysis()
     if not counted or "flops" not in counted:
-        raise ValueError(f"the backend {jax.default_backend()} counts no operations; ask on a CPU.")
+        raise ValueError(f"the backend {jax.default_backend()} counts no operations; use a CPU.")
     return Cost(counted["flops"] / spec.cells_per_unit, counted["bytes accessed"] / spec.cells_per_unit)
 
 

@@ -1,11 +1,19 @@
-"""Rows of ``sweeps``: what mapped training saves beside a plain loop, all in float32 but for the exact method.
+"""Rows of ``sweeps``: what mapped training saves beside a plain loop; in float32, except for the exact method.
 
-Rivals are given as functions, so that this module runs without them; a loop that is not available is None.
+* ``small_cells_n8``, ``small_cells_n64``, ``small_cells_n512``, ``small_cells_grid``: digits with 64 units, Adam, full
+  batch, 20 noise levels mapped, against one network at a time.
+* ``paper_step``: dimension 1024, 100 units, batches of 256; ``products_s`` and ``noise_s`` are the machine's limit.
+* ``time_to_objective``: exact training in the span of five rows, against the paper's loop to the same objective.
+* ``devices_2``: two CPU devices with half of the cells each, against one that may use both cores.
+* ``linear_cells``: seconds per cell of a sweep of 10,000 cells against one of 10, and the memory of each.
+
+Times are of a cell and step; rivals are in PyTorch where it is installed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -19,53 +27,46 @@ import numpy as np
 from dae_theory import ReluDae, memorizing_minimizer
 from dae_theory.exact_training import minimize_exact_objective, span_basis
 from dae_theory.risk import exact_objective
+from sims.bench.rivals import RATE, adam_loop, paper_loop, separable_rows
 from sims.bench.timing import Row, compare, peak_memory, per_unit, row, seconds
 from sims.data import datasets
 from sims.sweeps.engine import all_units, worlds_of
 from sims.sweeps.measures import MEASURES
-from sims.sweeps.programs import Compiled, compile_job, job_of, placement, run_units
+from sims.sweeps.programs import placement, run_units
 from sims.sweeps.spec import Spec
 from sims.sweeps.train import Recipe, advance, start
 
 __all__ = [
-    "AdamLoop",
-    "PaperLoop",
+    "ROWS",
     "devices_2",
     "group_seconds",
     "linear_cells",
     "paper_step",
-    "separable_rows",
     "small_cells",
     "small_cells_grid",
     "time_to_objective",
 ]
 
-AdamLoop = Callable[[np.ndarray, int, float, float, int, int], Callable[[], object] | None]
-"""From rows, width, sigma, penalty, batch size (0: all rows) and steps to a call that trains so long, one network."""
-
-PaperLoop = Callable[[np.ndarray, float, float, float, int, float, int], tuple[float, int, bool] | None]
-"""From rows, sigma, weight decay, penalty, width, goal and most steps to seconds, steps and whether it got there."""
-
-RATE, PENALTY = 3e-3, 1e-3
+PENALTY = 1e-3
 
 
-def small_cells(num_samples: int, rival: AdamLoop, repeats: int, quick: bool) -> Row:
+def small_cells(num_samples: int, repeats: int, quick: bool) -> Row:
     """Seconds per cell and step: 20 noise levels on digits with 64 units, all in one program, against one network."""
     steps = 3 if quick else max(20, 6400 // (num_samples + 24))
     rows = _digits(num_samples)
     width, sigmas = _sizes(quick)
-    theirs = rival(rows, width, 0.3, PENALTY, 0, steps)
+    theirs = adam_loop(rows, width, 0.3, PENALTY, 0, steps)
     found = compare(f"small_cells_n{num_samples}", _mapped(rows, width, sigmas, steps), theirs, repeats)
     return per_unit(found, steps * len(sigmas), steps)
 
 
-def small_cells_grid(rival: AdamLoop, repeats: int, quick: bool) -> Row:
-    """The same over 20 sizes from 2 to 1,024, with as many steps at each: the sum of their times."""
+def small_cells_grid(repeats: int, quick: bool) -> Row:
+    """As :func:`small_cells`, summed over 20 sizes from 2 to 1,024 with the same number of steps at each."""
     steps = 2 if quick else 30
     width, sigmas = _sizes(quick)
     sizes = [2, 8] if quick else sorted({round(n) for n in np.geomspace(2, 1024, 20)})
     ours = [_mapped(_digits(n), width, sigmas, steps) for n in sizes]
-    theirs = [rival(_digits(n), width, 0.3, PENALTY, 0, steps) for n in sizes]
+    theirs = [adam_loop(_digits(n), width, 0.3, PENALTY, 0, steps) for n in sizes]
     known = [call for call in theirs if call is not None]
     found = compare(
         "small_cells_grid",
@@ -77,8 +78,8 @@ def small_cells_grid(rival: AdamLoop, repeats: int, quick: bool) -> Row:
     return per_unit(found, steps * len(sizes) * len(sigmas), steps * len(sizes))
 
 
-def paper_step(rival: AdamLoop, repeats: int, quick: bool) -> Row:
-    """Seconds per step at d = 1024, p = 100, batch 256, beside the machine's limit: its products and its noise."""
+def paper_step(repeats: int, quick: bool) -> Row:
+    """Seconds per step at d = 1024, p = 100, batch 256; the notes time its matrix products and its noise alone."""
     d, p, batch, steps = (16, 4, 8, 2) if quick else (1024, 100, 256, 50)
     rows = np.random.default_rng(0).standard_normal((2 * batch, d)).astype(np.float32)
     data, key = jnp.asarray(rows), jax.random.key(2)
@@ -86,7 +87,7 @@ def paper_step(rival: AdamLoop, repeats: int, quick: bool) -> Row:
     state = start(jax.random.key(1), d, recipe, learning_rate=RATE, init_scale=0.1)
     rates = {"sigma": 0.2, "penalty": PENALTY, "learning_rate": RATE}
     ours = jax.jit(lambda state: advance(state, key, data, steps, recipe, **rates).params)
-    found = compare("paper_step", lambda: ours(state), rival(rows, p, 0.2, PENALTY, batch, steps), repeats)
+    found = compare("paper_step", lambda: ours(state), adam_loop(rows, p, 0.2, PENALTY, batch, steps), repeats)
 
     def products(_: Any, carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         y, w1, w2 = carry
@@ -97,7 +98,7 @@ def paper_step(rival: AdamLoop, repeats: int, quick: bool) -> Row:
     def noise(t: Any, eps: Any) -> Any:
         return jax.random.normal(jax.random.fold_in(key, t), eps.shape, eps.dtype)
 
-    # Zeros stay zeros, which no compiler can know.
+    # Zeros stay zeros, but the compiler cannot know that and skip the work.
     zeros = tuple(jnp.zeros(shape, jnp.float32) for shape in ((batch, d), (d, p), (d, p)))
     limits = {}
     for name, body, carry in (("products_s", products, zeros), ("noise_s", noise, zeros[0])):
@@ -107,7 +108,7 @@ def paper_step(rival: AdamLoop, repeats: int, quick: bool) -> Row:
     return found._replace(notes={**limits, "ours_by_limit": found.ours_s / sum(limits.values())})
 
 
-def time_to_objective(rival: PaperLoop, repeats: int, quick: bool) -> Row:
+def time_to_objective(repeats: int, quick: bool) -> Row:
     """From a random start to the objective of the memorizing minimizer, to 1 part in 1,000: exact training in the span
     of the data, in float64, its compilation not counted."""
     n, d, p = (3, 16, 6) if quick else (5, 1024, 100)
@@ -120,7 +121,7 @@ def time_to_objective(rival: PaperLoop, repeats: int, quick: bool) -> Row:
     begin, inside = ReluDae(basis.T @ w, basis.T @ w), data @ basis
 
     def ours() -> Any:
-        # Where L-BFGS stops the objective is met: forming Hessians on the way there would only cost time.
+        # L-BFGS alone reaches the objective: forming Hessians would only cost time.
         how = {"method": "products", "rough_tolerance": 1e-2, "tolerance": 1e-2}
         return minimize_exact_objective(begin, inside, sigma, penalty, **how).objective
 
@@ -128,40 +129,29 @@ def time_to_objective(rival: PaperLoop, repeats: int, quick: bool) -> Row:
     reached = float(ours())
     times = [seconds(ours) for _ in range(repeats)]
     notes = {"goal": goal, "objective": reached, "reached": reached <= goal}
-    theirs = rival(rows, sigma, decay, penalty, p, goal, 500 if quick else 50_000)
+    theirs = paper_loop(rows, sigma, decay, penalty, p, goal, 500 if quick else 50_000)
     if theirs is None:
         return row("time_to_objective", times, None, notes=notes)
     notes |= {"rival": "RMSprop in PyTorch", "rival_steps": theirs[1], "rival_reached": theirs[2]}
     return row("time_to_objective", times, [theirs[0]] * repeats, notes=notes)
 
 
-def separable_rows(n: int, d: int) -> np.ndarray:
-    """Centered random rows of one norm, sqrt(0.3 d): their cosines are negative where n is small."""
-    rows = np.random.default_rng(0).standard_normal((n, d))
-    rows -= rows.mean(axis=0)
-    rows *= np.sqrt(0.3 * d) / np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows
-
-
 def linear_cells(repeats: int, quick: bool) -> Row:
-    """Seconds per cell of sweeps of more and more cells, in groups of five: the most cells (ours) beside the fewest
-    (as rival), compilation not counted."""
+    """Seconds per cell of sweeps of growing size, in groups of five: the largest (ours) against the smallest (rival),
+    without compilation."""
     sizes = (1, 2) if quick else (1, 10, 100, 1000)
     width, steps = (4, 2) if quick else (64, 1000)
     spec = Spec(dataset=("digits",), num_samples=(8,), sigma=_ladder(10), width=(width,), steps=steps)
     measures = {"objective": MEASURES["objective"]}
     worlds, place = worlds_of(spec), placement(group=5)
-    compiled = compile_job(spec, job_of(spec, all_units(spec)[0], worlds), measures, place)
 
     def sweep(seeds: int) -> Callable[[], object]:
         many = dataclasses.replace(spec, seeds=seeds)
         units = all_units(many)
-        # Results are looked at and dropped, as by a store.
-        return lambda: [done.wall_s for done in run_units(many, units, measures, worlds, place, compiled_once)]
+        # Results are dropped as soon as they arrive, as by a store.
+        return lambda: [done.wall_s for done in run_units(many, units, measures, worlds, place)]
 
-    def compiled_once(*_: object) -> Compiled:
-        return compiled
-
+    # Compiles; sweeps of other seeds in groups of one size share the program.
     sweep(1)()
     times, peaks = {}, {}
     for seeds in sizes:
@@ -174,14 +164,14 @@ def linear_cells(repeats: int, quick: bool) -> Row:
 
 
 def devices_2(repeats: int, quick: bool) -> Row:
-    """One device that is free to use both cores (as rival) against two that train half of the cells each."""
+    """Two devices that train half of the cells each, against one that may use both cores (rival)."""
     pairs = [(_in_subprocess(2, quick), _in_subprocess(1, quick)) for _ in range(repeats)]
     two, one = ([pair[i] for pair in pairs] for i in (0, 1))
     return row("devices_2", two, one, notes={"rival": "one device"})
 
 
 def group_seconds(quick: bool) -> float:
-    """Seconds that all devices of this process take for 20 cells on 64 digits, split among them."""
+    """Seconds for 20 cells on 64 digits, split among all devices of this process."""
     width, sigmas = _sizes(quick)
     return compare("group", _mapped(_digits(64), width, sigmas, 3 if quick else 200), None, 3).ours_s
 
@@ -211,7 +201,7 @@ def _group(rows: np.ndarray, width: int, steps: int) -> Callable[[Any], Any]:
 
 
 def _mapped(rows: np.ndarray, width: int, sigmas: Any, steps: int) -> Callable[[], object]:
-    """As a sweep does it: every device runs the program of one device on its part of the cells."""
+    """As in a sweep, every device runs the program of one device on its part of the cells."""
     program = jax.jit(_group(rows, width, steps))
     parts = np.array_split(sigmas, len(jax.devices()))
     placed = [jax.device_put(part, device) for part, device in zip(parts, jax.devices(), strict=True)]
@@ -219,7 +209,7 @@ def _mapped(rows: np.ndarray, width: int, sigmas: Any, steps: int) -> Callable[[
 
 
 def _in_subprocess(devices: int, quick: bool) -> float:
-    """:func:`group_seconds` in a process with so many CPU devices."""
+    """:func:`group_seconds` in a process with this number of CPU devices."""
     kept = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
     flags = " ".join([*kept, f"--xla_force_host_platform_device_count={devices}"])
     code = f"import sys; from sims.bench.sweeps import group_seconds; sys.stdout.write(str(group_seconds({quick})))"
@@ -228,3 +218,14 @@ def _in_subprocess(devices: int, quick: bool) -> float:
     if done.returncode:
         raise RuntimeError(f"the process with {devices} devices failed: {done.stderr[-2000:]}")
     return float(done.stdout.split()[-1])
+
+
+ROWS: dict[str, Callable[[int, bool], Row]] = {
+    **{f"small_cells_n{n}": functools.partial(small_cells, n) for n in (8, 64, 512)},
+    "small_cells_grid": small_cells_grid,
+    "paper_step": paper_step,
+    "time_to_objective": time_to_objective,
+    "devices_2": devices_2,
+    "linear_cells": linear_cells,
+}
+"""Functions of the number of repeats and of ``quick``, by name."""

@@ -1,7 +1,7 @@
 r"""Speed as a ratio: two ways to do one thing, timed in turn in one process, so that a drift of the machine cancels.
 
 Each pair of runs gives :math:`r_k = t_k^\text{rival} / t_k^\text{ours}`, so more is better; a :class:`Row` has their
-median, smallest and largest. A wide range says that the machine was busy.
+median, smallest and largest value. A wide range indicates a busy machine.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ __all__ = [
 
 
 class Row(NamedTuple):
-    """What one comparison measured; without a rival its fields are None.
+    """The result of one comparison; without a rival its fields are None.
 
-    Times are medians in seconds. ``notes`` is whatever else belongs to the row, as JSON.
+    Times are medians in seconds. ``notes`` holds further values of the row, as JSON.
     """
 
     name: str
@@ -59,9 +59,15 @@ def compare(
     warm_up: bool = True,
     notes: Mapping[str, Any] | None = None,
 ) -> Row:
-    """Call both in turn ``repeats`` times and compare their times, each until its arrays are computed.
+    """Time both in turn ``repeats`` times, each call until its arrays are computed.
 
-    ``warm_up`` first calls each once without counting it, so that nothing compiled is measured.
+    Args:
+        name: of the row.
+        ours: the function to be timed.
+        rival: the function to compare it with, or None.
+        repeats: number of pairs of calls, >= 1.
+        warm_up: call each once before, so that compilation is not timed.
+        notes: of the row.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}.")
@@ -84,7 +90,7 @@ def seconds(function: Callable[[], object]) -> float:
 def row(
     name: str, ours: Sequence[float], rival: Sequence[float] | None, *, notes: Mapping[str, Any] | None = None
 ) -> Row:
-    """The row of times measured elsewhere, the k-th of ``ours`` beside the k-th of ``rival``."""
+    """A row from given times, the k-th of ``ours`` beside the k-th of ``rival``."""
     if rival is None:
         return Row(name, statistics.median(ours), None, None, None, None, dict(notes or {}))
     ratios = [their / our for our, their in zip(ours, rival, strict=True)]
@@ -104,7 +110,7 @@ def per_unit(found: Row, ours: int, rival: int) -> Row:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table, notes last, without those that are lists (curves)."""
+    """The rows as a Markdown table with aligned columns; notes come last, without lists (curves)."""
     head = ("name", "ours s", "rival s", "ratio", "min", "max", "notes")
     cells = [(r.name, *map(_number, r[1:-1]), _notes(r.notes)) for r in rows]
     widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
@@ -119,10 +125,10 @@ def write_json(path: str | pathlib.Path, rows: Sequence[Row]) -> None:
 
 
 def peak_memory() -> int:
-    """The most bytes of memory that this process ever had resident; measure in a process of its own.
+    """Peak resident memory of this process, in bytes; call it in a process of its own.
 
-    On Linux from the kernel's record of this program alone: what getrusage reports there includes the memory that a
-    parent had when it started us.
+    On Linux it is read from ``/proc/self/status``: getrusage there includes the memory that the parent had when it
+    started this process.
     """
     status = pathlib.Path("/proc/self/status")
     if status.exists():

@@ -1,1 +1,6 @@
-"""One module a command: ``SUMMARY``, ``add_flags(parser)`` and ``run(args)``."""
+"""One module for each command: ``SUMMARY``, ``add_flags(parser)`` and ``run(args)``, which imports what is heavy."""
+
+__all__ = ["COMMANDS"]
+
+COMMANDS = ("demo", "sweep", "merge", "train", "transitions", "certify", "show")
+"""In the order of ``--help``."""

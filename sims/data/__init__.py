@@ -1,4 +1,7 @@
-"""Rows to train on, from the embedded digits, mixtures, images, IDX, CIFAR-10, ``.npy`` and ``.npz`` files."""
+"""Data sets: training and held-out rows from digits, mixtures, images, IDX, CIFAR-10, ``.npy`` and ``.npz`` files.
+
+``formats`` reads files, ``readers`` turns sources into rows, ``datasets`` splits, centers and repeats them.
+"""
 
 import lazy_loader
 

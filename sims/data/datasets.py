@@ -1,8 +1,9 @@
-"""Data sets: rows to train on and rows held out, from any source of :mod:`sims.data.readers`.
+"""Data sets: training rows and held-out rows, from any source of :mod:`sims.data.readers`.
 
 A seed permutes the rows of a source; the last ones are held out, the others are the pool, and a data set of n rows is
-the first n of it. So data sets of one seed are nested in n and share what is held out: a sweep over n loads the pool
-once and takes prefixes (:func:`prefix`). Which row of the source each one is stays on record, for repeated rows too.
+the first n of the pool. Data sets of one seed are therefore nested in n and share their held-out rows: a sweep over n
+loads the pool once and takes prefixes (:func:`prefix`). For each row, also a repeated one, its index in the source is
+recorded.
 """
 
 from __future__ import annotations
@@ -17,41 +18,43 @@ from jaxtyping import Array, DTypeLike, Float, Int
 from dae_theory.checks import check_finite, check_integer
 from dae_theory.mixture import GaussianMixture
 from dae_theory.types import Scalar
+from sims.data.duplicates import parse_duplicates
 from sims.data.readers import Source, read
 
 __all__ = ["Dataset", "center", "describe", "load", "max_cosine", "parse_duplicates", "prefix", "separable_rows"]
 
 NEGATIVE = -1e-6
-"""A cosine below this is still negative when rows have been rounded to float32."""
+"""A cosine below this is still negative after rows are rounded to float32."""
 
 BISECTIONS = 8
+"""Steps of the search for the smallest bound on the cosines."""
 
 
 class Dataset(NamedTuple):
-    """Training rows in the order drawn, and held-out rows; with values in [-1, 1] unless centered."""
+    """Training rows, in the order drawn, and held-out rows; values are in [-1, 1] unless centered."""
 
     name: str
-    """What it was loaded from."""
+    """The source."""
     train: Float[np.ndarray, "n d"]
     train_labels: Int[np.ndarray, " n"]
     """Classes from 0; -1 where unknown."""
     train_rows: Int[np.ndarray, " n"]
-    """The row of the source that each training row is: membership, and the same for repeated rows."""
+    """Index in the source of each training row; equal for repeated rows."""
     held_out: Float[np.ndarray, "m d"]
     held_out_labels: Int[np.ndarray, " m"]
     held_out_rows: Int[np.ndarray, " m"]
     mean: Float[np.ndarray, " d"]
-    """What was subtracted from every row: 0 unless centered."""
+    """The mean that was subtracted from every row; 0 unless centered."""
     image_shape: tuple[int, int, int] | None
     """(height, width, channels) of a row, if rows are images."""
     mixture: GaussianMixture | None
-    """The law of the rows, centered with them, where it is known."""
+    """The distribution of the rows, centered with them, if it is known."""
 
     @property
     def multiplicity(self) -> Int[np.ndarray, " n"]:
-        """How often the source's row behind each training row is among them."""
-        _, places, counts = np.unique(self.train_rows, return_inverse=True, return_counts=True)
-        return counts[places]
+        """For each training row, how many training rows are the same row of the source."""
+        _, inverse, counts = np.unique(self.train_rows, return_inverse=True, return_counts=True)
+        return counts[inverse]
 
 
 def load(
@@ -69,18 +72,20 @@ def load(
     """Load a data set.
 
     Args:
-        name: ``digits``, ``mixture:modes=4``, ``idx:FOLDER``, a path, ... (:func:`sims.data.readers.read`), or a source.
+        name: ``digits``, ``mixture:modes=4``, ``idx:FOLDER``, a path, ... (:func:`sims.data.readers.read`), or a
+            source.
         num_samples: n; None for the whole pool.
-        held_out: how many rows of the source are held out: a count (int), or a fraction of them in [0, 1) (float).
+        held_out: rows of the source that are held out: a count (int), or a fraction in [0, 1) (float).
         seed: of the permutation.
         center: subtract the mean of the training rows, repeated ones counted as often as they occur, from every row.
-        separable: keep of the pool only so many rows, with pairwise negative cosines (:func:`separable_rows`); 0 keeps
-            all. ``center`` then means the pool that is searched: the mean of the rows kept would undo their cosines.
-        duplicates: ``"KxM"`` or (K, M): train on the first K rows of the pool M times each, in blocks, and then on ...
-        singles: so many rows once.
+        separable: restrict the pool to this many rows with pairwise negative cosines (:func:`separable_rows`); 0 keeps
+            all. ``center`` then subtracts the mean of the pool that is searched: subtracting that of the selected rows
+            would change their cosines.
+        duplicates: ``"KxM"`` or (K, M): the first K rows of the pool M times each, in blocks.
+        singles: number of further rows, once each, after the duplicates.
         dtype: of the rows.
 
-    ``ValueError`` if the source is missing or damaged, is smaller than asked, or has no separable set so large.
+    ``ValueError`` if the source is missing, damaged or too small, or has no separable set of this size.
     """
     source, name = (read(name), name) if isinstance(name, str) else (name, "array")
     size = len(source.rows)
@@ -111,7 +116,7 @@ def load(
 
 
 def prefix(dataset: Dataset, num_samples: int, *, center: bool = False) -> Dataset:
-    """The data set of the first ``num_samples`` training rows; with ``center`` their mean is subtracted from every row.
+    """The data set of the first ``num_samples`` training rows; ``center`` subtracts their mean from every row.
 
     ``ValueError`` if there are fewer.
     """
@@ -131,12 +136,12 @@ def prefix(dataset: Dataset, num_samples: int, *, center: bool = False) -> Datas
 def center(
     train: Float[Array | np.ndarray, "n d"], held_out: Float[Array | np.ndarray, "m d"]
 ) -> tuple[Float[Array | np.ndarray, "n d"], Float[Array | np.ndarray, "m d"], Float[Array | np.ndarray, " d"]]:
-    r"""Subtract the training mean, for NumPy and JAX arrays alike: (training rows, held-out rows, mean).
+    r"""Subtract the training mean, for NumPy or JAX arrays; returns training rows, held-out rows and mean.
 
     .. math:: x_i - \bar x, \quad \bar x = \frac{1}{n} \sum_i x_i
 
-    Centering what was centered on more rows gives the same as centering once, so a sweep may center each prefix of a
-    centered pool. ``ValueError`` for one row, which would become zero.
+    Centering rows that were centered on a larger set gives the same as centering once, so a sweep may center each
+    prefix of a centered pool. ``ValueError`` for a single row, which would become zero.
     """
     mean = _mean(train)
     return train - mean[None, :], held_out - mean[None, :], mean
@@ -145,12 +150,13 @@ def center(
 def separable_rows(
     rows: Float[np.ndarray, "n d"], count: int, *, search: int = 2048, starts: int = 512
 ) -> Int[np.ndarray, " count"]:
-    r"""Indices of ``count`` rows with negative cosines: β < 0 of Definition 3.1 :cite:`zhang26`, a row a cluster.
+    r"""Indices of ``count`` rows with negative cosines: β < 0 in Definition 3.1 :cite:`zhang26`, each row a cluster.
 
-    Greedy: from a first row, add the one whose cosines with all so far are below a bound and sum to the most, which
-    leaves most room for others. The first ``starts`` of the ``search`` rows looked at are tried as the first; the bound
-    is lowered from 0 by bisection, for the wider β is below 0, the wider the theorem's margins. ``ValueError`` where no
-    set is found. There is none for ``count`` > d + 1, and β is at least :math:`-1/(M-1)` for M rows.
+    Greedy: starting from one row, add the row whose cosines with all chosen rows are below a bound and have the largest
+    sum, which leaves most room for others. Only the first ``search`` rows are candidates, and the first ``starts`` of
+    them are tried as starting rows. Bisection lowers the bound from 0, because the theorem's margins grow as β falls
+    below 0. ``ValueError`` if no set is found; none exists for ``count`` > d + 1, and β is at least
+    :math:`-1/(M-1)` for M rows.
     """
     check_integer("separable", count, minimum=2)
     units = _units(rows[:search])
@@ -172,23 +178,13 @@ def separable_rows(
     return np.array(best)
 
 
-def parse_duplicates(text: str) -> tuple[int, int]:
-    """``"20x60"`` as (20, 60): 20 rows, 60 times each. ``ValueError`` unless both are positive integers."""
-    try:
-        count, times = (int(part) for part in text.lower().split("x"))
-    except ValueError:
-        count = times = 0
-    if count < 1 or times < 1:
-        raise ValueError(f"duplicates must be KxM, K rows M times each, as in 20x60; got {text!r}.")
-    return count, times
-
-
 def describe(dataset: Dataset) -> dict[str, Any]:
-    """What to record of a data set, as JSON values.
+    """Facts to record about a data set, as JSON values.
 
     ``beta`` is the largest cosine between distinct training rows and ``beta_classes`` that between means of classes, as
-    in Definition 3.1 :cite:`zhang26` with a row, or a class, a cluster (None for fewer than two). ``num_distinct``
-    counts training rows by value, ``num_held_out_seen`` held-out rows whose values are trained on. Takes O(n² d).
+    in Definition 3.1 :cite:`zhang26` with each row, or class, a cluster (None for fewer than two). ``num_distinct``
+    counts training rows with different values, ``num_held_out_seen`` held-out rows that equal a training row. Takes
+    O(n² d).
     """
     distinct = {row.tobytes(): row for row in dataset.train + 0.0}
     seen = sum(row.tobytes() in distinct for row in dataset.held_out + 0.0)
@@ -260,7 +256,7 @@ def _units(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
 
 
 def _greedy(cosines: Float[np.ndarray, "n n"], count: int, bound: float, starts: int) -> list[int]:
-    """The first set of ``count`` rows with cosines below ``bound`` that is found, or the largest."""
+    """A set of ``count`` rows with cosines below ``bound``, or the largest set that the search finds."""
     largest: list[int] = []
     for start in range(min(starts, len(cosines))):
         chosen, total, free = [start], cosines[start], cosines[start] < bound
@@ -309,5 +305,5 @@ def _shifted(mixture: GaussianMixture | None, shift: np.ndarray, dtype: DTypeLik
     if mixture is None:
         return None
     centered = mixture._replace(means=np.asarray(mixture.means, float) - shift[None, :])
-    # Without 64 bits in JAX a law in float64 has no place; rows may still have them.
+    # Without 64-bit types in JAX the distribution is in float32, whatever the dtype of the rows.
     return GaussianMixture(*(jnp.asarray(np.asarray(part), jax.dtypes.canonicalize_dtype(dtype)) for part in centered))

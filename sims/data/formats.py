@@ -1,7 +1,7 @@
 """From the bytes of a data file to an array. Files are untrusted.
 
-Sizes that a header claims are compared with the size of the file before anything is allocated; nothing is unpickled.
-Every refusal is a ``ValueError`` that names the file and says what was expected there.
+Sizes in a header are compared with the size of the file before anything is allocated; nothing is unpickled. Every error
+is a ``ValueError`` that names the file and says what it should be.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from PIL import Image, ImageOps
 __all__ = ["read_cifar10", "read_idx", "read_image", "read_npy", "read_npz"]
 
 MAX_DEFLATE = 1032
-"""No deflated stream expands by more than this factor."""
+"""The largest factor by which a deflated stream can expand."""
 
 COMPONENTS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
-"""Modes of Pillow with at most 8 bits a channel: others would be clipped without a word."""
+"""Modes of Pillow with at most 8 bits a channel; others would be clipped silently."""
 
 
 def read_idx(file: Path, ndim: int) -> np.ndarray:
-    """An IDX file of unsigned bytes with ``ndim`` dimensions (3: images, 1: labels), plain or gzipped."""
+    """Read an IDX file of unsigned bytes with ``ndim`` dimensions (3: images, 1: labels), plain or gzipped."""
     what = f"an IDX file of unsigned bytes in {ndim} dimension{'s' * (ndim > 1)}"
     with _readable(file, what), _unzipped(file) as (stream, expansion):
         size = file.stat().st_size
@@ -50,7 +50,7 @@ def read_idx(file: Path, ndim: int) -> np.ndarray:
 
 
 def read_cifar10(file: Path) -> UInt8[np.ndarray, "N 3073"]:
-    """A batch of CIFAR-10's binary version: a label, then 32 x 32 red, green and blue values, in each record."""
+    """Read a batch of CIFAR-10, binary version: records of a label and 32 x 32 red, green and blue values."""
     with _readable(file, "a batch of CIFAR-10, binary version"):
         size = file.stat().st_size
         records = np.fromfile(file, np.uint8)
@@ -63,13 +63,13 @@ def read_cifar10(file: Path) -> UInt8[np.ndarray, "N 3073"]:
 
 
 def read_npy(file: Path) -> np.ndarray:
-    """A .npy file."""
+    """Read a .npy file."""
     with _readable(file, "a .npy file"), file.open("rb") as stream:
         return _read_array(stream, file.stat().st_size)
 
 
 def read_npz(file: Path, choices: Sequence[Sequence[str]]) -> list[np.ndarray | None]:
-    """From a .npz archive, for each of ``choices`` the first of these keys that is there, or None."""
+    """Read a .npz archive: for each of ``choices`` the array of the first key that the archive has, or None."""
     with _readable(file, "a .npz archive"), zipfile.ZipFile(file) as archive:
         members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
         keys = [next((key for key in choice if key in members), None) for choice in choices]
@@ -77,9 +77,9 @@ def read_npz(file: Path, choices: Sequence[Sequence[str]]) -> list[np.ndarray | 
 
 
 def read_image(file: Path, *, gray: bool = False, size: tuple[int, int] | None = None) -> UInt8[np.ndarray, "h w c"]:
-    """An image as (height, width, channels): one channel if ``gray`` or stored so, else three.
+    """Read an image as (height, width, channels): one channel if it is gray or ``gray`` is set, else three.
 
-    With ``size`` (height, width) it is cropped about its center to that shape and resampled.
+    With ``size`` (height, width) it is cropped about its center to that aspect ratio and resampled.
     """
     with _readable(file, "an image"), Image.open(file) as stored:
         stored.load()
@@ -118,7 +118,7 @@ def _readable(file: Path, what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _unzipped(file: Path) -> Iterator[tuple[io.BufferedIOBase, int]]:
-    """The file's bytes, decompressed if need be, and by how much they can exceed its size."""
+    """The file's bytes, decompressed if it is gzipped, and the largest factor by which they can exceed its size."""
     with file.open("rb") as raw:
         zipped = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
@@ -130,7 +130,7 @@ def _unzipped(file: Path) -> Iterator[tuple[io.BufferedIOBase, int]]:
 
 
 def _read_array(stream: io.BufferedIOBase | IO[bytes], size: int) -> np.ndarray:
-    """An array in NumPy's format from a stream of ``size`` bytes."""
+    """Read an array in NumPy's format from a stream of ``size`` bytes."""
     headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     version = np.lib.format.read_magic(stream)
     if version not in headers:

@@ -1,9 +1,8 @@
-"""Where rows come from: one function a kind of source, all with one result.
+"""Sources of rows: one function for each kind, all returning a :class:`Source`.
 
-A source is named by a short text: a kind, and after a colon its path or numbers, with options as in
-``images:photos?resize=32&gray=1`` or ``mixture:modes=4,dim=32``. :data:`READERS` lists the kinds; the keywords of a
-reader are its options. What is missing, damaged or unknown is a ``ValueError`` that names it and tells what was
-expected.
+The name of a source is its kind, a colon, and a path or numbers, with options as in ``images:photos?resize=32&gray=1``
+or ``mixture:modes=4,dim=32``. :data:`READERS` lists the kinds; the keywords of a reader are its options. A missing,
+damaged or unknown source is a ``ValueError`` that names it and says what was expected.
 """
 
 from __future__ import annotations
@@ -47,21 +46,21 @@ class Source(NamedTuple):
     """All rows of a source, as stored."""
 
     rows: Num[np.ndarray, "N d"]
-    """One sample a row; images flattened in the order height, width, channel."""
+    """One sample in each row; images are flattened in the order height, width, channel."""
     labels: Int[np.ndarray, " N"]
     """Classes from 0; -1 where unknown."""
     image_shape: tuple[int, int, int] | None = None
     """(height, width, channels), if rows are images."""
     span: tuple[float, float] | None = (0.0, 255.0)
-    """The values that mean -1 and 1; None: rows are used as they are."""
+    """The values that are mapped to -1 and 1; None: rows are used as they are."""
     mixture: mx.GaussianMixture | None = None
-    """The law of the rows, where it is known."""
+    """The distribution of the rows, if it is known."""
 
 
 def read(name: str) -> Source:
     """Read the source called ``name``: ``digits``, ``KIND:WHAT`` with a kind of :data:`READERS`, or a path.
 
-    A path is read as what it is: a folder of IDX files, of CIFAR-10 batches or of images, or one such file.
+    The kind of a path is recognized: a folder of IDX files, CIFAR-10 batches or images, or one such file.
     """
     kind, colon, what = name.partition(":")
     if kind in ("digits", "mixture"):
@@ -80,7 +79,7 @@ def read(name: str) -> Source:
 
 
 def syntax() -> str:
-    """The kinds of sources, a line each, for ``--help``."""
+    """The kinds of sources, one on each line, for ``--help``."""
     summaries = {kind: inspect.cleandoc(reader.__doc__ or "").partition("\n")[0] for kind, reader in READERS.items()}
     return "\n".join(f"{kind}: {summary}" for kind, summary in summaries.items())
 
@@ -107,12 +106,21 @@ def mixture(
 ) -> Source:
     r"""Rows of a Gaussian mixture: ``mixture:modes=4,dim=32,separation=3,spread=1,rank=0,decay=1,size=4096,seed=0``.
 
-    ``modes`` means of norm ``separation`` point to the corners of a regular simplex, so their cosines are
-    :math:`-1/(K-1)`, or in random directions where ``dim`` has no room for one (modes > dim + 1) and for one mode. The
-    covariance of a mode has ``rank`` nonzero eigenvalues (0: all of ``dim``), each ``decay`` times the last, along
-    directions of its own; they sum to ``spread``², the mean squared distance from the mode's mean. ``weights`` are
-    relative, as 3:1:1:1 (default: equal). ``size`` rows are drawn, row i the same whatever the size; ``seed`` decides
-    all. Rows are used as they are.
+    The means of the ``modes`` have norm ``separation`` and point to the corners of a regular simplex, so their cosines
+    are :math:`-1/(K-1)`; for one mode, or if ``dim`` is too small for a simplex (modes > dim + 1), in random
+    directions. The covariance of each mode has ``rank`` nonzero eigenvalues (0: ``dim``), each ``decay`` times the one
+    before, along its own random directions; they sum to ``spread``², the mean squared distance from the mode's mean.
+
+    Args:
+        modes: number of modes K >= 1.
+        dim: dimension d >= 1.
+        separation: norm of the means, >= 0.
+        spread: root of the mean squared distance from a mode's mean, >= 0.
+        rank: nonzero eigenvalues of a covariance, at most ``dim``; 0: ``dim``.
+        decay: ratio of successive eigenvalues, in (0, 1].
+        weights: relative weights of the modes, as in 3:1:1:1; empty: equal.
+        size: rows drawn; row i does not depend on it.
+        seed: of means, covariances and rows.
     """
     check_integer("mixture modes", modes, minimum=1)
     check_integer("mixture dim", dim, minimum=1)
@@ -137,7 +145,7 @@ def mixture(
     spectrum = decay ** np.arange(rank)
     covariances = (frames * (spread**2 * spectrum / spectrum.sum())) @ frames.swapaxes(1, 2)
     law = mx.GaussianMixture(*map(jnp.asarray, (shares / shares.sum(), means, covariances)))
-    # In float32 whether or not JAX has 64 bits: the rows must not depend on that.
+    # In float32 whether or not JAX has 64-bit types enabled: the rows must not depend on that setting.
     single = mx.GaussianMixture(*(part.astype(jnp.float32) for part in law))
     rows, labels = jax.jit(mx.sample, static_argnums=2)(jax.random.key(seed), single, size)
     return Source(np.asarray(rows), np.asarray(labels, np.int64), None, None, law)
@@ -146,8 +154,8 @@ def mixture(
 def idx(path: Path, *, part: str = "train", labels: bool = True) -> Source:
     """IDX files (MNIST, Fashion-MNIST), plain or gzipped: ``idx:FOLDER?part=train`` (or t10k), or a file of images.
 
-    The labels lie beside the images, in a file with ``labels`` and ``idx1`` in its name in place of ``images`` and
-    ``idx3``; ``labels=0`` does without.
+    Labels are read from the file beside the images whose name has ``labels`` and ``idx1`` in place of ``images`` and
+    ``idx3``; ``labels=0`` reads none.
     """
     if path.is_dir():
         found = sorted(path.glob(f"*{part}*images*idx3*"))
@@ -192,8 +200,8 @@ def cifar10(path: Path, *, part: str = "train", gray: bool = False) -> Source:
 def npy(path: Path, *, labels: str = "", values: str = "") -> Source:
     """A NumPy array, samples first: ``npy:FILE?values=0:1&labels=OTHER.npy``.
 
-    ``values`` names the two that mean -1 and 1 (``keep``: all as they are). Without it bytes run from 0 to 255, and
-    floating numbers must lie in [-1, 1]. ``labels`` is looked for beside the file.
+    ``values`` are the two values that are mapped to -1 and 1 (``keep``: none). By default bytes are mapped from 0 and
+    255, and floating-point values must be in [-1, 1]. ``labels`` is a file in the same folder.
     """
     return _of_arrays(path, read_npy(path), read_npy(path.parent / labels) if labels else None, values)
 
@@ -201,8 +209,8 @@ def npy(path: Path, *, labels: str = "", values: str = "") -> Source:
 def npz(path: Path, *, data: str = "", labels: str = "", values: str = "") -> Source:
     """A NumPy archive: ``npz:FILE?data=KEY&labels=KEY&values=0:1``.
 
-    The keys default to the first there is of data, images, x, x_train, arr_0, and of labels, y, y_train, arr_1;
-    ``values`` as for ``npy``.
+    The keys default to the first one present of data, images, x, x_train, arr_0, and of labels, y, y_train, arr_1.
+    ``values`` is as for ``npy``.
     """
     keys = [data] if data else ["data", "images", "x", "X", "x_train", "arr_0"]
     label_keys = [labels] if labels else ["labels", "y", "Y", "y_train", "arr_1"]
@@ -214,10 +222,10 @@ def npz(path: Path, *, data: str = "", labels: str = "", values: str = "") -> So
 
 
 def images(path: Path, *, resize: str = "", gray: bool = False) -> Source:
-    """A folder of images, by class in folders of their own: ``images:FOLDER?resize=32&gray=1`` (resize N or HxW).
+    """A folder of images, with a folder for each class: ``images:FOLDER?resize=32&gray=1`` (resize N or HxW).
 
-    Classes are the inner folders in order of name; images beside them have none. To resize, an image is cropped about
-    its center to the new shape and resampled.
+    Classes are the inner folders in order of name; images outside of them have no class. To resize, an image is cropped
+    about its center to the new aspect ratio and resampled.
     """
     size = _sides(resize) if resize else None
     files, classes = image_files(path)
@@ -234,8 +242,8 @@ def images(path: Path, *, resize: str = "", gray: bool = False) -> Source:
 def patches(path: Path, *, size: int = 8, stride: int = 0, gray: bool = False) -> Source:
     """Square patches of the images in a folder: ``patches:FOLDER?size=8&stride=8&gray=1`` (stride 0: the size).
 
-    Classes as for ``images``. With a stride below the size patches overlap, and held-out ones share pixels with
-    training ones.
+    Classes are as for ``images``. With a stride below the size, patches overlap, and held-out patches share pixels with
+    training patches.
     """
     check_integer("patch size", size, minimum=1)
     stride = check_integer("patch stride", stride, minimum=0) or size
@@ -256,11 +264,11 @@ def patches(path: Path, *, size: int = 8, stride: int = 0, gray: bool = False) -
 READERS: dict[str, Callable[..., Source]] = {
     reader.__name__: reader for reader in (digits, mixture, idx, cifar10, npy, npz, images, patches)
 }
-"""The kinds of sources."""
+"""Readers by kind of source."""
 
 
 def _call(reader: Callable[..., Source], kind: str, arguments: tuple[Path, ...], options: Sequence[str]) -> Source:
-    """Call ``reader`` with options given as KEY=VALUE, each turned into the type of its default."""
+    """Call ``reader`` with options given as KEY=VALUE, each converted to the type of its default."""
     parameters = inspect.signature(reader).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     values = {}
@@ -283,7 +291,7 @@ def _parsed(name: str, text: str, kind: type) -> object:
 
 
 def kind_of(path: Path) -> str:
-    """Which of :data:`READERS` reads what lies at ``path``; ``ValueError`` if that cannot be told."""
+    """The kind in :data:`READERS` of the file or folder ``path``; ``ValueError`` if it is not recognized."""
     if path.is_dir():
         if any(path.glob("*images*idx3*")):
             return "idx"
@@ -346,7 +354,7 @@ def _of_arrays(path: Path, array: np.ndarray, labels: np.ndarray | None, values:
     classes = _unknown(array) if labels is None else labels.reshape(-1)
     if classes.dtype.kind not in "iu" or len(classes) != len(array):
         raise ValueError(f"{path}: labels must be {len(array)} integers, got {classes.dtype} of shape {classes.shape}.")
-    # Channels come last here; an axis of 1 or 3 in front of two others is one of channels.
+    # Rows have channels last; an axis of length 1 or 3 before two others is taken as channels and moved.
     if array.ndim == 4 and array.shape[1] in (1, 3) and array.shape[3] not in (1, 3):
         array = array.transpose(0, 2, 3, 1)
     shape = {3: (*array.shape[1:], 1), 4: array.shape[1:]}.get(array.ndim)
@@ -354,7 +362,7 @@ def _of_arrays(path: Path, array: np.ndarray, labels: np.ndarray | None, values:
 
 
 def image_files(path: Path) -> tuple[list[Path], np.ndarray]:
-    """The images under a folder in order of name, and the class of each."""
+    """The images in a folder, in order of name, and the class of each."""
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder of images.")
     endings = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}

@@ -8,6 +8,7 @@ from .filling import checksum as checksum
 from .filling import fill as fill
 from .filling import fill_units as fill_units
 from .provenance import environment as environment
+from .run import FORMAT as FORMAT
 from .run import SPEC as SPEC
 from .run import Count as Count
 from .run import Progress as Progress
@@ -22,6 +23,7 @@ from .run import locked as locked
 from .run import open_run as open_run
 from .run import pending as pending
 from .run import progress as progress
+from .run import read as read
 from .run import read_spec as read_spec
 from .run import template_of as template_of
 from .run import write_chunk as write_chunk

@@ -1,9 +1,9 @@
 """The arrays of a run on disk: a zarr group whose chunk grid is the grid of units of work.
 
-All variables are chunked alike, so that a unit owns its files; each file is little-endian numbers and their CRC-32C.
-The layout (metadata and labels) is written once, in one move, and known by its digests. A unit is finished when the
-file of its ``done`` flag is there: it is written last, after the rest has been flushed to the disk. What to compute and
-who may write is the business of :mod:`sims.store`.
+All variables are chunked alike, so that each unit has files of its own; a file holds little-endian numbers and their
+CRC-32C. The layout (metadata and labels) is written once, in one move, and its digests are recorded. A unit is finished
+when the file of its ``done`` flag exists: it is written last, after the others have been flushed to the disk. What to
+compute and who may write is decided in :mod:`sims.store.run`.
 """
 
 from __future__ import annotations
@@ -53,29 +53,30 @@ __all__ = [
 RESULTS = "results.zarr"
 BOOKKEEPING = {"wall_s": np.dtype(float), "done": np.dtype(bool)}
 AGAIN = "run the same command again: finished chunks are kept"
+"""How error messages end where the command can resume."""
 
 Region: TypeAlias = dict[str, slice]
 """Where a unit of work lies: its slice of every chunked dimension, as ``Dataset.isel(region)`` takes it."""
 
 
 class StoreError(ValueError):
-    """A run's folder cannot be used as asked; the message names the folder or the file and says what to do."""
+    """The folder of a run cannot be used; the message names the folder or file and says what to do."""
 
 
 class Run(NamedTuple):
-    """A run's folder, opened."""
+    """An open run."""
 
     path: Path
-    """The folder."""
+    """Its folder."""
     chunks: dict[str, int]
-    """Size of a unit along each chunked dimension, as it was when the run began."""
+    """Size of a unit along each chunked dimension, fixed when the run began."""
     arrays: dict[str, zarr.Array]
     """The variables, with ``wall_s`` and ``done``."""
 
 
 @contextlib.contextmanager
 def disk(action: str, path: Path) -> Iterator[None]:
-    """Turn an ``OSError`` inside into a :class:`StoreError`: "cannot ``action`` ``path``", and what to do."""
+    """Turn an ``OSError`` into a :class:`StoreError` that says "cannot ``action`` ``path``", and what to do."""
     try:
         yield
     except (OSError, NotImplementedError) as error:
@@ -85,7 +86,7 @@ def disk(action: str, path: Path) -> Iterator[None]:
 
 
 def blank(coords: Mapping[str, Any], variables: Mapping[str, Sequence[Any]]) -> xr.Dataset:
-    """The template of a run: labeled, and taking no memory whatever its size.
+    """The template of a run: a labeled data set that takes no memory, whatever its size.
 
     ``coords`` are as for ``xarray.Dataset``; ``variables`` maps names to ``(dims, dtype)`` or ``(dims, dtype, attrs)``.
     Cells are NaN, or 0 or False where the dtype has no NaN. ``StoreError`` if a dimension has no coordinate.
@@ -102,15 +103,15 @@ def blank(coords: Mapping[str, Any], variables: Mapping[str, Sequence[Any]]) -> 
 
 @contextlib.contextmanager
 def layout(path: Path, template: xr.Dataset, chunks: Mapping[str, int], attrs: Mapping[str, str]) -> Iterator[Path]:
-    """A results store with everything but chunks, in a passing folder under ``path``, to be moved from there.
+    """A results store without chunks, in a temporary folder under ``path``, from which it is to be moved.
 
     It has the labels and variables of the template, ``wall_s`` and ``done`` over the chunked dimensions, and the
-    attributes of the template joined by ``attrs``.
+    attributes of the template and ``attrs``.
     """
     folder = path / ".layout"
     shutil.rmtree(folder, ignore_errors=True)
     coords = template.coords.to_dataset().assign_attrs({**template.attrs, **attrs})
-    # Zarr specifies text of variable length only.
+    # Zarr specifies only text of variable length.
     text = {name: label.astype(object) for name, label in coords.coords.items() if label.dtype.kind == "U"}
     variables = {str(name): (array.dims, array.dtype, array.attrs) for name, array in template.data_vars.items()}
     variables |= {name: (tuple(chunks), dtype, {}) for name, dtype in BOOKKEEPING.items()}
@@ -130,8 +131,8 @@ def layout(path: Path, template: xr.Dataset, chunks: Mapping[str, int], attrs: M
                 attributes=attributes,
             )
         with warnings.catch_warnings():
-            # Format 3 does not specify consolidated metadata yet, but plain open_zarr warns without them. They cannot
-            # go stale: the layout never changes.
+            # Format 3 does not specify consolidated metadata yet, but plain open_zarr warns without them. They stay
+            # valid because the layout never changes.
             warnings.filterwarnings("ignore", message="Consolidated metadata")
             zarr.consolidate_metadata(str(folder))
         yield folder
@@ -140,7 +141,7 @@ def layout(path: Path, template: xr.Dataset, chunks: Mapping[str, int], attrs: M
 
 
 def digests(results: Path, variables: Iterable[str]) -> dict[str, str]:
-    """SHA-256 of every file of the layout, by its name under ``results``: all files but the chunks of ``variables``."""
+    """SHA-256 of every file of the layout (all but the chunks of ``variables``), by its path under ``results``."""
     chunks = tuple(f"{name}/c" for name in variables)
     names = sorted(file.relative_to(results).as_posix() for file in results.rglob("*") if file.is_file())
     return {name: _digest(results / name) for name in names if not name.startswith(chunks)}
@@ -154,19 +155,27 @@ def attach(
     *,
     mode: Literal["r", "r+"],
 ) -> Run:
-    """Open the results under ``path``. ``StoreError`` if a file of the layout is not as in its digest in ``files``."""
+    """Open the results under ``path``. ``StoreError`` if a file of the layout does not match its digest in ``files``.
+
+    Args:
+        path: folder of the run.
+        chunks: size of a unit along each chunked dimension.
+        variables: names of the arrays, with ``wall_s`` and ``done``.
+        files: digests (:func:`digests`) by path under the results.
+        mode: ``r`` to read, ``r+`` to write.
+    """
     results = path / RESULTS
     for name, digest in files.items():
         if not (results / name).is_file() or _digest(results / name) != digest:
             raise StoreError(f"{results / name} was changed, damaged or lost; delete it and {AGAIN}.")
-    # Else a chunk of nothing but NaN would leave no file and look lost.
+    # Otherwise a chunk of nothing but NaN would leave no file and look lost.
     with zarr.config.set({"array.write_empty_chunks": True}):
         group = zarr.open_group(results, mode=mode, use_consolidated=False)
         return Run(path, dict(chunks), {name: cast(zarr.Array, group[name]) for name in variables})
 
 
 def labels(run: Run) -> xr.Dataset:
-    """The data set without its variables: coordinates and attributes, in memory."""
+    """The data set's coordinates and attributes, without its variables, in memory."""
     with xr.open_dataset(run.path / RESULTS, engine="zarr", chunks=None, consolidated=False) as stored:
         return stored.drop_vars(list(run.arrays)).load()
 
@@ -186,31 +195,31 @@ def units(run: Run) -> list[Region]:
 
 
 def pending(run: Run) -> list[Region]:
-    """The units still to be computed, in the order of the grid."""
+    """Units that are not finished, in the order of the grid."""
     return [unit for unit in units(run) if not is_finished(run, unit)]
 
 
 def finished(run: Run) -> list[Region]:
-    """The units that are done, in the order of the grid."""
+    """Units that are finished, in the order of the grid."""
     return [unit for unit in units(run) if is_finished(run, unit)]
 
 
 def is_finished(run: Run, unit: Region) -> bool:
-    """Whether this unit is done."""
+    """Whether this unit is finished."""
     return _file(run, "done", unit).exists()
 
 
 def indices(array: zarr.Array, unit: Region) -> tuple[slice, ...]:
-    """Where a unit lies in ``array``: a slice of every dimension."""
+    """The indices of a unit in ``array``: a slice of every dimension."""
     return tuple(unit.get(dim, slice(0, size)) for dim, size in zip(dims(array), array.shape, strict=True))
 
 
 def write_chunk(run: Run, unit: Region, arrays: Mapping[str, Any], *, wall_s: float = math.nan) -> None:
     """Store one finished unit: its arrays, flushed to the disk, then its ``done`` flag.
 
-    ``arrays`` has every variable of the template in the shape that ``template.isel(unit)`` gives it; ``wall_s`` is what
-    the unit took, in seconds. ``StoreError`` if the unit is not pending, if names, shapes or dtypes are others, or if
-    the disk refuses: then this unit stays pending and finished ones are kept.
+    ``arrays`` has every variable of the template in the shape that ``template.isel(unit)`` gives it; ``wall_s`` is the
+    time that the unit took, in seconds. ``StoreError`` if the unit is not pending, if names, shapes or dtypes differ
+    from the template's, or if the disk refuses: this unit then stays pending, and finished ones stay finished.
     """
     values = {**_checked(run, unit, arrays), "wall_s": np.asarray(wall_s)}
     with disk(f"write {_shown(unit)} in", run.path):
@@ -222,7 +231,9 @@ def write_chunk(run: Run, unit: Region, arrays: Mapping[str, Any], *, wall_s: fl
 
 
 def read_chunk(run: Run, name: str, unit: Region) -> np.ndarray:
-    """What a finished unit holds of the variable ``name``. ``StoreError`` if its file is damaged or lost."""
+    """Values of the variable ``name`` in a finished unit. ``StoreError`` if its file is damaged or lost."""
+    # The checksum is that of zarr's codec, which could read the chunk too, but takes 15 times as long: half a
+    # millisecond, for every unit and variable of a run each time that it is opened.
     array, file = run.arrays[name], _file(run, name, unit)
     raw = file.read_bytes() if file.exists() else b""
     body, checksum = raw[:-4], raw[-4:]

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written beside their place, then moved there."""
+"""Files that are either complete or absent: written under a temporary name, then moved."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["replace_file", "write_npz", "write_text"]
 
 
 def replace_file(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
-    """Call ``write`` with a passing name, then put what it wrote in the place of ``path``.
+    """Call ``write`` with a temporary path, then move that file to ``path``.
 
-    ``ValueError`` naming the file if it cannot be written.
+    ``ValueError`` that names the file if it cannot be written.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -29,7 +29,7 @@ def replace_file(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> N
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Write ``text`` at once, in UTF-8."""
+    """Write ``text`` in UTF-8; the file is complete or absent."""
 
     def write(partial: pathlib.Path) -> None:
         partial.write_text(text, encoding="utf-8")
@@ -38,12 +38,12 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def write_npz(path: pathlib.Path, arrays: Mapping[str, Any], *, compress: bool = False) -> None:
-    """Write named arrays as one ``.npz`` file that is read without pickle; text is stored as text.
+    """Write named arrays as one ``.npz`` file that can be read without pickle; text is stored as text.
 
-    ``ValueError`` for arrays of other Python objects, and if the file cannot be written.
+    ``ValueError`` for arrays of other Python objects, or if the file cannot be written.
     """
     plain = {name: np.asarray(value) for name, value in arrays.items()}
-    # Arrays of objects would be pickled: strings become arrays of characters.
+    # NumPy would pickle arrays of objects: strings become arrays of characters.
     plain = {name: np.asarray(value.tolist()) if value.dtype == object else value for name, value in plain.items()}
     unsafe = [name for name, value in plain.items() if value.dtype == object]
     if unsafe:

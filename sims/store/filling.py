@@ -101,13 +101,13 @@ def fill(
 
 
 def batch_rows(start: int, size: int, total: int) -> Int[np.ndarray, " size"]:
-    """The items of a batch, the last one repeated where there are no more."""
+    """The items of a batch; the last item is repeated if there are fewer than ``size``."""
     return np.minimum(np.arange(start, start + size, dtype=np.int32), np.int32(total - 1))
 
 
 def checksum(array: Any) -> str:
-    """A digest of an array's shape, dtype and values, against confusion, not against forgery."""
+    """A digest of an array's shape, dtype and values; it detects mix-ups, not forgery."""
     array = np.ascontiguousarray(array)
-    # CRC-32 passes over gigabytes in a second or two, where SHA-256 takes ten.
+    # CRC-32 takes a second or two for gigabytes, SHA-256 ten.
     crc = zlib.crc32(array.reshape(-1).view(np.uint8).data)
     return f"{array.dtype}{list(array.shape)}:{crc:08x}"

@@ -1,4 +1,4 @@
-"""What computes: versions, commit, device and machine, to be recorded beside every result."""
+"""Versions, commit, device and machine, recorded beside every result."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ PACKAGES = ("dae-theory", "jax", "jaxlib", "optax", "numpy", "xarray", "zarr")
 def environment() -> dict[str, Any]:
     """As JSON: ``versions``, git ``commit``, ``device``, ``platform`` and ``host``.
 
-    The commit ends in ``-dirty`` where files differ from it, and is None outside a checkout. Asking for the device
-    starts JAX's backend.
+    The commit ends in ``-dirty`` if files differ from it, and is None outside a checkout. Reading the device starts
+    JAX's backend.
     """
     device = jax.devices()[0]
     return {
@@ -33,7 +33,7 @@ def environment() -> dict[str, Any]:
 
 
 def differences(sessions: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """What changed between ``sessions`` that recorded :func:`environment`: each name with its values, in order."""
+    """What differs between ``sessions`` that recorded :func:`environment`: each name with its values, in order."""
     seen: dict[str, list[str]] = {}
     for session in sessions:
         named = {"host": session.get("host"), "commit": session.get("commit"), **session.get("versions", {})}
@@ -53,9 +53,8 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    here = Path(__file__)
-    # An installed copy may lie inside somebody else's checkout, whose commit says nothing of it.
-    tracked = _git("ls-files", "--error-unmatch", here.name)
+    # An installed copy may lie inside the checkout of another project, whose commit is not ours.
+    tracked = _git("ls-files", "--error-unmatch", Path(__file__).name)
     return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") if tracked else None
 
 

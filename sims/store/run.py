@@ -1,9 +1,9 @@
-"""The results of one run: a labelled array store that survives any kill and goes on where it was.
+"""The results of one run: a labeled array store that survives any kill and resumes.
 
 A run is a folder. Its ``results.zarr`` holds the arrays, readable by plain ``xarray.open_zarr("OUT/results.zarr")``;
-its ``spec.json`` says what was asked and what computed it. Work comes in units, each written whole or not at all
-(:mod:`sims.store.chunks`). One process writes at a time; anyone may read meanwhile. The store knows nothing of what the
-numbers mean: a specification and a template go in, and the template comes out filled::
+its ``spec.json`` records what was computed, and by which versions and machine. Work comes in units, each written
+completely or not at all (:mod:`sims.store.chunks`). One process writes at a time; others may read meanwhile. The store
+does not interpret the numbers: it takes a specification and a template, and fills the template::
 
     template = blank({"n": [2, 4], "sigma": [0.1, 0.2, 0.5]}, {"gap": (("n", "sigma"), float)})
     with open_run("runs/a", {"sigma": [0.1, 0.2, 0.5]}, template, {"n": 1}) as run:
@@ -49,13 +49,14 @@ __all__ = [
     "open_run",
     "pending",
     "progress",
+    "read",
     "read_spec",
     "template_of",
     "write_chunk",
 ]
 
 FORMAT = 1
-"""Version of the layout; a folder of a later version is refused."""
+"""Version of the layout; folders of later versions are refused."""
 
 SPEC, LOCK = "spec.json", ".lock"
 ORIGIN = {"format": int, "spec": dict, "chunks": dict, "variables": list}
@@ -63,27 +64,27 @@ FIELDS = ORIGIN | {"files": dict, "sessions": list}
 
 
 class Progress(NamedTuple):
-    """How far a run is, in units of work."""
+    """Progress of a run, in units of work."""
 
     done: int
     total: int
 
 
 class Count(NamedTuple):
-    """Cells of one variable. Diverged cells are stored as they are and counted, never averaged away."""
+    """Numbers of cells of one variable. Diverged cells are stored as they are and counted, not averaged away."""
 
     finite: int
     nonfinite: int
-    """NaN or infinite, though computed."""
+    """Computed, but NaN or infinite."""
     missing: int
     """Not computed yet."""
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the folder ``path``, made if need be, as its only writer; a kill lets go of it.
+    """Hold the folder ``path``, created if needed, as its only writer; a killed process releases it.
 
-    ``StoreError`` if another process holds it, or it cannot be written.
+    ``StoreError`` if another process holds it, or if it cannot be written.
     """
     lock = filelock.FileLock(path / LOCK, timeout=0)
     with disk("write in", path):
@@ -106,17 +107,17 @@ def open_run(
     chunks: Mapping[str, int],
     provenance: Mapping[str, Any] | None = None,
 ) -> Iterator[Run]:
-    """Begin a run in the folder ``out``, or go on with the run of the same ``spec`` that is there.
+    """Begin a run in the folder ``out``, or resume the run of the same ``spec`` in it.
 
     Args:
-        out: the folder, made if need be.
+        out: the folder, created if needed.
         spec: what is computed, as JSON: the identity of the run.
         template: the data set to fill (see :func:`blank`); only shapes, labels, dtypes and attributes are read.
         chunks: size of a unit of work along each chunked dimension; every variable must have these dimensions. A run
-            that goes on keeps the units that it began with.
-        provenance: what computes, as JSON; each session that finds work to do records its own.
+            that resumes keeps the units with which it began.
+        provenance: versions and machine, as JSON; each session with work to do records its own.
 
-    ``StoreError`` if another process writes there, the folder holds another spec or a newer format, its layout or a
+    ``StoreError`` if another process writes to the folder, it holds another spec or a newer format, its layout or a
     finished unit is damaged, or it cannot be written.
     """
     path = Path(out)
@@ -125,7 +126,7 @@ def open_run(
     _check_template(template, chunks)
     with locked(path):
         with disk("write in", path):
-            record = _record(path, spec, template, dict(chunks))
+            record = _begin(path, spec, template, dict(chunks))
         run = _attach(path, record, "r+")
         _check_same(run, template)
         for name, unit in itertools.product(run.arrays, on_disk.finished(run)):
@@ -139,24 +140,43 @@ def open_run(
         finally:
             if todo:
                 session.update(ended=_now(), chunks=todo - len(pending(run)))
-                # On a full disk this must not hide the error that told of it.
+                # On a full disk this must not hide the first error.
                 with contextlib.suppress(ValueError):
                     write_text(path / SPEC, json.dumps(record, indent=1))
 
 
 def progress(run: Run) -> Progress:
-    """Finished units, and all."""
+    """Numbers of finished units and of all units."""
     done = len(on_disk.finished(run))
     return Progress(done, done + len(pending(run)))
 
 
 def load(out: str | os.PathLike[str]) -> xr.Dataset:
-    """The whole run in memory, checked against damage: finished units as computed, all else blank.
+    """Read a run into memory and check it for damage: finished units as computed, everything else blank.
 
     Besides the template's variables it has ``done`` and ``wall_s`` (seconds) over the chunked dimensions. Safe while
     another process writes. ``StoreError`` if the folder holds no run, one of a newer format, or a damaged one.
+
+    >>> import tempfile
+    >>> template = blank({"n": [2, 4]}, {"gap": (("n",), float)})
+    >>> with tempfile.TemporaryDirectory() as out:
+    ...     with open_run(out, {"name": "example"}, template, {"n": 1}) as run:
+    ...         write_chunk(run, pending(run)[0], {"gap": [0.5]})
+    ...     results = load(out)
+    >>> results.gap.values, results.done.values
+    (array([0.5, nan]), array([ True, False]))
     """
-    run = attached(out)
+    return read(out)[0]
+
+
+def read(out: str | os.PathLike[str]) -> tuple[xr.Dataset, dict[str, Any]]:
+    """A run's results as in :func:`load` and its record as in :func:`read_spec`, each file read once.
+
+    A record that was lost is restored from the results, without sessions. ``StoreError`` as in :func:`load`.
+    """
+    path = Path(out)
+    record = _record_of(path)
+    run = _attach(path, record, "r")
     finished = on_disk.finished(run)
     dataset = on_disk.labels(run)
     for name, array in run.arrays.items():
@@ -164,32 +184,32 @@ def load(out: str | os.PathLike[str]) -> xr.Dataset:
         for unit in finished:
             values[on_disk.indices(array, unit)] = on_disk.read_chunk(run, name, unit)
         dataset[name] = xr.Variable(on_disk.dims(array), values, dict(array.attrs))
-    return dataset
+    return dataset, record
 
 
 def attached(out: str | os.PathLike[str]) -> Run:
-    """The run at ``out``, to read from; ``StoreError`` as :func:`load`."""
+    """The run at ``out``, open for reading; ``StoreError`` as in :func:`load`."""
     path = Path(out)
-    return _attach(path, _found(path), "r")
+    return _attach(path, _record_of(path), "r")
 
 
 def template_of(out: str | os.PathLike[str]) -> xr.Dataset:
-    """The template that the run at ``out`` was begun with; ``StoreError`` as :func:`load`."""
+    """The template with which the run at ``out`` began; ``StoreError`` as in :func:`load`."""
     run = attached(out)
-    found = on_disk.labels(run)
+    labels = on_disk.labels(run)
     arrays = {name: array for name, array in run.arrays.items() if name not in BOOKKEEPING}
     variables = {name: (on_disk.dims(array), array.dtype, dict(array.attrs)) for name, array in arrays.items()}
-    return blank({str(name): label for name, label in found.coords.items()}, variables).assign_attrs(
-        {name: value for name, value in found.attrs.items() if name != "record"}
+    return blank({str(name): label for name, label in labels.coords.items()}, variables).assign_attrs(
+        {name: value for name, value in labels.attrs.items() if name != "record"}
     )
 
 
 def read_spec(out: str | os.PathLike[str]) -> dict[str, Any]:
-    """What lies beside the results: ``format``, ``spec``, ``chunks``, ``variables``, ``files``, ``sessions``.
+    """The record beside the results: ``format``, ``spec``, ``chunks``, ``variables``, ``files``, ``sessions``.
 
-    ``files`` are digests of all that is not a chunk. A session is the provenance given to :func:`open_run`, the times
-    when it ``started`` and ``ended`` (null if it was killed), and the number of ``chunks`` it finished. ``StoreError``
-    if there is no such record, it is damaged, or it is of a newer format.
+    ``files`` are digests of every file that is not a chunk. A session has the provenance given to :func:`open_run`, the
+    times when it ``started`` and ``ended`` (null if it was killed), and the number of ``chunks`` that it finished.
+    ``StoreError`` if the record is missing, damaged, or of a newer format.
     """
     file = Path(out) / SPEC
     try:
@@ -207,7 +227,7 @@ def read_spec(out: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def count_finite(dataset: xr.Dataset) -> dict[str, Count]:
-    """Finite, non-finite and missing cells of each floating variable; without ``done`` none is missing."""
+    """Finite, nonfinite and missing cells of each floating-point variable; without ``done`` none is missing."""
     counts = {}
     for name, array in dataset.drop_vars(list(BOOKKEEPING), errors="ignore").data_vars.items():
         if array.dtype.kind == "f":
@@ -247,8 +267,8 @@ def _check_template(template: xr.Dataset, chunks: Mapping[str, int]) -> None:
             )
 
 
-def _record(path: Path, spec: dict[str, Any], template: xr.Dataset, chunks: dict[str, int]) -> dict[str, Any]:
-    """The record of the run in ``path`` after its layout was made, or mended where files of it are missing."""
+def _begin(path: Path, spec: dict[str, Any], template: xr.Dataset, chunks: dict[str, int]) -> dict[str, Any]:
+    """The record of the run in ``path``, after creating its layout or restoring missing files of it."""
     results, file = path / RESULTS, path / SPEC
     if not results.exists():
         if file.exists():
@@ -259,7 +279,7 @@ def _record(path: Path, spec: dict[str, Any], template: xr.Dataset, chunks: dict
             files = on_disk.digests(fresh, variables)
             os.replace(fresh, results)
         return record | {"files": files, "sessions": []}
-    record = _found(path)
+    record = _record_of(path)
     differences = list(_differences("", record["spec"], spec))
     if differences:
         raise StoreError(f"{path} holds another experiment: {'; '.join(differences)}. Choose another folder.")
@@ -281,19 +301,21 @@ def _layout(path: Path, template: xr.Dataset, record: dict[str, Any]) -> context
     return on_disk.layout(path, template, record["chunks"], {"record": json.dumps(origin)})
 
 
-def _found(path: Path) -> dict[str, Any]:
-    """The record of a run: from spec.json, or where that is lost as the results carry it themselves."""
+def _record_of(path: Path) -> dict[str, Any]:
+    """The record of a run: from spec.json, or if that is lost from the copy in the results."""
     results, file = path / RESULTS, path / SPEC
     try:
         origin = json.loads(json.loads((results / "zarr.json").read_bytes())["attributes"]["record"])
         if not file.exists():
             return origin | {"files": on_disk.digests(results, origin["variables"]), "sessions": []}
     except (OSError, ValueError, LookupError, TypeError):
-        # Its digest, in spec.json, tells of it later.
+        # The digest in spec.json reports the damage later.
         return read_spec(path)
     record = read_spec(path)
     if origin != {field: record[field] for field in ORIGIN}:
-        raise StoreError(f"{file} and {results / 'zarr.json'} tell of different runs; restore the one that was edited.")
+        raise StoreError(
+            f"{file} and {results / 'zarr.json'} describe different runs; restore the one that was edited."
+        )
     return record
 
 
@@ -311,10 +333,10 @@ def _attach(path: Path, record: dict[str, Any], mode: Literal["r", "r+"]) -> Run
 
 def _check_same(run: Run, template: xr.Dataset) -> None:
     variables = {name: array for name, array in run.arrays.items() if name not in BOOKKEEPING}
-    there = {name: (on_disk.dims(array), array.shape, str(array.dtype)) for name, array in variables.items()}
-    here = {str(name): (array.dims, array.shape, str(array.dtype)) for name, array in template.data_vars.items()}
-    if there != here or not on_disk.labels(run).coords.to_dataset().equals(template.coords.to_dataset()):
+    stored = {name: (on_disk.dims(array), array.shape, str(array.dtype)) for name, array in variables.items()}
+    asked = {str(name): (array.dims, array.shape, str(array.dtype)) for name, array in template.data_vars.items()}
+    if stored != asked or not on_disk.labels(run).coords.to_dataset().equals(template.coords.to_dataset()):
         raise StoreError(
-            f"{run.path} was begun with other variables or labels under the same spec: {there} there, {here} here. "
+            f"{run.path} was begun with other variables or labels under the same spec: {stored} there, {asked} here. "
             "Choose another folder."
         )

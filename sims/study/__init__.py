@@ -1,4 +1,4 @@
-"""What finished sweeps say: transitions with intervals, summaries, and certificates of given data."""
+"""Analysis of finished sweeps: transitions with intervals, summaries, tables, and certificates of given data."""
 
 import lazy_loader
 

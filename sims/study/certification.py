@@ -1,6 +1,6 @@
-"""What the theorems say of given data: which conditions hold, which regime wins, and a certificate of its minimizer.
+"""What the theorems say about given data: conditions that hold, the regime of lowest objective, and a certificate.
 
-Everything is closed form or deterministic; nothing is trained. Numbers come from :mod:`dae_theory.structures`,
+Everything is closed-form or deterministic; nothing is trained. Numbers come from :mod:`dae_theory.structures`,
 :mod:`dae_theory.conditions` and :mod:`dae_theory.certificate`.
 """
 
@@ -26,11 +26,11 @@ __all__ = ["as_text", "certification", "regime"]
 
 
 def certification(spec: Spec, *, max_size: int = 1500) -> dict[str, Any]:
-    """Conditions, predicted regime and certificate for the data of ``spec``, at each of its σ; JSON values.
+    """Conditions, predicted regime and certificate for the data of ``spec`` at each of its σ, as JSON values.
 
-    The clusters of the generalizing candidate are the classes of the data set, or all rows together where it has none.
-    The certificate is left out, with the reason, where no unit is live; its Hessian is diagonalized if it has at most
-    ``max_size`` rows. ``ValueError`` for more than one n, width or penalty, and for what the data set refuses.
+    The clusters of the generalizing candidate are the classes of the data set, or one cluster of all rows if it has no
+    classes. If no unit is live, the reason replaces the certificate. The Hessian is diagonalized if it has at most
+    ``max_size`` rows. ``ValueError`` for more than one n, width or penalty, and for errors of the data set.
     """
     for name in ("dataset", "separation", "duplicates", "num_samples", "width", "penalty"):
         if len(getattr(spec, name)) > 1:
@@ -50,30 +50,30 @@ def certification(spec: Spec, *, max_size: int = 1500) -> dict[str, Any]:
         dtype=np.float64,
     )
     rows, width, penalty = jnp.asarray(data.train), spec.width[0], spec.penalty[0]
-    found = [_at(rows, data.train_labels, sigma, penalty, width, max_size) for sigma in spec.sigma]
+    entries = [_at(rows, data.train_labels, sigma, penalty, width, max_size) for sigma in spec.sigma]
     facts = datasets.describe(data) | {"width": width, "penalty": penalty}
-    return {"data": facts, "certificates": found}
+    return {"data": facts, "certificates": entries}
 
 
 def regime(data: np.ndarray, structure: Structure) -> str:
-    """``memorizing`` if every block with units is one sample, ``generalizing`` if none is, else ``hybrid``."""
+    """``memorizing`` if every block with units is one distinct row, ``generalizing`` if none is, else ``hybrid``."""
     live = [block for block, rank in enumerate(structure.ranks) if rank]
-    alone = [len(np.unique(data[structure.labels == block], axis=0)) == 1 for block in live]
-    if not alone:
+    single = [len(np.unique(data[structure.labels == block], axis=0)) == 1 for block in live]
+    if not single:
         return "empty"
-    return "memorizing" if all(alone) else "hybrid" if any(alone) else "generalizing"
+    return "memorizing" if all(single) else "hybrid" if any(single) else "generalizing"
 
 
-def as_text(found: dict[str, Any]) -> str:
-    """The same as Markdown tables."""
-    data = found["data"]
+def as_text(result: dict[str, Any]) -> str:
+    """The result of :func:`certification` as Markdown tables."""
+    data = result["data"]
     lines = [
         "# Certificate",
         "",
         f"{data['num_samples']} rows of {data['name']} in dimension {data['dim']}, width {data['width']}, "
         f"penalty {data['penalty']:g}.",
     ]
-    for entry in found["certificates"]:
+    for entry in result["certificates"]:
         lines += ["", f"## sigma = {entry['sigma']:g}: {entry['regime']}", "", entry["search"].capitalize() + ".", ""]
         structures = [
             (s["name"], s["regime"], f"{s['objective']:.6g}", s["units"], _number(s["margin"]), _yes(s["holds"]))
@@ -91,7 +91,7 @@ def as_text(found: dict[str, Any]) -> str:
 
 def _at(rows: Any, classes: np.ndarray, sigma: float, penalty: float, width: int, max_size: int) -> dict[str, Any]:
     labels = classes if np.all(classes >= 0) else np.zeros(len(classes), int)
-    # Equal rows of two classes cannot be told apart by any gate: they go by the first one's.
+    # No gate separates equal rows of two classes: they take the class of the first one.
     _, first, inverse = np.unique(np.asarray(rows), axis=0, return_index=True, return_inverse=True)
     candidates = compare_structures(rows, labels[first][inverse.ravel()], sigma, penalty, width)
     best = candidates[0]
@@ -114,12 +114,12 @@ def _at(rows: Any, classes: np.ndarray, sigma: float, penalty: float, width: int
         ],
     }
     if not any(ranks):
-        nothing = {"left_out": "no direction pays for its penalty: the minimizer is zero"}
-        return entry | {"conditions": [], "certificate": nothing}
+        reason = {"left_out": "no direction lowers the objective by more than its penalty: the minimizer is zero"}
+        return entry | {"conditions": [], "certificate": reason}
     checked = conditions.check_conditions(rows, best.labels, sigma, penalty, ranks, width=width)
     dae = block_minimizer(rows, best.labels, sigma, penalty, ranks, width=width)
-    told = [row._asdict() | {"slack": _finite(row.slack)} for row in conditions.rows(checked)]
-    return entry | {"conditions": told, "certificate": _certificate(dae, rows, sigma, penalty, max_size)}
+    checks = [row._asdict() | {"slack": _finite(row.slack)} for row in conditions.rows(checked)]
+    return entry | {"conditions": checks, "certificate": _certificate(dae, rows, sigma, penalty, max_size)}
 
 
 def _certificate(dae: Any, rows: Any, sigma: float, penalty: float, max_size: int) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def _certificate(dae: Any, rows: Any, sigma: float, penalty: float, max_size: in
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no infinity: None stands for a condition that has nothing to say."""
+    """None for an infinite slack, of a condition that always holds here: JSON has no infinity."""
     return float(value) if math.isfinite(value) else None
 
 

@@ -1,4 +1,4 @@
-"""The one-page summary of a run, as Markdown text made from its arrays alone."""
+"""The one-page summary of a run, as Markdown made from its arrays and its record."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def transition_table(
 ) -> list[dict[str, Any]]:
     """Crossings as rows: the value of every other axis, then ``estimate``, ``low``, ``high`` and ``crossed``.
 
-    Taken at the last recorded step. Axes of one value are left out. ``ValueError`` as in
+    Measures are those at the last recorded step. Axes of one value are left out. ``ValueError`` as in
     :func:`sims.study.transitions.transition`.
     """
     last = results[[measure] if measure in results else []].isel(step=-1, drop=True)
@@ -42,20 +42,20 @@ def summary(
     facts: Sequence[Mapping[str, Any]],
     sessions: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """Markdown: what was run, how many cells finished, where the transition lies, and the ends of the main curves.
+    """Markdown: what was run, how many cells finished, where the transition is, and the ends of the main curves.
 
-    ``sessions`` that computed parts of one run on other machines, versions or devices are told apart.
+    It says so if ``sessions`` computed parts of the run on different machines, versions or devices.
     """
     sizes = {dim: size for dim, size in results.sizes.items() if dim in spec or dim in ("seed", "step")}
     networks = math.prod(size for dim, size in sizes.items() if dim != "step")
     last = results.isel(step=-1)
     diverged = int((~np.isfinite(last["train_error"]) & last["done"]).sum()) if "train_error" in last else 0
     missing = round(networks * float(1 - last["done"].mean()))
-    named = [f"{one['name']} (d = {one['dim']})" for one in facts]
+    names = [f"{one['name']} (d = {one['dim']})" for one in facts]
     lines = [
         "# Summary",
         "",
-        f"{networks} networks on {' and '.join(named) or 'data without a record'}: "
+        f"{networks} networks on {' and '.join(names) or 'unrecorded data'}: "
         + ", ".join(f"{size} {dim}" for dim, size in sizes.items() if size > 1)
         + ".",
         f"Training: {_listed(spec['optimizer'])}, {spec['steps']} steps, width {_listed(spec['width'])}, "
@@ -72,13 +72,13 @@ def summary(
 
 
 def _origin_lines(sessions: Sequence[Mapping[str, Any]]) -> list[str]:
-    found = differences([session for session in sessions if session.get("chunks")])
-    if not found:
+    changes = differences([session for session in sessions if session.get("chunks")])
+    if not changes:
         return []
-    listed = "; ".join(f"{name}: {', '.join(values)}" for name, values in found.items())
+    listed = "; ".join(f"{name}: {', '.join(values)}" for name, values in changes.items())
     return [
         f"Cells of this run were computed under different conditions ({listed}): they are equal to rounding only. For "
-        "equal bits, compute the run again in one place."
+        "bitwise reproducible results, compute the run again under one of them."
     ]
 
 
@@ -114,17 +114,18 @@ _ENDS = {
 
 
 def _ends_lines(results: xr.Dataset) -> list[str]:
-    """Seed means with standard errors at the smallest and the largest n, at the middle σ and first of other axes."""
+    """Means over seeds with standard errors at the smallest and largest n, at the middle σ and the first value of other
+    axes."""
     names = [name for name in _ENDS if name in results]
     if not names or results.sizes["num_samples"] < 2:
         return []
     middle = results.sizes["sigma"] // 2
-    here = results[names].isel(step=-1, sigma=middle)
-    here = here.isel({dim: 0 for dim in here.dims if dim not in ("num_samples", "seed")})
-    ends = [here.isel(num_samples=i) for i in (0, -1)]
+    curves = results[names].isel(step=-1, sigma=middle)
+    curves = curves.isel({dim: 0 for dim in curves.dims if dim not in ("num_samples", "seed")})
+    ends = [curves.isel(num_samples=i) for i in (0, -1)]
     rows = [[_ENDS[name], *(mean_and_error(end[name].values) for end in ends)] for name in names]
     return [
-        f"## The two ends, at sigma = {float(here.sigma):g}",
+        f"## The two ends, at sigma = {float(curves.sigma):g}",
         "",
         markdown(["", *(f"n = {int(end.num_samples)}" for end in ends)], rows),
         "",

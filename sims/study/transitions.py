@@ -1,8 +1,7 @@
-r"""Where a curve crosses a level, with an interval over seeds: the memorization-to-generalization transition as a
-number.
+r"""Where a curve crosses a level, with an interval over seeds: the transition from memorization as a number.
 
 The curve is the mean over seeds of a measure along an axis; between grid points it is linear in the logarithm of the
-axis. The interval is a percentile bootstrap that resamples seeds, so it covers training sets, starts and noise.
+axis. The interval is a percentile bootstrap over seeds, so it covers training sets, starts and noise.
 """
 
 from __future__ import annotations
@@ -16,21 +15,21 @@ __all__ = ["Crossing", "bootstrap_crossing", "crossing", "transition"]
 
 
 class Crossing(NamedTuple):
-    """Where a curve crosses a level, and the bootstrap interval."""
+    """Where a curve crosses a level, with its bootstrap interval."""
 
     estimate: float
-    """NaN if the curve does not cross inside the grid."""
+    """NaN if the curve does not cross the level inside the grid."""
     low: float
     high: float
     crossed: float
-    """Share of bootstrap curves that cross inside the grid; the interval is over these alone."""
+    """Share of bootstrap curves that cross inside the grid; the interval is over these only."""
 
 
 def crossing(x: np.ndarray, y: np.ndarray, level: float) -> float:
     """The x where y last passes ``level`` from above to below, or from below to above if it ends above its start.
 
-    x (m,) must be positive and increase; y (m,). Linear in log x between points. The last passage is where the regime
-    after the transition begins to hold for good. NaN entries of y are left out; NaN if there is no passage.
+    ``x`` (m,) must be positive and increasing, ``y`` has shape (m,), and the curve is linear in log x between points.
+    After the last crossing the curve stays on one side. NaN entries of y are left out. NaN if there is no crossing.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
     if x.ndim != 1 or x.shape != y.shape:
@@ -43,10 +42,10 @@ def crossing(x: np.ndarray, y: np.ndarray, level: float) -> float:
         return float("nan")
     if above[-1] > above[0]:
         above = -above
-    passages = np.flatnonzero((above[:-1] > 0) & (above[1:] <= 0))
-    if passages.size == 0:
+    crossings = np.flatnonzero((above[:-1] > 0) & (above[1:] <= 0))
+    if crossings.size == 0:
         return float("nan")
-    i = passages[-1]
+    i = crossings[-1]
     share = above[i] / (above[i] - above[i + 1])
     return float(np.exp(x[i] + share * (x[i + 1] - x[i])))
 
@@ -60,9 +59,15 @@ def bootstrap_crossing(
     num_resamples: int = 2000,
     confidence: float = 0.95,
 ) -> Crossing:
-    """Crossing of the mean of ``curves`` (seeds, m), and its percentile interval over resampled seeds.
+    """Crossing of the mean of several curves, and its percentile interval over resampled seeds.
 
-    One seed gives no interval: low and high are NaN. ``seed`` fixes the resampling.
+    Args:
+        x: the axis, (m,).
+        curves: one curve for each seed, (seeds, m). A single seed gives no interval: low and high are NaN.
+        level: the level to cross.
+        seed: of the resampling.
+        num_resamples: bootstrap samples.
+        confidence: coverage of the interval, in (0, 1).
     """
     curves = np.asarray(curves, float)
     if curves.ndim != 2:
@@ -74,8 +79,8 @@ def bootstrap_crossing(
         return Crossing(estimate, float("nan"), float("nan"), float(np.isfinite(estimate)))
     rng = np.random.default_rng(seed)
     picks = rng.integers(len(curves), size=(num_resamples, len(curves)))
-    found = np.array([crossing(x, _mean(curves[pick]), level) for pick in picks])
-    inside = found[np.isfinite(found)]
+    resampled = np.array([crossing(x, _mean(curves[pick]), level) for pick in picks])
+    inside = resampled[np.isfinite(resampled)]
     if inside.size == 0:
         return Crossing(estimate, float("nan"), float("nan"), 0.0)
     low, high = np.quantile(inside, [(1 - confidence) / 2, (1 + confidence) / 2])
@@ -91,11 +96,26 @@ def transition(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> xr.Dataset:
-    """Crossings of ``measure`` through ``level`` along one axis, for every combination of the others but the seed.
+    """Crossings of ``measure`` through ``level`` along one axis, for every combination of the other axes but the seed.
 
-    Returns variables ``estimate``, ``low``, ``high`` (in the units of the axis) and ``crossed``. With the defaults: the
-    training-set size at which the train error is half the held-out error. ``ValueError`` for an unknown measure or
-    axis.
+    With the defaults: the training-set size at which the train error is half the held-out error.
+
+    Args:
+        results: of a sweep, with the dimension ``seed``.
+        measure: a variable of the results.
+        level: the level to cross.
+        along: the axis, with at least two values.
+        seed: of the bootstrap.
+        confidence: coverage of the interval, in (0, 1).
+
+    Returns variables ``estimate``, ``low``, ``high`` (in the units of the axis) and ``crossed``. ``ValueError`` for an
+    unknown measure or axis.
+
+    >>> curves = np.array([[1.0, 0.5, 0.25], [1.0, 0.6, 0.2]])
+    >>> results = xr.Dataset({"gap": (("seed", "num_samples"), curves)}, {"num_samples": [1, 10, 100]})
+    >>> found = transition(results)
+    >>> round(float(found.estimate)), bool(found.low < found.estimate < found.high)
+    (14, True)
     """
     if measure not in results:
         raise ValueError(f"no measure {measure!r} in these results; they have {', '.join(map(str, results))}.")
@@ -118,7 +138,7 @@ def transition(
 
 
 def _mean(curves: np.ndarray) -> np.ndarray:
-    """Mean over seeds that finished; NaN where none did, without a warning."""
+    """Mean over seeds that finished; NaN, without a warning, where none did."""
     finite = np.isfinite(curves)
     count = finite.sum(axis=0)
     total = np.where(finite, curves, 0.0).sum(axis=0)

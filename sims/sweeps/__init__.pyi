@@ -1,5 +1,6 @@
 from . import cluster as cluster
 from . import engine as engine
+from . import measure_names as measure_names
 from . import measures as measures
 from . import plan as plan
 from . import processes as processes

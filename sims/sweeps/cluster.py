@@ -1,11 +1,11 @@
 """Units of a sweep on a Dask cluster: machines that share nothing but a scheduler.
 
-A unit goes out as one task and comes back as arrays; this process alone writes. A worker that dies is made good by the
-scheduler, which gives its unit to another. What a unit computes does not depend on the worker, so the results equal
-those of one machine (to the last bit on machines of one kind with groups of one size).
+Each unit is one task whose result is its arrays; only this process writes. If a worker dies, the scheduler gives its
+unit to another one. The results of a unit do not depend on the worker, so they equal those of one machine (bitwise, on
+machines of one kind with groups of one size).
 
 The members of a Dask cluster trust each other: whoever can reach its scheduler can run code on its workers. Keep it in
-a private network, or let it speak TLS, whose files Dask's own configuration names::
+a private network, or use TLS, whose files are named in Dask's configuration::
 
     distributed:
       comm:
@@ -29,13 +29,13 @@ import jax
 from sims.store.chunks import AGAIN
 from sims.sweeps.engine import Executor, resolve_measures, worlds_of
 from sims.sweeps.measures import MEASURES, Measure
-from sims.sweeps.programs import Compiled, Finished, Job, Placement, TrainingSet, compile_job, placement, run_units
+from sims.sweeps.programs import Finished, TrainingSet, placement, run_units
 from sims.sweeps.spec import Spec
 
 __all__ = ["connected"]
 
 RETRIES = 3
-"""Failures of one unit on as many workers before the sweep gives up."""
+"""Workers on which one unit may fail before the sweep gives up."""
 
 
 @contextlib.contextmanager
@@ -47,12 +47,17 @@ def connected(
     group: int | None = None,
     timeout: float = 30.0,
 ) -> Iterator[Executor]:
-    """An executor for :func:`sims.sweeps.engine.sweep` on the Dask scheduler at ``address``, such as ``tcp://host:8786``, or
-    on ``local_workers`` processes started here.
+    """An executor for :func:`sims.sweeps.engine.sweep` that computes on Dask workers.
 
-    ``memory`` and ``group`` are as in :func:`sims.sweeps.engine.sweep`, for every worker. ``ValueError`` if Dask is not
-    installed, both or neither of the two are given, or the scheduler cannot be reached within ``timeout`` seconds or is
-    lost: what was finished before is kept.
+    Args:
+        address: of a Dask scheduler, such as ``tcp://host:8786``.
+        local_workers: number of worker processes to start here, instead of an address.
+        memory: as in :func:`sims.sweeps.engine.sweep`, for every worker.
+        group: as in :func:`sims.sweeps.engine.sweep`.
+        timeout: seconds to wait for the scheduler.
+
+    ``ValueError`` if Dask is not installed, if both or neither of address and local workers are given, or if the
+    scheduler cannot be reached or is lost; finished units are kept.
     """
     try:
         import distributed
@@ -63,7 +68,7 @@ def connected(
     with contextlib.ExitStack() as stack:
         try:
             if address is None:
-                # Its annotations know neither a cluster without dashboard nor one that is not awaited.
+                # Its annotations allow neither a cluster without dashboard nor one that is not awaited.
                 cluster: Any = distributed.LocalCluster(
                     n_workers=local_workers,
                     threads_per_worker=1,
@@ -93,10 +98,10 @@ def _compute(
 
     asked = [name if MEASURES.get(name) is measure else measure for name, measure in measures.items()]
     order = cloudpickle.dumps((spec.to_dict(), asked, bool(jax.config.read("jax_enable_x64")), memory, group))
-    found = client.map(functools.partial(_run, order), list(units), retries=RETRIES, pure=False)
+    tasks = client.map(functools.partial(_run, order), list(units), retries=RETRIES, pure=False)
     left = len(units)
     try:
-        for future in distributed.as_completed(found):
+        for future in distributed.as_completed(tasks):
             result = future.result()
             left -= 1
             yield result
@@ -119,25 +124,17 @@ def _compute(
 
 def _run(order: bytes, unit: TrainingSet) -> Finished:
     """One unit, in a worker."""
-    (found,) = _prepared(order)(unit)
-    return found
+    (finished,) = _prepared(order)(unit)
+    return finished
 
 
 @functools.lru_cache(maxsize=4)
 def _prepared(order: bytes) -> Callable[[TrainingSet], Iterator[Finished]]:
-    """What a worker does for every unit of a sweep: data sets are loaded and programs compiled once."""
+    """The function that computes a unit of a sweep in a worker; data sets are loaded once."""
     import cloudpickle
 
     fields, asked, double, memory, group = cloudpickle.loads(order)
     jax.config.update("jax_enable_x64", double)
     spec, measures = Spec.from_dict(fields), resolve_measures(asked)
-    compiled: dict[Any, Compiled] = {}
-
-    def compile_once(spec: Spec, job: Job, measures: Mapping[str, Measure], place: Placement) -> Compiled:
-        key = job.program, tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(job.data))
-        if key not in compiled:
-            compiled[key] = compile_job(spec, job, measures, place)
-        return compiled[key]
-
     place, worlds = placement(memory=memory, group=group), worlds_of(spec)
-    return lambda unit: run_units(spec, [unit], measures, worlds, place, compile_once)
+    return lambda unit: run_units(spec, [unit], measures, worlds, place)

@@ -1,8 +1,8 @@
 """Sweeps: every combination of a spec's axes trained and measured, as one labeled array.
 
-The work is cut into units, a training set each, whose cells share rows, start and noise (common random numbers) and
-one compiled program (:mod:`sims.sweeps.programs`). A unit is computed, written, and then counts; nothing depends on where
-units are computed, in which order, or how cells are grouped.
+The work is cut into units, one training set each, whose cells share rows, start, noise (common random numbers) and one
+compiled program (:mod:`sims.sweeps.programs`). A unit counts once it is written. Results do not depend on where units
+are computed or in which order, and on the grouping of cells only by rounding.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from sims.sweeps.worlds import World, facts, make_world
 __all__ = ["CellProgress", "Executor", "all_units", "resolve_measures", "sweep", "worlds_of"]
 
 Executor: TypeAlias = Callable[[Spec, Sequence[TrainingSet], Mapping[str, Measure]], Iterable[Finished]]
-"""Computes units, in any order."""
+"""Computes units and yields them in any order."""
 
 
 class CellProgress(NamedTuple):
@@ -51,7 +51,7 @@ class CellProgress(NamedTuple):
     """Cells finished, including those of an earlier run."""
     total: int
     unit: dict[str, int | float | str]
-    """The unit just finished, by the value of its axes; empty at the start."""
+    """The unit just finished, as the values of its axes; empty at the start."""
 
 
 def sweep(
@@ -67,24 +67,29 @@ def sweep(
 ) -> xr.Dataset:
     """Train and measure every cell of ``spec``.
 
+    >>> spec = Spec(dataset="mixture:modes=2,dim=3,size=64", num_samples=4, sigma=(0.3, 0.6), width=2, steps=2, seeds=2)
+    >>> results = sweep(spec, ["train_error"])
+    >>> results.train_error.squeeze().dims, bool((results.train_error > 0).all())
+    (('seed', 'sigma'), True)
+
     Args:
         spec: the experiment.
-        measures: names of :data:`sims.sweeps.measures.MEASURES` or functions ``(params, data, spec) -> array`` of any shape,
-            named by their ``__name__`` (default :data:`sims.sweeps.measures.DEFAULT`).
-        out: folder where each unit is written when finished; the same call resumes. Without, results stay in memory.
-        memory: bound on the temporaries of a compiled program on each device, in bytes: cells are split into groups
+        measures: names of :data:`sims.sweeps.measures.MEASURES` or functions ``(params, data, spec) -> array`` of any
+            shape, named by their ``__name__`` (default: :data:`sims.sweeps.measures.DEFAULT`).
+        out: folder to which each finished unit is written; the same call resumes. Without it results stay in memory.
+        memory: bound on the temporaries of a compiled program on each device, in bytes; cells are split into groups
             that fit.
-        group: cells of a group, if not as many as is fastest: results are equal bit for bit on any number of devices
-            and processes where it is the same.
-        shard: (I, N), to compute only every N-th unit, from the I-th, counted from 1.
+        group: cells of a group (default: as many as fit, with work for every device). With the same value, results are
+            bitwise equal on any number of devices and processes.
+        shard: (I, N) computes only every N-th unit from the I-th, counted from 1.
         executor: computes the units instead of this process (:mod:`sims.sweeps.cluster`).
         on_unit: called at the start and after each unit.
 
-    Returns one variable a measure over the dimensions of ``spec.shape``; a custom measure's own dimensions come last,
-    and axes of one value that are no dimension are scalar coordinates. Over several processes
-    (:mod:`sims.sweeps.processes`) all must call this alike; the first one writes, and the others return what they computed.
-    ``ValueError`` for unknown or failing measures and for what the spec, the data set or the store refuse. Cells that
-    diverge are NaN or infinite, and stay so.
+    Returns one variable for each measure over the dimensions of ``spec.shape``, followed by a custom measure's own
+    dimensions; axes of one value that are no dimension are scalar coordinates. Several processes
+    (:mod:`sims.sweeps.processes`) must call this with equal arguments: the first one writes, and the others return what
+    they computed. ``ValueError`` for unknown or failing measures, and for what the spec, the data set or the store
+    refuse. Cells that diverge are stored as NaN or infinity.
     """
     chosen = resolve_measures(measures)
     worlds = worlds_of(spec)
@@ -127,7 +132,7 @@ def sweep(
 
 
 def resolve_measures(measures: Sequence[str | Measure] | None) -> dict[str, Measure]:
-    """Names and functions as one dict from names to functions; ``ValueError`` for unknown or repeated names."""
+    """A dict from names to functions; ``ValueError`` for unknown or repeated names."""
     chosen: dict[str, Measure] = {}
     for measure in DEFAULT if measures is None else measures:
         name = measure if isinstance(measure, str) else getattr(measure, "__name__", "")
@@ -146,7 +151,7 @@ def resolve_measures(measures: Sequence[str | Measure] | None) -> dict[str, Meas
 
 
 def worlds_of(spec: Spec) -> Worlds:
-    """The data sets of ``spec``, by name and separation; each is loaded when first asked for."""
+    """The data sets of ``spec`` by name and separation, each loaded when first used."""
 
     @functools.cache
     def load(dataset: str, separation: float | None) -> World:
@@ -160,7 +165,7 @@ def _sources(spec: Spec) -> list[tuple[str, float | None]]:
 
 
 def all_units(spec: Spec, shard: tuple[int, int] | None = None) -> list[TrainingSet]:
-    """The units of a sweep, or of one shard of it, in the order in which they are computed."""
+    """The units of a sweep, or of one of its shards, in the order in which they are computed."""
     return [_unit(spec, region) for region in _regions(spec, shard)]
 
 
@@ -172,7 +177,7 @@ def _regions(spec: Spec, shard: tuple[int, int] | None) -> list[Region]:
 
 
 def _unit_dims(spec: Spec) -> list[str]:
-    """Dimensions of the results along which the work is cut."""
+    """Dimensions of the results along which the work is cut into units."""
     return [axis for axis in spec.shape if axis in LOOP_AXES or axis == "seed"]
 
 
@@ -183,8 +188,7 @@ def _unit(spec: Spec, region: Region) -> TrainingSet:
 
 
 def _template(spec: Spec, measures: Mapping[str, Measure], worlds: Worlds) -> xr.Dataset:
-    """The empty results: labels from the spec, shapes and types of the measures from an abstract run of the first
-    cell."""
+    """The empty results: labels from the spec, and the measures' shapes and types from an abstract run of a cell."""
     unit = _unit(spec, {axis: slice(0, 1) for axis in _unit_dims(spec)})
     for source in _sources(spec):
         worlds(*source)
@@ -214,7 +218,7 @@ def _template(spec: Spec, measures: Mapping[str, Measure], worlds: Worlds) -> xr
 
 
 def _shaped(spec: Spec, dims: Sequence[str], values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """From (cells, records, ...): the unit's axes have length one, the value axes come apart."""
+    """From (cells, records, ...) to the results' dimensions; cells are split by axis, the unit's axes have length 1."""
     front = (*(1 for _ in dims), *(spec.shape[axis] for axis in VALUE_AXES))
     return {name: value.reshape(*front, *value.shape[1:]) for name, value in values.items()}
 

@@ -1,9 +1,9 @@
-r"""What is measured of a trained network: pure functions ``(params, data, spec) -> array``, swept like one another.
+r"""Measures of trained networks: pure functions ``(params, data, spec) -> array``.
 
-``params`` is the network, ``data`` the rows it was trained on and those it was not, ``spec`` the cell's numbers.
-Built-in measures return scalars and are listed in :data:`MEASURES`; any function of this signature can stand beside
-them. Averages run over the first ``eval_samples`` rows with ``eval_draws`` noise draws each; row i and draw r have the
-same ε in every cell of a seed (common random numbers), so differences between cells are sharper than their values.
+``params`` is the network, ``data`` has training and held-out rows, ``spec`` the cell's numbers. :data:`MEASURES` lists
+the built-in measures; a sweep takes any other function of this signature as well. Averages are over the first
+``eval_samples`` rows with ``eval_draws`` noise draws each; row i and draw r have the same ε in every cell of a seed
+(common random numbers), so differences between cells have smaller errors than their values.
 """
 
 from __future__ import annotations
@@ -32,19 +32,20 @@ from dae_theory import (
 from dae_theory.conditions import Checks, check_conditions
 from dae_theory.model import live_columns
 from dae_theory.types import PRNGKey, Scalar
+from sims.sweeps.measure_names import DEFAULT
 
 __all__ = ["DEFAULT", "MEASURES", "CellData", "CellSpec", "Measure", "noisy_pairs"]
 
 
 class CellData(NamedTuple):
-    """Rows that a measure may look at."""
+    """The data of a cell."""
 
     train: Float[Array, "n d"]
     held_out: Float[Array, "m d"]
     population: GaussianMixture
     """The law of the data: exact for synthetic mixtures, else fitted to the labeled training pool."""
     key: PRNGKey
-    """For evaluation noise; the same for all cells of a seed."""
+    """Of the evaluation noise; the same for all cells of a seed."""
 
 
 class CellSpec(NamedTuple):
@@ -65,7 +66,7 @@ Measure: TypeAlias = Callable[[ReluDae, CellData, CellSpec], Array]
 def noisy_pairs(
     rows: Float[Array, "n d"], data: CellData, spec: CellSpec
 ) -> tuple[Float[Array, "m d"], Float[Array, "m d"]]:
-    """Clean and noisy versions of the first ``eval_samples`` rows, each repeated for every noise draw."""
+    """The first ``eval_samples`` rows, each repeated for every noise draw, and noisy versions of them."""
     clean = jnp.repeat(rows[: spec.eval_samples], spec.eval_draws, axis=0)
 
     def eps(i: Array) -> Float[Array, " d"]:
@@ -91,7 +92,7 @@ def held_out_error(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Arr
 
 
 def gap(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
-    """Generalization gap, 1 − train error/held-out error: 0 generalizes, towards 1 memorizes."""
+    """Generalization gap, 1 − train error/held-out error: 0 for generalization, near 1 for memorization."""
     return 1.0 - train_error(params, data, spec) / held_out_error(params, data, spec)
 
 
@@ -118,8 +119,8 @@ def distance_to_population_held_out(params: ReluDae, data: CellData, spec: CellS
 def distance_to_closed_form(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
     """E‖f(y) − f*(y)‖²/E‖f*(y)‖² near training rows, f* the memorizing closed form (Corollaries 3.2, 3.4).
 
-    In function space, so no symmetry of the weights counts. NaN where the closed form does not exist: more distinct
-    rows than units, or a penalty that clips all of it to zero.
+    In function space, so it does not depend on symmetries of the weights. NaN if the closed form does not exist: more
+    distinct rows than units, or a penalty that clips all of it to zero.
     """
     if max(spec.identity) + 1 > params.w1.shape[1]:
         return jnp.full((), jnp.nan, data.train.dtype)
@@ -131,9 +132,9 @@ def distance_to_closed_form(params: ReluDae, data: CellData, spec: CellSpec) -> 
 
 
 def conditions_hold(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, " c"]:
-    """1 or 0 for each inequality of Theorem 3.1, every distinct row a cluster: is memorization what it predicts here?
+    """1 or 0 for each inequality of Theorem 3.1 with every distinct row a cluster: whether it predicts memorization.
 
-    In the order of :class:`dae_theory.conditions.Checks`. NaN where there are more distinct rows than units.
+    In the order of :class:`dae_theory.conditions.Checks`. NaN if there are more distinct rows than units.
     """
     names = Checks._fields
     if max(spec.identity) + 1 > params.w1.shape[1]:
@@ -146,14 +147,14 @@ conditions_hold.labels = {"condition": Checks._fields}  # pyright: ignore[report
 
 
 def num_live_columns(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
-    """Units that do something, after merging parallel ones (cosine above 0.99)."""
+    """Number of live units, after merging parallel ones (cosine above 0.99)."""
     del spec
     merged = merge_parallel_columns(params, tolerance=0.01)
     return jnp.sum(live_columns(merged, tolerance=0.03)).astype(data.train.dtype)
 
 
 def num_aligned_columns(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
-    """Merged live units whose encoder column has cosine above 0.95 with a training row: stored images."""
+    """Number of merged live units whose encoder column has cosine above 0.95 with a training row: stored images."""
     del spec
     merged = merge_parallel_columns(params, tolerance=0.01)
     unit = merged.w1 / jnp.maximum(jnp.linalg.norm(merged.w1, axis=0), jnp.finfo(data.train.dtype).tiny)[None, :]
@@ -163,7 +164,7 @@ def num_aligned_columns(params: ReluDae, data: CellData, spec: CellSpec) -> Floa
 
 
 def code_measure(name: str, rows: str) -> Measure:
-    """Mean of a spikiness measure (a name of :data:`dae_theory.spikiness.MEASURES`) over codes of noisy rows.
+    """The mean of a spikiness measure (a name of :data:`dae_theory.spikiness.MEASURES`) over codes of noisy rows.
 
     ``rows`` is ``"train"`` or ``"held_out"``.
     """
@@ -198,27 +199,7 @@ MEASURES: Mapping[str, Measure] = MappingProxyType(
         )
     }
 )
-"""Built-in measures by name."""
-
-DEFAULT: tuple[str, ...] = (
-    "objective",
-    "train_error",
-    "held_out_error",
-    "gap",
-    "distance_to_empirical_train",
-    "distance_to_empirical_held_out",
-    "distance_to_population_train",
-    "distance_to_population_held_out",
-    "distance_to_closed_form",
-    "conditions_hold",
-    "num_live_columns",
-    "num_aligned_columns",
-    "std_train",
-    "std_held_out",
-    "l4_over_l2_train",
-    "l4_over_l2_held_out",
-)
-"""Measures taken when none are named."""
+"""Built-in measures by name, those of :data:`sims.sweeps.measure_names.NAMES`."""
 
 
 def _mean_square(

@@ -1,7 +1,7 @@
-"""What a sweep will take, before it is run: cells, programs, memory and time.
+"""Estimates of a sweep before it is run: cells, programs, memory and time.
 
-The cheapest and the dearest program are compiled and run for a few steps; time is taken to be linear in the operations
-of a step between them. An estimate, within some tens of percent on a machine that does nothing else.
+The cheapest and the most expensive program are compiled and run for a few steps; between them, time is interpolated
+linearly in the operations of a step. The error is some tens of percent on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import numpy as np
 from sims.sweeps.engine import all_units, resolve_measures, worlds_of
 from sims.sweeps.measures import Measure
 from sims.sweeps.programs import (
+    REMEMBERED,
     Job,
     Numbers,
     Placement,
     alike_units,
     compile_job,
+    compile_key,
     grid_of,
     job_of,
     placement,
@@ -31,23 +33,24 @@ from sims.sweeps.spec import Spec
 __all__ = ["Plan", "as_text", "plan"]
 
 PROBE_STEPS = 20
+"""Steps of the first timed run of a probe."""
 
 
 class Plan(NamedTuple):
-    """An estimate; seconds and bytes."""
+    """An estimate, in seconds and bytes."""
 
     cells: int
     units: int
-    """Pieces of work that are computed and written whole."""
+    """Units of work, each computed and written as a whole."""
     programs: int
     group: int
-    """Cells that run together, in the dearest program."""
+    """Cells that run together in the most expensive program."""
     memory: int
-    """Temporaries of that program on each device."""
+    """Largest temporaries of a program on each device."""
     compile_s: float
     run_s: float
     results: int
-    """Of the finished store."""
+    """Size of the finished results."""
 
 
 class _Probe(NamedTuple):
@@ -58,11 +61,11 @@ class _Probe(NamedTuple):
     memory: int
     compile_s: float
     launch_s: float
-    """Start and measures of one group."""
+    """Time of one group without steps: launch, start and measures."""
     step_s: float
-    """One step of a group."""
+    """Time of one step of a group."""
     results: int
-    """Bytes of the results of a group."""
+    """Size of the results of a group."""
 
 
 def plan(
@@ -73,13 +76,19 @@ def plan(
     group: int | None = None,
     shard: tuple[int, int] | None = None,
 ) -> Plan:
-    """Estimate a sweep of ``spec`` on this machine, or one shard of it; arguments and errors as
-    :func:`sims.sweeps.engine.sweep`."""
+    """Estimate a sweep of ``spec`` on this machine, or one of its shards.
+
+    Arguments and errors are those of :func:`sims.sweeps.engine.sweep`.
+    """
     chosen, place = resolve_measures(measures), placement(memory=memory, group=group)
     worlds = worlds_of(spec)
     kinds = [(job_of(spec, alike[0], worlds), len(alike)) for alike in alike_units(all_units(spec, shard))]
     kinds.sort(key=lambda kind: _work(kind[0]))
-    least, most = (_probe(spec, kinds[end][0], chosen, place) for end in (0, -1))
+    keys = [compile_key(spec, job, chosen, place) for job, _ in kinds]
+    least = _probe(spec, kinds[0][0], chosen, place)
+    # Compiled a second time, the same program would come from memory and seem to take no time.
+    most = least if keys[-1] == keys[0] else _probe(spec, kinds[-1][0], chosen, place)
+    programs = len(set(keys)) if len(set(keys)) <= REMEMBERED else len(kinds)
     cells = spec.cells_per_unit
     devices = len(place.devices)
 
@@ -96,27 +105,28 @@ def plan(
     return Plan(
         cells=cells * units,
         units=units,
-        programs=len(kinds),
+        programs=programs,
         group=most.group,
         memory=max(least.memory, most.memory),
-        compile_s=len(kinds) * (least.compile_s + most.compile_s) / 2,
+        compile_s=programs * (least.compile_s + most.compile_s) / 2,
         run_s=run_s,
         results=cells * units * most.results // most.group,
     )
 
 
-def as_text(found: Plan) -> str:
-    """The estimate in words."""
+def as_text(estimate: Plan) -> str:
+    """The estimate as text."""
     return (
-        f"{found.cells:,} cells in {found.units:,} units of work; {found.programs} compiled programs, "
-        f"{found.group} cells at a time.\n"
-        f"Memory: about {_bytes(found.memory)} of temporaries on each device; results about {_bytes(found.results)}.\n"
-        f"Time: about {_duration(found.compile_s)} to compile and {_duration(found.run_s)} to run.\n"
+        f"{estimate.cells:,} cells in {estimate.units:,} units of work; {estimate.programs} compiled programs, "
+        f"{estimate.group} cells at a time.\n"
+        f"Memory: about {_bytes(estimate.memory)} of temporaries on each device; "
+        f"results about {_bytes(estimate.results)}.\n"
+        f"Time: about {_duration(estimate.compile_s)} to compile and {_duration(estimate.run_s)} to run.\n"
     )
 
 
 def _work(job: Job) -> float:
-    """Multiplications of a step, up to a factor."""
+    """Multiplications of a step, up to a constant factor."""
     recipe, (rows, dim) = job.program.recipe, job.data.train.shape
     return float(min(recipe.batch_size or rows, rows) * dim * recipe.width)
 
@@ -125,7 +135,7 @@ def _probe(spec: Spec, job: Job, measures: Mapping[str, Measure], place: Placeme
     begin = time.perf_counter()
     compiled = compile_job(spec, job, measures, place)
     compile_s = time.perf_counter() - begin
-    # As many as run at once: devices of one machine share its cores and its memory.
+    # A group for every device: devices of one machine share its cores and its memory.
     some = [(job, Numbers(*(axis[: compiled.group] for axis in grid_of(spec))))] * len(place.devices)
 
     def seconds(steps: int) -> float:
@@ -135,10 +145,10 @@ def _probe(spec: Spec, job: Job, measures: Mapping[str, Measure], place: Placeme
         compiled.launch(some, segments)
         return time.perf_counter() - began
 
-    found, *_ = compiled.launch(some, np.zeros_like(segments_of(spec)))
-    still, steps = min(seconds(0) for _ in range(3)), PROBE_STEPS
-    # Measures may take far longer than a step: make steps enough to be seen beside them.
-    while (moving := seconds(steps)) < 1.5 * still and steps < spec.steps:
+    values, *_ = compiled.launch(some, np.zeros_like(segments_of(spec)))
+    idle, steps = min(seconds(0) for _ in range(3)), PROBE_STEPS
+    # Measures may take far longer than a step: take enough steps to be visible beside them.
+    while (moving := seconds(steps)) < 1.5 * idle and steps < spec.steps:
         steps *= 4
     return _Probe(
         work=_work(job),
@@ -146,9 +156,9 @@ def _probe(spec: Spec, job: Job, measures: Mapping[str, Measure], place: Placeme
         parts=math.ceil(spec.cells_per_unit / compiled.group),
         memory=compiled.memory,
         compile_s=compile_s,
-        launch_s=still,
-        step_s=max(0.0, moving - still) / steps,
-        results=sum(value.nbytes for value in found.values()),
+        launch_s=idle,
+        step_s=max(0.0, moving - idle) / steps,
+        results=sum(value.nbytes for value in values.values()),
     )
 
 

@@ -1,8 +1,8 @@
-"""One sweep over the processes of a cluster, by ``jax.distributed``: every process runs the same command.
+"""One sweep on the processes of a cluster, with ``jax.distributed``: every process runs the same command.
 
-Each process brings its devices, all as many; groups of cells lie on all of them (:mod:`sims.sweeps.programs`). The first
-process writes the results, the others compute along and are silent. Who coordinates is told by flags, or found by JAX
-in the environment of SLURM, Open MPI, Kubernetes or a TPU pod.
+All processes have the same number of devices, and groups of cells run on all of them (:mod:`sims.sweeps.programs`). The
+first process writes the results; the others compute without output. Flags name the coordinator, or JAX finds it in the
+environment of SLURM, Open MPI, Kubernetes or a TPU pod.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ import jax
 __all__ = ["join", "share_cores", "split_cores"]
 
 WORKERS = 4
-"""For each device that a CPU is split into."""
+"""Worker threads for each device into which a CPU is split."""
 
 
 def split_cores(devices: int) -> None:
-    """Make of a CPU so many devices, before anything else of JAX is used.
+    """Split a CPU into this number of devices; call it before anything else of JAX.
 
-    Small operations keep one core busy, so cells side by side on as many devices as cores are faster than one device
-    that is free to use all cores (``python -m sims.bench --only devices_2``). Accelerators are devices as they are.
-    ``ValueError`` unless ``devices`` is positive, where the environment says another number, or if JAX has started.
+    Small operations keep one core busy, so cells on one device for each core are faster than cells on one device that
+    may use all cores (``python -m sims.bench --only devices_2``). Accelerators are not split. ``ValueError`` if
+    ``devices`` is not positive, if the environment sets another number, or if JAX has started.
     """
     if devices < 1:
         raise ValueError(f"--devices must be at least 1, got {devices}.")
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         raise ValueError("XLA_FLAGS says how many devices a CPU has; leave --devices out, or that flag.")
-    # The devices of a CPU share a pool of workers, as many as cores, and batched linear algebra holds a worker while it
-    # waits for others (jaxlib 0.10): with as many devices as workers all may wait for ever. More workers, which this
-    # variable asks for, keep some free.
+    # The devices of a CPU share a pool of one worker thread a core, and batched linear algebra holds a worker while it
+    # waits for others (jaxlib 0.10): with as many devices as workers, all may wait forever. This variable sets a larger
+    # pool, so that some stay free.
     os.environ.setdefault("NPROC", str(WORKERS * devices))
     try:
         jax.config.update("jax_num_cpu_devices", devices)
@@ -41,7 +41,7 @@ def split_cores(devices: int) -> None:
 
 
 def share_cores(workers: int) -> None:
-    """In a process that is one of so many on this machine, before anything else of JAX is used: take a part of it."""
+    """Take a share of the cores, as one of ``workers`` processes of a machine; call it before anything else of JAX."""
     os.environ.setdefault("NPROC", str(max(1, (os.cpu_count() or 1) // workers)))
 
 
@@ -52,13 +52,13 @@ def join(
     process_id: int | None = None,
     timeout: float = 300.0,
 ) -> tuple[int, int]:
-    """Join the other processes, before anything else of JAX is used; returns this process's number and their count.
+    """Join the other processes; returns the number of this process and their count.
 
-    ``coordinator`` is HOST:PORT of the first process; all three None: found in the environment. The others may start
-    ``timeout`` seconds apart. ``ValueError`` if a part is missing or out of range, or nobody answers.
+    Call it before anything else of JAX. ``coordinator`` is HOST:PORT of the first process. If all three are None, JAX
+    reads them from the environment. Processes may start ``timeout`` seconds apart. ``ValueError`` if one of the three
+    is missing or out of range, or if the coordinator does not answer.
     """
-    told = (coordinator, num_processes, process_id)
-    if any(part is not None for part in told):
+    if any(one is not None for one in (coordinator, num_processes, process_id)):
         if coordinator is None or num_processes is None or process_id is None:
             raise ValueError("give --coordinator, --num-processes and --process-id together, or none of them.")
         if not 0 <= process_id < num_processes:
@@ -67,7 +67,7 @@ def join(
         if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
             raise ValueError(f"--coordinator must be HOST:PORT, such as node1:8476; got {coordinator!r}.")
         if process_id > 0:
-            # JAX would abort this process, without an exception.
+            # JAX would abort this process without an exception.
             _await(host.strip("[]"), int(port), timeout)
     try:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -84,7 +84,7 @@ ADVICE = (
 
 
 def _await(host: str, port: int, timeout: float) -> None:
-    """Return when the first process listens."""
+    """Return once the first process listens."""
     deadline = time.monotonic() + timeout
     while True:
         try:

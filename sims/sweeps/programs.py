@@ -1,15 +1,15 @@
-"""Compiled programs of a sweep: all cells of a shape in groups, the groups side by side on all devices.
+"""Compiled programs of a sweep: cells are mapped in groups, and groups run side by side on all devices.
 
-A unit of work is the rows, the start and the noise of one training set, and the cells that share them: one for each
-combination of the value axes. Cells are mapped in groups of one size, so that a unit is one or more groups, the last
-filled up by repeating its last cell; every device runs the same program on another group. What a cell computes depends
-on the size of its group by rounding alone, and on nothing else: not on its neighbors, the number of devices or of
-processes.
+A unit of work is one training set with its rows, start and noise, and the cells that share them: one for each
+combination of the value axes. Cells are mapped (``vmap``) in groups of one size, so a unit is one or more groups, the
+last one padded by repeating its last cell; every device runs the same program on another group. The results of a cell
+depend on the size of its group by rounding, and not at all on its neighbors or on the number of devices or processes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +30,8 @@ from sims.sweeps.train import Recipe, advance, start
 from sims.sweeps.worlds import World, cell_data
 
 __all__ = [
+    "REMEMBERED",
+    "CompileKey",
     "Compiled",
     "Finished",
     "Job",
@@ -40,6 +42,7 @@ __all__ = [
     "Worlds",
     "alike_units",
     "compile_job",
+    "compile_key",
     "fit_cell",
     "grid_of",
     "group_function",
@@ -54,8 +57,12 @@ __all__ = [
 ]
 
 
+REMEMBERED = 32
+"""Compiled programs that a process keeps; the least recently used one is dropped."""
+
+
 class Numbers(NamedTuple):
-    """The traced numbers of a cell, scalars; or of many, vectors; of JAX or NumPy."""
+    """The traced numbers of a cell, as scalars, or of many cells, as vectors; JAX or NumPy arrays."""
 
     penalty: Any
     learning_rate: Any
@@ -64,7 +71,7 @@ class Numbers(NamedTuple):
 
 
 class TrainingSet(NamedTuple):
-    """One training set and the program that its cells share, by the values of their axes."""
+    """A unit of work: one training set and the program of its cells, as values of the loop axes."""
 
     dataset: str
     separation: float | None
@@ -87,7 +94,7 @@ class Finished(NamedTuple):
 
 
 class Program(NamedTuple):
-    """What the cells of a unit run: hashable, and with the shapes of the data all that decides the compiled code."""
+    """The static part of a cell; hashable. With the shapes of the data it determines the compiled code."""
 
     recipe: Recipe
     evaluation: CellSpec
@@ -95,24 +102,24 @@ class Program(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """How cells lie on devices."""
+    """The devices, and how many cells run on each at a time."""
 
     devices: tuple[jax.Device, ...]
     """Of all processes."""
     memory: int
     """Bytes that the temporaries of a program may take on each device."""
     group: int | None
-    """Cells of a group; None: as many as ``memory`` allows, but work for every device."""
+    """Cells of a group; None: as many as ``memory`` allows, with work for every device."""
 
 
 Worlds: TypeAlias = Callable[[str, float | None], World]
-"""Data sets by name and separation, each loaded once."""
+"""From a data set's name and separation to the data set, loaded once."""
 
 
 def placement(*, memory: int = 2 << 30, group: int | None = None) -> Placement:
-    """Every device that JAX sees, those of other processes too.
+    """All devices, including those of other processes.
 
-    ``ValueError`` unless memory and group are positive and every process has as many devices.
+    ``ValueError`` unless memory and group are positive and all processes have the same number of devices.
     """
     for name, value in (("memory", memory), ("group", group)):
         if value is not None and value < 1:
@@ -121,13 +128,13 @@ def placement(*, memory: int = 2 << 30, group: int | None = None) -> Placement:
     if len(devices) != jax.local_device_count() * jax.process_count():
         raise ValueError(
             f"{len(devices)} devices on {jax.process_count()} processes, of which this one has "
-            f"{jax.local_device_count()}; give every process as many."
+            f"{jax.local_device_count()}; give all processes the same number."
         )
     return Placement(tuple(devices), memory, group)
 
 
 def grid_of(spec: Spec) -> Numbers:
-    """The numbers of a unit's cells: every combination of the value axes, the last axis fastest."""
+    """The numbers of a unit's cells: all combinations of the value axes, the last axis fastest."""
     cells = itertools.product(*(getattr(spec, axis) for axis in VALUE_AXES))
     return Numbers(*np.asarray(list(cells), spec.dtype).T)
 
@@ -146,7 +153,7 @@ def recipe_of(spec: Spec, unit: TrainingSet) -> Recipe:
 
 
 def segments_of(spec: Spec) -> Int[np.ndarray, " r"]:
-    """Numbers of steps between records, int32."""
+    """Numbers of steps between records, as int32."""
     return np.diff(np.asarray(spec.record_steps, np.int32), prepend=np.int32(0))
 
 
@@ -161,7 +168,7 @@ def single_unit(spec: Spec) -> tuple[TrainingSet, Numbers]:
 
 
 def unit_program(spec: Spec, unit: TrainingSet, world: World) -> tuple[Program, PRNGKey, CellData]:
-    """What the cells of a unit run, and on what."""
+    """The program of a unit's cells, the key of their training, and their data."""
     key, data, identity = cell_data(world, spec, unit.num_samples, unit.seed, unit.duplicates)
     evaluation = CellSpec(0.0, 0.0, spec.eval_samples, spec.eval_draws, identity)
     return Program(recipe_of(spec, unit), evaluation), key, data
@@ -175,10 +182,17 @@ def fit_cell(
     segments: Int[Array | np.ndarray, " r"],
     measures: Mapping[str, Measure],
 ) -> tuple[ReluDae, dict[str, Array]]:
-    """One experiment: train a network, and take ``measures`` after each of ``segments`` steps; pure, mapped by sweeps.
+    """Train one network and take ``measures`` at every record; a pure function, which sweeps map over cells.
 
-    ``segments`` are the step counts between records. Returns the network at the end and, for each measure, its values
-    stacked along a leading axis of records.
+    Args:
+        key: of the start and the training noise.
+        data: rows to train on and to evaluate on.
+        numbers: of the cell.
+        program: the static part.
+        segments: numbers of steps between records.
+        measures: functions by name.
+
+    Returns the final network and, for each measure, its values stacked along a leading axis of records.
     """
     init_key, step_key = jax.random.split(key)
     dim, recipe = data.train.shape[1], program.recipe
@@ -197,26 +211,20 @@ def fit_cell(
 
 
 def run_units(
-    spec: Spec,
-    units: Sequence[TrainingSet],
-    measures: Mapping[str, Measure],
-    worlds: Worlds,
-    place: Placement,
-    compiling: Callable[[Spec, Job, Mapping[str, Measure], Placement], Compiled] | None = None,
+    spec: Spec, units: Sequence[TrainingSet], measures: Mapping[str, Measure], worlds: Worlds, place: Placement
 ) -> Iterator[Finished]:
-    """Compute ``units`` in order, each yielded when it is finished; those next to each other that run the same program
-    on the same shapes share its compiled code and lie on devices side by side. ``compiling`` may remember code from
-    call to call.
+    """Compute ``units`` in order, each yielded when it is finished; neighbors that run the same program on the same
+    shapes lie on devices side by side.
 
     With several processes all of them must call this alike, and each gets every result. ``ValueError`` if a cell does
     not fit in the memory.
     """
     numbers, segments = grid_of(spec), segments_of(spec)
     for alike in alike_units(units):
-        # Rows are drawn when their turn comes, and not kept: memory does not grow with the number of units.
+        # Rows are drawn lazily and dropped after use, so that memory does not grow with the number of units.
         jobs = (job_of(spec, unit, worlds) for unit in alike)
         first = next(jobs)
-        compiled = (compiling or compile_job)(spec, first, measures, place)
+        compiled = compile_job(spec, first, measures, place)
         parts = _groups(spec.cells_per_unit, compiled.group)
         groups = ((job, _some(numbers, cells)) for job in itertools.chain([first], jobs) for cells in parts)
         values: list[dict[str, np.ndarray]] = []
@@ -234,7 +242,7 @@ def run_units(
 
 
 class Job(NamedTuple):
-    """A unit, ready to be computed: arrays of NumPy, and keys as their data."""
+    """A unit with its data, ready to run; arrays are NumPy's, keys are key data."""
 
     unit: TrainingSet
     program: Program
@@ -243,11 +251,10 @@ class Job(NamedTuple):
 
 
 def alike_units(units: Sequence[TrainingSet]) -> Iterator[list[TrainingSet]]:
-    """Runs of neighbors with equal programs and shapes; seeds are the last axis of units, so a run is at least
-    those."""
+    """Groups of neighbors with equal programs and shapes: at least the seeds, which are the last axis of units."""
 
     def same(unit: TrainingSet) -> TrainingSet:
-        # Data sets along an axis of separations have one shape; others need not.
+        # Data sets along an axis of separations have one shape; others may differ.
         return unit._replace(seed=0, separation=None if unit.separation is None else 0.0)
 
     for _, neighbors in itertools.groupby(units, same):
@@ -255,39 +262,83 @@ def alike_units(units: Sequence[TrainingSet]) -> Iterator[list[TrainingSet]]:
 
 
 def job_of(spec: Spec, unit: TrainingSet, worlds: Worlds) -> Job:
-    """A unit with the rows that it trains on."""
+    """Draw the rows of a unit."""
     program, key, data = unit_program(spec, unit, worlds(unit.dataset, unit.separation))
     host = jax.tree.map(np.asarray, data._replace(key=jax.random.key_data(data.key)))
     return Job(unit, program, np.asarray(jax.random.key_data(key)), host)
 
 
 class Compiled(NamedTuple):
-    """Code for groups of cells."""
+    """Compiled code for groups of cells."""
 
     group: int
     """Cells of a group."""
     memory: int
-    """Bytes of temporaries on each device; 0 where the backend does not tell."""
+    """Bytes of temporaries on each device; 0 if the backend does not report them."""
     launch: Callable[[Sequence[tuple[Job, Numbers]], Int[np.ndarray, " r"]], list[dict[str, np.ndarray]]]
-    """From groups, one for each device or fewer, and the segments to the groups' results."""
+    """From groups, at most one for each device, and the segments to the groups' results."""
+
+
+class CompileKey(NamedTuple):
+    """Everything that compiled code depends on; hashable, with a ``jax.ShapeDtypeStruct`` for each array."""
+
+    program: Program
+    cell: Numbers
+    """The numbers of one cell."""
+    key: jax.ShapeDtypeStruct
+    data: CellData
+    segments: jax.ShapeDtypeStruct
+    measures: tuple[tuple[str, Measure], ...]
+    """Names and functions; functions are equal if they are the same object."""
+    size: int
+    """Cells of a group, before it is reduced to fit in the memory."""
+    place: Placement
+    options: tuple[Any, ...]
+    """JAX's settings of precision."""
+
+
+def compile_key(spec: Spec, job: Job, measures: Mapping[str, Measure], place: Placement) -> CompileKey:
+    """The key of the code for ``job``; jobs with equal keys share code."""
+    cell = jax.tree.map(lambda axis: axis[0], grid_of(spec))
+    shapes = jax.tree.map(
+        lambda array: jax.ShapeDtypeStruct(array.shape, jax.dtypes.canonicalize_dtype(array.dtype)),
+        (cell, job.key, job.data, segments_of(spec)),
+    )
+    # All cells at once, unless that leaves some devices without work.
+    total = spec.cells_per_unit
+    size = min(total, place.group or max(1, total * spec.seeds // len(place.devices)))
+    options = (jax.config.values["jax_enable_x64"], jax.config.values["jax_default_matmul_precision"])
+    return CompileKey(job.program, *shapes, tuple(measures.items()), size, place, options)
 
 
 def compile_job(spec: Spec, job: Job, measures: Mapping[str, Measure], place: Placement) -> Compiled:
-    """Code for all groups of the jobs that are like ``job``; ``ValueError`` if not even one cell fits in the memory."""
-    numbers, segments, total = grid_of(spec), segments_of(spec), spec.cells_per_unit
-    # All at once, but fewer groups than devices would leave some without work.
-    size = min(total, place.group or max(1, total * spec.seeds // len(place.devices)))
-    here = [i for i, device in enumerate(place.devices) if device.process_index == jax.process_index()]
-    function = jax.jit(group_function(job.program, measures))
+    """Compiled code for groups of cells of ``job``, and of every job with an equal :func:`compile_key`.
+
+    A process keeps the :data:`REMEMBERED` programs that it used last, so a second sweep of the same shapes and measures
+    compiles nothing. ``ValueError`` if not even one cell fits in the memory.
+    """
+    return _compiled(compile_key(spec, job, measures, place))
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def _compiled(asked: CompileKey) -> Compiled:
+    place, size = asked.place, asked.size
+    local = [i for i, device in enumerate(place.devices) if device.process_index == jax.process_index()]
+    function = jax.jit(group_function(asked.program, dict(asked.measures)))
 
     def lowered(i: int) -> jax.stages.Lowered:
-        cells = _some(numbers, np.zeros(size, int))
-        return function.lower(*jax.device_put((cells, job.key, job.data, segments), place.devices[i]))
+        sharding = jax.sharding.SingleDeviceSharding(place.devices[i])
+        cells = jax.tree.map(lambda one: jax.ShapeDtypeStruct((size,), one.dtype), asked.cell)
+        shapes = jax.tree.map(
+            lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=sharding),
+            (cells, asked.key, asked.data, asked.segments),
+        )
+        return function.lower(*shapes)
 
     while True:
-        first = lowered(here[0]).compile()
+        first = lowered(local[0]).compile()
         analysis = first.memory_analysis()
-        # Backends that do not analyze memory give None: then the size stands.
+        # None where the backend does not analyze memory: the size is then not reduced.
         needed = 0 if analysis is None else int(analysis.temp_size_in_bytes)
         if needed <= place.memory:
             break
@@ -296,17 +347,17 @@ def compile_job(spec: Spec, job: Job, measures: Mapping[str, Measure], place: Pl
                 f"one cell needs {needed:,} bytes, over the memory budget of {place.memory:,}; raise --memory."
             )
         size = min(size - 1, max(1, size * place.memory // needed))
-    # Every device runs the program of a single one: XLA fuses, and so rounds, one that spans devices another way.
-    others = [lowered(i) for i in here[1:]]
+    # Every device runs a single-device program: XLA would fuse, and round, a program over all devices differently.
+    others = [lowered(i) for i in local[1:]]
     with futures.ThreadPoolExecutor() as pool:
-        compiled = [first, *pool.map(jax.stages.Lowered.compile, others)]
+        programs = [first, *pool.map(jax.stages.Lowered.compile, others)]
 
     def launch(groups: Sequence[tuple[Job, Numbers]], segments: Int[np.ndarray, " r"]) -> list[dict[str, np.ndarray]]:
-        # Devices of other processes: those without work repeat that of the last, so that all give results to gather.
-        mine = groups if jax.process_count() == 1 else [groups[min(i, len(groups) - 1)] for i in here]
+        # In several processes, devices without work repeat the last group, so that all have results to gather.
+        mine = groups if jax.process_count() == 1 else [groups[min(i, len(groups) - 1)] for i in local]
         running = [
             run(*jax.device_put((cells, job.key, job.data, segments), place.devices[i]))
-            for i, run, (job, cells) in zip(here, compiled, mine, strict=False)
+            for i, run, (job, cells) in zip(local, programs, mine, strict=False)
         ]
         return _gathered(jax.device_get(running))[: len(groups)]
 
@@ -314,8 +365,10 @@ def compile_job(spec: Spec, job: Job, measures: Mapping[str, Measure], place: Pl
 
 
 def group_function(program: Program, measures: Mapping[str, Measure]) -> Callable[..., dict[str, Array]]:
-    """A function of (numbers, key, data, segments) that runs a group of cells on one device; keys, also in ``data``,
-    are key data."""
+    """A function of (numbers, key, data, segments) that runs a group of cells on one device.
+
+    Keys, including the one in ``data``, are passed as key data.
+    """
 
     def run(numbers: Numbers, key: UInt[Array, " k"], data: CellData, segments: Int[Array, " r"]) -> dict[str, Array]:
         typed, rows = jax.random.wrap_key_data(key), data._replace(key=jax.random.wrap_key_data(data.key))
@@ -327,7 +380,7 @@ def group_function(program: Program, measures: Mapping[str, Measure]) -> Callabl
 def _taken(name: str, measure: Measure, dae: ReluDae, data: CellData, cell: CellSpec) -> Array:
     try:
         return jnp.asarray(measure(dae, data, cell))
-    # Whatever somebody's function raises, its name is what helps.
+    # A user's function may raise anything; the message names it.
     except Exception as error:
         raise ValueError(f"measure {name!r} failed: {error}") from error
 
@@ -342,18 +395,17 @@ def _some(numbers: Numbers, cells: Int[np.ndarray, " g"]) -> Numbers:
 
 @contextlib.contextmanager
 def others_alive() -> Iterator[None]:
-    """Turn the end of another process, which what is inside waits for, into a ``ValueError``."""
+    """Turn the failure of a collective operation, because another process ended, into a ``ValueError``."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(
-            f"another process has ended ({error}); see what it says, and run all of them again: what is finished is "
-            "kept."
+            f"another process has ended ({error}); see its message, and run all of them again: finished units are kept."
         ) from error
 
 
 def _gathered(mine: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
-    """The results of every device from those of this process."""
+    """The results of all devices, from those of this process."""
     if jax.process_count() == 1:
         return mine
     with others_alive():

@@ -1,43 +1,32 @@
-"""A sweep as a job array: each job computes every N-th unit into a run of its own, and a merge makes them one.
+"""A sweep as a job array: each job computes every N-th unit into a run of its own, and a merge joins these runs.
 
-The run of job I of N lies in ``OUT/shards/I-of-N``; it is a run like any other, of the same spec, that stops when its
-own units are finished. Jobs need nothing of each other.
+The run of job I of N is in ``OUT/shards/I-of-N``: an ordinary run of the whole spec, of which the job computes its own
+units. Jobs do not communicate.
 """
 
 from __future__ import annotations
 
-import argparse
 import pathlib
 from collections.abc import Callable, Iterator
 
 from sims import store
+from sims.flags import parse_shard
 from sims.store import chunks as on_disk
 from sims.store.filling import Computed
 
 __all__ = ["folder", "merge", "parse_shard"]
 
 
-def parse_shard(text: str) -> tuple[int, int]:
-    """``"3/8"`` as (3, 8); an error of argparse unless 1 <= I <= N."""
-    try:
-        index, count = (int(part) for part in text.split("/"))
-    except ValueError:
-        index = count = 0
-    if not 1 <= index <= count:
-        raise argparse.ArgumentTypeError(f"a shard is I/N with 1 <= I <= N, such as 3/8; got {text!r}.")
-    return index, count
-
-
 def folder(out: str | pathlib.Path, shard: tuple[int, int]) -> pathlib.Path:
-    """Where the run of a job lies."""
+    """The folder of a job's run."""
     return pathlib.Path(out) / "shards" / f"{shard[0]}-of-{shard[1]}"
 
 
 def merge(out: str | pathlib.Path, *, on_unit: Callable[[int, int], None] | None = None) -> store.Progress:
-    """Copy every finished unit of the runs under ``out``/shards into the run at ``out``; returns how far that is.
+    """Copy every finished unit of the runs in ``out``/shards into the run at ``out``; returns its progress.
 
-    Units that are there already are left as they are, so it can be called while jobs still run, and again.
-    ``ValueError`` if there are no shards, they are of different experiments, or a unit of theirs is damaged.
+    Units that ``out`` has already are left as they are, so this may be called repeatedly and while jobs run.
+    ``ValueError`` if there are no shards, if they are of different experiments, or if a unit of theirs is damaged.
     """
     out = pathlib.Path(out)
     parts = sorted(path for path in (out / "shards").glob("*-of-*") if (path / store.SPEC).exists())

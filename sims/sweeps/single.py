@@ -1,8 +1,8 @@
-"""One network, trained with checkpoints: its weights, and the course of its measures.
+"""One network, trained with checkpoints: its weights, and its measures during training.
 
-``OUT/state.safetensors`` is the whole training state at the last recorded step, so a killed run goes on bit for bit;
-``OUT/weights.safetensors`` has W₁ (``w1``) and W₂ (``w2``) after the last step, ``OUT/course.json`` the measures at
-every recorded step, and ``OUT/spec.json`` what was run.
+``OUT/state.safetensors`` is the complete training state at the last recorded step, from which a killed run resumes with
+bitwise equal results; ``OUT/weights.safetensors`` has W₁ (``w1``) and W₂ (``w2``) after the last step,
+``OUT/course.json`` the measures at every recorded step, and ``OUT/spec.json`` the spec.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def run(
     *,
     on_record: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
-    """Train the one network that ``spec`` describes and write the four files above; returns the rows of the course.
+    """Train the one network that ``spec`` describes and write these four files; returns the rows of ``course.json``.
 
-    The same call resumes a run that was cut, and returns at once if it was finished. ``on_record(step, steps)`` is
-    called after each record. ``ValueError`` if an axis has more than one value, or ``out`` holds something else.
+    The same call resumes an interrupted run and returns at once if it is finished. ``on_record(step, steps)`` is
+    called after each record. ``ValueError`` if an axis has more than one value or ``out`` holds something else.
     """
     out = pathlib.Path(out)
     unit, numbers = single_unit(spec)
@@ -93,19 +93,19 @@ def save_dae(path: pathlib.Path, dae: ReluDae) -> None:
 
 
 def load_dae(path: str | pathlib.Path) -> ReluDae:
-    """Read what :func:`save_dae` wrote; ``ValueError`` if the file is not that."""
+    """Read a network written by :func:`save_dae`; ``ValueError`` if the file is not one."""
     try:
         tensors = safetensors.numpy.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"cannot read {path} as safetensors ({error}); it should be a run's weights.") from error
     if set(tensors) != {"w1", "w2"} or tensors["w1"].ndim != 2 or tensors["w1"].shape != tensors["w2"].shape:
-        found = {name: value.shape for name, value in tensors.items()}
-        raise ValueError(f"{path} should hold w1 and w2 of one shape (d, p), but holds {found}.")
+        shapes = {name: value.shape for name, value in tensors.items()}
+        raise ValueError(f"{path} should hold w1 and w2 of one shape (d, p), but holds {shapes}.")
     return ReluDae(jnp.asarray(tensors["w1"]), jnp.asarray(tensors["w2"]))
 
 
 def _claim(out: pathlib.Path, identity: dict[str, Any], facts: list[dict[str, Any]]) -> None:
-    """Write what is run, or check that it is what the folder holds."""
+    """Write the spec and the environment, or check that the folder holds the same spec."""
     path = out / "spec.json"
     if not path.exists():
         write_text(path, json.dumps({**identity, "environment": environment(), "data": facts}, indent=1))

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dae_theory.checks import check_integer
-from sims.data.datasets import parse_duplicates
+from sims.data.duplicates import parse_duplicates
+from sims.flags import documented, flag, parse_bools, parse_floats, parse_ints, parse_names
 
 if TYPE_CHECKING:
     Integers = tuple[int, ...]
@@ -41,70 +42,147 @@ VALUE_AXES = ("penalty", "learning_rate", "init_scale", "sigma")
 
 OPTIMIZERS = ("sgd", "momentum", "rmsprop", "adam", "adamw")
 SCHEDULES = ("constant", "cosine")
+DTYPES = ("float32", "float64")
 
 
+DATA_FLAGS, TRAINING_FLAGS = "the data and the objective", "training and evaluation"
+"""Groups of options."""
+
+
+@documented
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
-    """One experiment. Axis fields accept a number or a sequence. ``ValueError`` names the field that is out of
-    range."""
+    """One experiment. Axes take a value or a sequence of values; everything is checked at construction.
 
-    # Data.
-    dataset: Names = ("digits",)
-    """What :func:`sims.data.datasets.load` understands: ``digits``, ``mixture:...`` or a path; an axis."""
-    separation: Numbers = ()
-    """Norm of the modes of ``mixture:`` data sets, an axis; empty: what their names say."""
-    center: bool = False
-    """Subtract the mean of the training rows (from held-out rows too)."""
-    separable: int = 0
-    """Keep only a greedy subset of this many rows with pairwise negative cosines; 0 keeps all."""
-    duplicates: Names = ("",)
-    """``KxM``: K rows repeated M times each, the others once; an axis, with ``""`` for none."""
-    singles: int = 0
-    """Rows that appear once, beside one value of ``duplicates``: the same as ``num_samples`` = K M + ``singles``."""
-    held_out: float | int = 0.2
-    """Rows never trained on: a fraction of the data set below 1, or a count from 1."""
-    split_seed: int = 0
-    """Seed of the split into training pool and held-out rows."""
+    ``ValueError`` names the field that is out of range.
 
-    # Axes.
-    num_samples: Integers = None  # pyright: ignore[reportAssignmentType] - replaced at construction
-    """Training-set sizes n, repeated rows counted as often as they occur; distinct rows are nested in n at each seed.
-    Default: 2, 8, 32, 128, 512, or K M + ``singles`` beside ``duplicates``."""
-    width: Integers = (64,)
-    """Hidden units p."""
-    penalty: Numbers = (1e-3,)
-    """λ of the objective, at least 0."""
-    learning_rate: Numbers = (3e-3,)
-    """Step size of the optimizer, above 0."""
-    init_scale: Numbers = (0.1,)
-    """Norm of the columns at the start, above 0."""
-    sigma: Numbers = (0.1, 0.2, 0.5, 1.0)
-    """Noise levels σ in the units of the data, above 0."""
-    seeds: int = 3
-    """Repetitions, each with its own training set, start and noise."""
+    >>> spec = Spec(num_samples=(4, 16), sigma=0.5, seeds=2)
+    >>> spec.sigma, spec.num_cells
+    ((0.5,), 4)
+    >>> spec.shape["num_samples"], spec.shape["seed"]
+    (2, 2)
+    >>> Spec.from_dict(spec.to_dict()) == spec
+    True
+    """
 
-    # Training.
-    optimizer: Names = ("adam",)
-    """Update rules; an axis."""
-    schedule: str = "constant"
-    batch_size: Integers = (0,)
-    """Rows a step, drawn with replacement; 0, or more than n, is the full batch; an axis."""
-    steps: int = 2000
-    record_steps: Integers = ()
-    """Steps after which measures are taken; empty: after the last only."""
-    tied: Switches = (False,)
-    """One parameter for W₁ and W₂; an axis."""
-    weight_decay: float | int = 0.0
-    """Decoupled decay of adamw, which does not minimize the paper's objective; coupled decay is ``penalty``."""
-
-    # Evaluation.
-    eval_samples: int = 256
-    """Most training rows, and most held-out rows, that measures look at."""
-    eval_draws: int = 4
-    """Noise draws for each of them."""
-    dtype: str = "float32"
-    seed: int = 0
-    """Root of all randomness."""
+    dataset: Names = flag(
+        ("digits",),
+        "axis of data sets: digits; mixture:modes=4,dim=32,separation=3; idx:, cifar10:, npz:, images:, patches:PATH; "
+        "or a path, whose kind is recognized; as an option, once for each data set",
+        group=DATA_FLAGS,
+        action="append",
+        metavar="NAME",
+    )
+    separation: Numbers = flag(
+        (),
+        "axis: norm of the modes of mixture: data sets that do not name it, >= 0",
+        group=DATA_FLAGS,
+        type=parse_floats,
+        metavar="S,...",
+    )
+    center: bool = flag(False, "subtract the mean of the training rows, from held-out rows too", group=DATA_FLAGS)
+    separable: int = flag(
+        0,
+        "keep a greedy subset of this many rows with pairwise negative cosines; 0: all rows",
+        group=DATA_FLAGS,
+        metavar="M",
+    )
+    duplicates: Names = flag(
+        ("",),
+        "axis: KxM repeats the first K of the distinct rows M times each, and the others appear once; none: no repeats",
+        group=DATA_FLAGS,
+        type=parse_names,
+        metavar="KxM,...",
+    )
+    singles: int = flag(
+        0, "rows >= 0 that appear once, beside one KxM: n = K M + singles", group=DATA_FLAGS, metavar="N"
+    )
+    held_out: float | int = flag(
+        0.2,
+        "rows never trained on: a fraction of the data set below 1, or a count from 1",
+        group=DATA_FLAGS,
+        metavar="F",
+    )
+    split_seed: int = flag(
+        0, "seed >= 0 of the split into training pool and held-out rows", group=DATA_FLAGS, metavar="SEED"
+    )
+    num_samples: Integers = flag(
+        None,
+        "axis: training-set sizes n >= 1, repeated rows counted as often as they occur; nested in n at each seed; "
+        "left out: 2,8,32,128,512, or K M + singles beside duplicates",
+        group=DATA_FLAGS,
+        type=parse_ints,
+        metavar="N,...",
+    )
+    width: Integers = flag((64,), "axis: hidden units p >= 1", group=DATA_FLAGS, type=parse_ints, metavar="P,...")
+    penalty: Numbers = flag(
+        (1e-3,), "axis: lambda >= 0 of the paper's objective", group=DATA_FLAGS, type=parse_floats, metavar="L,..."
+    )
+    learning_rate: Numbers = flag(
+        (3e-3,), "axis: step sizes of the optimizer, > 0", group=TRAINING_FLAGS, type=parse_floats, metavar="R,..."
+    )
+    init_scale: Numbers = flag(
+        (0.1,), "axis: norms of the columns at the start, > 0", group=TRAINING_FLAGS, type=parse_floats, metavar="C,..."
+    )
+    sigma: Numbers = flag(
+        (0.1, 0.2, 0.5, 1.0),
+        "axis: noise levels > 0, in the units of the data",
+        group=DATA_FLAGS,
+        type=parse_floats,
+        metavar="S,...",
+    )
+    seeds: int = flag(
+        3, "repetitions >= 1, each with its own training rows, start and noise", group=TRAINING_FLAGS, metavar="K"
+    )
+    optimizer: Names = flag(
+        ("adam",),
+        f"axis: update rules with PyTorch's constants, of {', '.join(OPTIMIZERS)}",
+        group=TRAINING_FLAGS,
+        type=parse_names,
+        metavar="NAME,...",
+    )
+    schedule: str = flag(
+        "constant", "learning rate over the run: constant, or cosine to zero", group=TRAINING_FLAGS, choices=SCHEDULES
+    )
+    batch_size: Integers = flag(
+        (0,),
+        "axis: rows of a step, drawn with replacement; 0, or at least n: all rows",
+        group=TRAINING_FLAGS,
+        type=parse_ints,
+        metavar="B,...",
+    )
+    steps: int = flag(2000, "optimizer steps >= 1", group=TRAINING_FLAGS, metavar="T")
+    record_steps: Integers = flag(
+        (),
+        "measure after these numbers of steps, increasing, in [0, steps]; left out: at the end",
+        group=TRAINING_FLAGS,
+        type=parse_ints,
+        metavar="T,...",
+    )
+    tied: Switches = flag(
+        (False,),
+        "axis: whether W1 and W2 are one parameter; as an option alone: true",
+        group=TRAINING_FLAGS,
+        type=parse_bools,
+        nargs="?",
+        const=(True,),
+        metavar="false,true",
+    )
+    weight_decay: float | int = flag(
+        0.0,
+        "decoupled decay of adamw, >= 0, which does not minimize the paper's objective (coupled decay is penalty)",
+        group=TRAINING_FLAGS,
+        metavar="W",
+    )
+    eval_samples: int = flag(
+        256,
+        "measures use at most this many training rows, and as many held-out rows, >= 1",
+        group=TRAINING_FLAGS,
+        metavar="N",
+    )
+    eval_draws: int = flag(4, "noise draws for each of these rows, >= 1", group=TRAINING_FLAGS, metavar="N")
+    dtype: str = flag("float32", "precision of training", group=TRAINING_FLAGS, choices=DTYPES)
+    seed: int = flag(0, "root >= 0 of all randomness", group=TRAINING_FLAGS, metavar="SEED")
 
     def __post_init__(self) -> None:
         for name in (*OPTIONAL_AXES, "width", *VALUE_AXES, "record_steps"):
@@ -133,7 +211,7 @@ class Spec:
         for value in self.optimizer:
             _check_choice("optimizer", value, OPTIMIZERS)
         _check_choice("schedule", self.schedule, SCHEDULES)
-        _check_choice("dtype", self.dtype, ("float32", "float64"))
+        _check_choice("dtype", self.dtype, DTYPES)
         if self.weight_decay and self.optimizer != ("adamw",):
             raise ValueError(
                 f"weight_decay = {self.weight_decay} means the decoupled decay of adamw; with optimizer "

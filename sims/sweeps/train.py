@@ -2,10 +2,10 @@ r"""Training of the autoencoder on the paper's objective :cite:`zhang26`, eq. (6
 
 .. math:: L = \frac1n \sum_i E_\epsilon \|f(x_i + \sigma\epsilon) - x_i\|^2 + \lambda (\|W_1\|_F^2 + \|W_2\|_F^2)
 
-A step takes one noise draw for each row. Everything random at step t comes from ``fold_in(key, t)``, and row i's noise
-from ``fold_in(..., i)``: two runs with the same key see the same noise on the same rows, whatever σ, λ or n (common
-random numbers), and a resumed run equals an undisturbed one. Numbers (σ, λ, learning rate) are traced; names and sizes
-are static.
+A step takes one noise draw for each row. All randomness of step t comes from ``fold_in(key, t)``, and row i's noise
+from ``fold_in(..., i)``: two runs with the same key have the same noise on the same rows, whatever σ, λ or n (common
+random numbers), and a resumed run equals an uninterrupted one. Numbers (σ, λ, learning rate) are traced; names and
+sizes are static.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
 
 
 class Recipe(NamedTuple):
-    """The static part of a training run; hashable, so ``jit`` can key on it."""
+    """The static part of a training run; hashable, as ``jit`` requires."""
 
     width: int
     optimizer: str = "adam"
@@ -45,14 +45,14 @@ class Recipe(NamedTuple):
     steps: int = 2000
     """Length of the learning-rate schedule."""
     batch_size: int = 0
-    """Rows a step, drawn with replacement; 0, or at least n, is the full batch."""
+    """Rows of a step, drawn with replacement; 0, or at least n, is the full batch."""
     tied: bool = False
     weight_decay: float = 0.0
-    """Decoupled; adamw only."""
+    """Decoupled weight decay, for adamw only."""
 
 
 class TrainState(NamedTuple):
-    """What a run carries from step to step; a pytree."""
+    """The state of a training run between steps; a pytree."""
 
     params: ReluDae | Float[Array, "d p"]
     """The weights; one matrix if tied."""
@@ -71,15 +71,15 @@ def as_dae(params: ReluDae | Float[Array, "d p"]) -> ReluDae:
 
 
 def penalty_from_weight_decay(weight_decay: Scalar, dim: int, *, parameters: str = "free") -> Scalar:
-    r"""The objective's λ that a training script's coupled ``weight_decay`` stands for (derived here).
+    r"""The λ of the objective that corresponds to a training script's coupled ``weight_decay`` (derived here).
 
-    Such scripts average the squared error over the d pixels too, and the optimizer adds ``weight_decay · W`` to the
-    gradient: ∇(d · loss) = ∇ squared error + d · weight_decay · W, to be compared with 2λ W for each free matrix, 4λ W
-    for a tied one:
+    Such scripts also average the squared error over the d pixels, and the optimizer adds ``weight_decay · W`` to the
+    gradient: ∇(d · loss) = ∇ squared error + d · weight_decay · W. In the objective's gradient the last term is 2λ W
+    for each free matrix and 4λ W for a tied one:
 
     .. math:: \lambda = d\,w/2 \text{ (free)}, \qquad \lambda = d\,w/4 \text{ (tied)}
 
-    ``parameters="shared"``, two registered parameters over one memory, each with its own decay, is again d w/2.
+    ``parameters="shared"`` (two registered parameters that share memory, each with its own decay) is d w/2 again.
     Decoupled decay (AdamW) has no equivalent.
     """
     check_nonnegative("weight_decay", weight_decay)
@@ -114,14 +114,22 @@ def start(
 ) -> TrainState:
     """State before the first step: columns of norm about ``init_scale``, W₁ = W₂.
 
+    Args:
+        key: of the weights.
+        dim: data dimension d.
+        recipe: the static part.
+        learning_rate: step size of the optimizer.
+        init_scale: about the norm of a column.
+        dtype: of the weights.
+
     ``ValueError`` for an unknown optimizer or schedule and for a learning rate or scale that is not positive.
     """
     check_positive("learning_rate", learning_rate)
     check_positive("init_scale", init_scale)
     dae = dae_model.init(key, dim, recipe.width, scale=init_scale, dtype=dtype)
-    # Two buffers, or donating the state would donate one twice.
+    # Two buffers: donating a state with one buffer twice is an error.
     params = dae.w1 if recipe.tied else ReluDae(dae.w1, jnp.copy(dae.w2))
-    # Optax moments start as zeros of the parameters' type; python scalars inside it mix types on purpose.
+    # Python scalars inside optax mix types, which strict promotion would refuse.
     with jax.numpy_dtype_promotion("standard"):
         opt_state = optimizer(recipe, learning_rate).init(params)
     return TrainState(params, opt_state, jnp.zeros((), jnp.int32))
@@ -134,9 +142,9 @@ def noisy_objective(
     sigma: Scalar,
     penalty: Scalar,
 ) -> Float[Array, ""]:
-    r"""One-draw estimate of the objective :cite:`zhang26`, eq. (6), on given rows and noise; unbiased in ``eps``.
+    r"""One-draw estimate of the objective :cite:`zhang26`, eq. (6), on given rows and noise; unbiased over ``eps``.
 
-    Its gradient is what a step follows. Matrix products run at the backend's default precision, as in common training
+    Training steps follow its gradient. Matrix products use the backend's default precision, as in common training
     code.
     """
     dae = as_dae(params)
@@ -156,10 +164,20 @@ def advance(
     penalty: Scalar,
     learning_rate: Scalar,
 ) -> TrainState:
-    """The state ``num_steps`` (traced or not) later; ``recipe`` is static.
+    """The state after ``num_steps`` more steps.
+
+    Args:
+        state: the present state.
+        key: of all steps: step t uses ``fold_in(key, t)``.
+        data: training rows.
+        num_steps: traced or static.
+        recipe: the static part.
+        sigma: noise level.
+        penalty: λ of the objective.
+        learning_rate: step size of the optimizer.
 
     ``ValueError`` for data that :func:`dae_theory.checks.check_data` refuses, σ <= 0 or λ < 0. A run that diverges
-    returns non-finite weights: an outcome, not an error.
+    returns nonfinite weights and raises nothing.
     """
     check_data(data)
     check_positive("sigma", sigma)
@@ -178,7 +196,7 @@ def advance(
         update = jax.custom_batching.sequential_vmap(update)
 
     def step(_: Int[Array, ""], state: TrainState) -> TrainState:
-        # Nothing of the draw is a cell's own: mapped over cells, it is made once for all of them.
+        # The draw does not depend on the cell: under vmap it is computed once for all cells.
         batch, eps = _draw(jax.random.fold_in(key, state.step), data, recipe.batch_size)
         params, opt_state = update(state.params, state.opt_state, batch, eps, sigma, penalty, learning_rate)
         return TrainState(params, opt_state, state.step + 1)
@@ -187,17 +205,17 @@ def advance(
 
 
 def in_turn(batch: int, dim: int, width: int, backend: str) -> bool:
-    """Whether cells that are mapped together take each step one after the other, and not side by side.
+    """Whether mapped cells take a step one after the other instead of side by side (``vmap``).
 
-    On a CPU the activations of one large cell fill the cache, and those of many do not fit; small cells, and
-    accelerators, gain from one large operation instead. Measured once with 20 cells of d = p = 64 on 2 cores: in turn
-    takes 1.4 times as long at 8 and 1.3 times at 64 rows a step, 0.9 at 512 and 0.6 at 1,024.
+    On a CPU the activations of one large cell fill the cache, so those of many cells side by side do not fit. Small
+    cells, and all cells on accelerators, gain from one large operation. Measured with 20 cells of d = p = 64 on 2
+    cores: in turn takes 1.4 times as long at 8 rows a step, 1.3 at 64, 0.9 at 512 and 0.6 at 1,024.
     """
     return backend == "cpu" and batch * (dim + width) >= 1 << 16
 
 
 def _draw(key: PRNGKey, data: Float[Array, "n d"], batch_size: int) -> tuple[Float[Array, "b d"], Float[Array, "b d"]]:
-    """Rows of one step and their noise."""
+    """The rows of one step and their noise."""
     rows_key, noise_key = jax.random.split(key)
     num_rows, dim = data.shape
     small = 0 < batch_size < num_rows

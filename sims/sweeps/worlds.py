@@ -1,7 +1,7 @@
-"""From a data set and a seed to the rows of a cell: those trained on, those held out, and the law they follow.
+"""From a data set and a seed to the data of a cell: training rows, held-out rows, and their distribution.
 
-A seed permutes the training pool and cells take prefixes of it, so training sets are nested in n, and one seed means
-the same rows whatever the other axes are.
+A seed permutes the training pool and cells take prefixes of it, so training sets are nested in n, and a seed gives the
+same rows whatever the other axes are.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class World(NamedTuple):
     held_out: np.ndarray
     """Rows never trained on, (m, d)."""
     population: GaussianMixture
-    """The law of the data: exact for synthetic mixtures, else one mode a label, fitted to the pool."""
+    """The distribution of the data: exact for synthetic mixtures, else fitted to the pool, one mode a label."""
     data: datasets.Dataset
-    """What it was made of."""
+    """The data set as loaded."""
 
 
 def make_world(spec: Spec, dataset: str | None = None, separation: float | None = None) -> World:
-    """Load one of the data sets that ``spec`` names (default: its first, at its first separation).
+    """Load one of the data sets of ``spec`` (default: the first one, at the first separation).
 
     ``ValueError`` if it is missing, damaged, or smaller than the largest n.
     """
@@ -62,8 +62,8 @@ def make_world(spec: Spec, dataset: str | None = None, separation: float | None 
 
 
 def facts(world: World, spec: Spec) -> dict[str, Any]:
-    """What to record of the data, as JSON values: sizes, norms, and at seed 0 for each n the largest cosine β between
-    distinct rows."""
+    """Facts to record about the data, as JSON values: sizes, norms, and for each n the largest cosine β between
+    distinct rows at seed 0."""
     betas = []
     for num_samples in spec.num_samples:
         _, cell, identity = cell_data(world, spec, num_samples, 0)
@@ -77,10 +77,9 @@ def facts(world: World, spec: Spec) -> dict[str, Any]:
 def cell_data(
     world: World, spec: Spec, num_samples: int, seed: int, duplicates: str | None = None
 ) -> tuple[PRNGKey, CellData, tuple[int, ...]]:
-    """The key of training, the rows of a cell, and for each training row the index of the distinct row it repeats.
+    """The key of training, the data of a cell, and for each training row the index of the distinct row that it repeats.
 
-    Depends on ``seed`` and, through the length of a prefix and its repeats, on ``num_samples`` and ``duplicates``; on
-    no other axis.
+    They depend on ``seed``, ``num_samples`` and ``duplicates``, and on no other axis.
     """
     seed_key = jax.random.fold_in(jax.random.key(spec.seed), seed)
     rows_key, train_key, eval_key = jax.random.split(seed_key, 3)
