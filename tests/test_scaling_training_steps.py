@@ -37,6 +37,10 @@ def run(*argv):
     return scaling_commands.run("train", *argv)
 
 
+draw = jax.jit(training.draw, static_argnums=(2, 3))
+loss_of = jax.jit(training.denoising_loss, static_argnums=1)
+
+
 def recipe(dropout=0.0, **changes):
     return dataclasses.replace(TrainSpec(**changes).recipe(), dropout=dropout)
 
@@ -79,8 +83,8 @@ def networks(model, prediction="epsilon"):
 def test_the_loss_of_a_network_that_returns_zero(key, dit, prediction):
     model, examples = dit
     nets = networks(model, prediction)
-    batch = training.draw(key, examples, nets.schedule, recipe(batch_size=16))
-    loss = training.denoising_loss({"network": model.params}, nets, batch)
+    batch = draw(key, examples, nets.schedule, recipe(batch_size=16))
+    loss = loss_of({"network": model.params}, nets, batch)
     power = nets.schedule.alpha_bar[np.asarray(batch.t)].reshape(-1, 1, 1, 1)
     x, noise = np.float64(batch.images), np.float64(batch.noise)
     velocity = np.sqrt(power) * noise - np.sqrt(1 - power) * x
@@ -92,8 +96,8 @@ def test_draws_are_what_they_say(dit):
     _, examples = dit
     schedule = schedules.from_config(designs.scheduler_config())
     how = recipe(batch_size=20_000, dropout=0.25)
-    batch = jax.jit(training.draw, static_argnums=(2, 3))(jax.random.key(3), examples, schedule, how)
-    few = training.draw(jax.random.key(3), examples, schedule, dataclasses.replace(how, batch_size=3))
+    batch = draw(jax.random.key(3), examples, schedule, how)
+    few = draw(jax.random.key(3), examples, schedule, dataclasses.replace(how, batch_size=3))
     for whole, part in zip(batch, few, strict=True):
         np.testing.assert_array_equal(whole[:3], part)
     match = np.all(np.asarray(batch.images)[:, None] == np.asarray(examples.images)[None], axis=(2, 3, 4))
@@ -112,7 +116,7 @@ def test_a_step_follows_adam(key, dit, step):
     nets, how = networks(model), recipe(batch_size=4, warmup=5, ema=0.9)
     state = training.start({"network": model}, how)
     after, loss = step(state, key, examples, networks=nets, recipe=how)
-    batch = training.draw(jax.random.fold_in(key, 0), examples, nets.schedule, how)
+    batch = draw(jax.random.fold_in(key, 0), examples, nets.schedule, how)
     gradient_of = jax.jit(jax.value_and_grad(training.denoising_loss), static_argnums=1)
     value, gradient = gradient_of({"network": model.params}, nets, batch)
     np.testing.assert_allclose(loss, value, rtol=1e-5)

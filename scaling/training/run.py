@@ -194,7 +194,7 @@ def _prepare(spec: TrainSpec) -> Prepared:
     )
     config = config_of(spec, corpus)
     key = jax.random.fold_in(jax.random.key(spec.seed), 0)
-    models = {"network": _initial(jax.random.fold_in(key, 0), config)}
+    models = {"network": _initial(jax.random.fold_in(key, 0), json.dumps(config))}
     if text:
         if spec.captions == "labels":
             captions = captioning.from_labels(corpus)
@@ -215,7 +215,7 @@ def _prepare(spec: TrainSpec) -> Prepared:
             channels=spec.text_channels,
             layers=spec.text_layers,
         )
-        models["text_encoder"] = _initial(jax.random.fold_in(key, 1), config)
+        models["text_encoder"] = _initial(jax.random.fold_in(key, 1), json.dumps(config))
     elif spec.arch == "dit":
         condition = jnp.asarray(np.maximum(corpus.labels, 0).astype(np.int32))
         null = jnp.asarray(np.int32(config["num_embeds_ada_norm"]))
@@ -224,8 +224,10 @@ def _prepare(spec: TrainSpec) -> Prepared:
     return Prepared(corpus, captions, tokenizer, files, schedule, models, examples)
 
 
-def _initial(key: PRNGKey, config: dict[str, Any]) -> Model:
-    return jax.jit(lambda key: initial_weights(initialize(key, config)))(key)
+@functools.partial(jax.jit, static_argnames="config")
+def _initial(key: PRNGKey, config: str) -> Model:
+    """Initial weights of the network of a config.json; as text it is hashable, and a series compiles this once."""
+    return initial_weights(initialize(key, json.loads(config)))
 
 
 def _networks(ready: Prepared) -> Networks:
