@@ -6,19 +6,21 @@ of copies; or of one seed and one time, from the network of digits that comes wi
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import jax
 import matplotlib.figure
 import numpy as np
+import xarray as xr
 from matplotlib import pyplot as plt
 
 from paper_figs.artifacts import Arrays, over_seeds
 from scaling import zoo
-from scaling.measures.local_fits import FITTED
-from scaling.study.examination import Setting, examine
-from scaling.training.corpus import GROUPS, load
+from scaling.study.examination import examine
+from scaling.study.settings import STANDARD, ExaminationSetting
+from scaling.training.corpus import load
 from sims import store
 
 __all__ = ["QUICK", "SPEC", "SUMMARY", "compute", "draw", "from_run"]
@@ -29,22 +31,24 @@ SPEC: dict[str, Any] = {
     "model": "digits",
     "data": {"name": "digits", "duplicates": "60x40", "singles": 1200},
     "steps": 4000,
-    "setting": Setting()._asdict(),
+    "setting": dataclasses.asdict(STANDARD),
 }
-"""A network of the zoo, its images and training time, and how much is looked at."""
+"""A network of the zoo, its images and training time, and how much to examine."""
 
 QUICK = SPEC | {
-    "setting": Setting(samples=4, sampler_steps=2, images=8, jacobians=2, draws=2, fits=1, units=(1,))._asdict()
+    "setting": dataclasses.asdict(
+        ExaminationSetting(samples=4, sampler_steps=2, images=8, jacobians=2, draws=2, fits=1, units=(1,))
+    )
 }
 
 SHOWN = {"duplicated": "repeated images", "train": "single images", "held_out": "held-out images"}
 
 
 def compute(spec: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Look at the zoo's network."""
-    setting = Setting(**spec["setting"])
-    found = examine(jax.random.key(0), zoo.load(spec["model"]), load(**spec["data"]), setting)
-    return _reduced(np.asarray([spec["steps"]]), setting, {name: value[None, None] for name, value in found.items()})
+    """Examine the zoo's network."""
+    setting = ExaminationSetting(**spec["setting"])
+    results = examine(jax.random.key(0), zoo.load(spec["model"]), load(**spec["data"]), setting)
+    return _reduced(results.expand_dims(steps=[spec["steps"]], seed=[0]))
 
 
 def from_run(folder: str | Path) -> dict[str, np.ndarray]:
@@ -52,26 +56,25 @@ def from_run(folder: str | Path) -> dict[str, np.ndarray]:
     results = store.load(folder)
     if "duplicates" not in results.dims or "copied" not in results or not bool(results.done.all()):
         raise ValueError(f"{folder} is no finished run of `python -m scaling duplication`.")
-    setting = Setting(**store.read_spec(folder)["spec"]["setting"])
-    last = results.drop_vars("done").isel(duplicates=-1).transpose("steps", "seed", ...)
-    found = {str(name): values.values for name, values in last.data_vars.items()}
-    return _reduced(results.steps.values, setting, found)
+    return _reduced(results.isel(duplicates=-1))
 
 
-def _reduced(steps: np.ndarray, setting: Setting, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Of arrays (steps, seed, ...) means over seeds, and standard errors where there are several."""
-    repeated = GROUPS.index("duplicated")
+def _reduced(results: xr.Dataset) -> dict[str, np.ndarray]:
+    """Means over seeds, and standard errors where there are several."""
+    tap, sigma, units = (results[dim].values[0] for dim in ("tap", "sigma", "units"))
+    at = results.sel(tap=tap, sigma=sigma, units=units)
+    repeated, of_each = at.sel(group="duplicated"), at.sel(group=list(SHOWN))
     curves = {
-        "copies": found["copy_share"],
-        "auroc_std": found["auroc_std"][:, :, repeated, 0],
-        "auroc_l4_over_l2": found["auroc_l4_over_l2"][:, :, repeated, 0],
-        "auroc_error": found["auroc_error"][:, :, repeated, 0],
-        "kept": found["jacobian_kept"][..., 0],
-        "fit_error": found["fit_error"][:, :, :, FITTED.index("denoiser"), 0],
+        "copies": results.copy_share,
+        "auroc_std": repeated.auroc_std,
+        "auroc_l4_over_l2": repeated.auroc_l4_over_l2,
+        "auroc_error": repeated.auroc_error,
+        "kept": of_each.jacobian_kept,
+        "fit_error": of_each.fit_error.sel(fitted="denoiser"),
     }
-    arrays = {"steps": steps, "etas": np.asarray(setting.etas), "units": np.asarray(setting.units[0])}
-    arrays["sigma"] = np.asarray(setting.sigmas[0])
-    return arrays | over_seeds(curves)
+    arrays = {"steps": results.steps.values, "etas": results.eta.values}
+    arrays |= {"units": np.asarray(units), "sigma": np.asarray(sigma)}
+    return arrays | over_seeds({name: values.transpose("steps", "seed", ...).values for name, values in curves.items()})
 
 
 def draw(arrays: Arrays) -> matplotlib.figure.Figure:
@@ -85,7 +88,7 @@ def draw(arrays: Arrays) -> matplotlib.figure.Figure:
     _curves(axes[0, 1], arrays, [(name, None, label) for name, label in scores.items()])
     axes[0, 1].axhline(0.5, color="0.6", linewidth=0.6)
     axes[0, 1].set(title="AUROC, repeated against held-out images", ylim=(0, 1.03))
-    groups = [(GROUPS.index(name), label) for name, label in SHOWN.items()]
+    groups = list(enumerate(SHOWN.values()))
     _curves(axes[1, 0], arrays, [("kept", k, label) for k, label in groups])
     axes[1, 0].set(title=f"singular values of the Jacobian above 1/2, σ = {sigma:g}", ylim=(0, None))
     _curves(axes[1, 1], arrays, [("fit_error", k, label) for k, label in groups])

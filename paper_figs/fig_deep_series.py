@@ -6,6 +6,7 @@ from the networks that come with the package, which have no second half to agree
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from matplotlib import pyplot as plt
 
 from paper_figs.artifacts import Arrays, over_seeds
 from scaling import zoo
-from scaling.study.examination import Setting, examine
-from scaling.training.corpus import GROUPS, load
+from scaling.study.examination import examine, gap
+from scaling.study.settings import STANDARD, ExaminationSetting
+from scaling.training.corpus import load
 from sims import Spec, store, sweep
 from sims.sweeps.measures import MEASURES
 
@@ -30,14 +32,16 @@ SUMMARY = (
 
 SPEC: dict[str, Any] = {
     "num_samples": (10, 30, 100, 300, 750),
-    "setting": Setting()._asdict(),
+    "setting": dataclasses.asdict(STANDARD),
     "two_layer": {"width": 64, "penalty": 1e-3, "batch_size": 128, "schedule": "cosine", "steps": 2000, "seeds": 3},
 }
-"""Networks ``digits-N`` of the zoo, how much is looked at, and the sweep beside them."""
+"""Networks ``digits-N`` of the zoo, how much to examine, and the sweep beside them."""
 
 QUICK = SPEC | {
     "num_samples": (10, 300),
-    "setting": Setting(samples=4, sampler_steps=2, images=8, jacobians=2, draws=2, fits=1, units=(2,))._asdict(),
+    "setting": dataclasses.asdict(
+        ExaminationSetting(samples=4, sampler_steps=2, images=8, jacobians=2, draws=2, fits=1, units=(2,))
+    ),
     "two_layer": SPEC["two_layer"] | {"steps": 50, "seeds": 2},
 }
 
@@ -46,20 +50,18 @@ HELD_OUT = 297
 
 
 def compute(spec: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Look at the zoo's series, and sweep the two-layer autoencoder."""
-    sizes, setting = tuple(spec["num_samples"]), Setting(**spec["setting"])
-    found = []
+    """Examine the zoo's series, and sweep the two-layer autoencoder."""
+    sizes, setting = tuple(spec["num_samples"]), ExaminationSetting(**spec["setting"])
+    examined = []
     for n in sizes:
         images = load("digits", num_samples=n, held_out=HELD_OUT)
-        found.append(examine(jax.random.key(0), zoo.load(f"digits-{n}"), images, setting))
-    stacked = {name: np.stack([one[name] for one in found])[:, None] for name in found[0]}
-    error = stacked["error"]
-    stacked["gap"] = 1 - error[:, :, GROUPS.index("train")] / error[:, :, GROUPS.index("held_out")]
+        results = examine(jax.random.key(0), zoo.load(f"digits-{n}"), images, setting)
+        examined.append(results.assign(gap=gap(results)).expand_dims(num_samples=[n], seed=[0]))
     shallow = sweep(
         Spec(num_samples=sizes, sigma=setting.sigmas, held_out=HELD_OUT, **spec["two_layer"]),
         [MEASURES[name] for name in SHALLOW],
     )
-    return _reduced(np.asarray(sizes), np.asarray(setting.sigmas), stacked, shallow)
+    return _reduced(xr.concat(examined, "num_samples"), shallow)
 
 
 def from_run(folder: str | Path) -> dict[str, np.ndarray]:
@@ -67,37 +69,33 @@ def from_run(folder: str | Path) -> dict[str, np.ndarray]:
     results = store.load(folder)
     if "agreement" not in results or not bool(results.done.all()):
         raise ValueError(f"{folder} is no finished run of `python -m scaling transition`.")
-    halves = results.drop_dims("sample").mean("half")
-    stacked = {str(name): values.values for name, values in halves.data_vars.items()}
-    shallow = store.load(Path(folder) / "two_layer")
-    return _reduced(results.num_samples.values, results.sigma.values, stacked, shallow)
+    return _reduced(results.drop_dims("sample").mean("half"), store.load(Path(folder) / "two_layer"))
 
 
-def _reduced(
-    sizes: np.ndarray, sigmas: np.ndarray, found: dict[str, np.ndarray], shallow: xr.Dataset
-) -> dict[str, np.ndarray]:
-    """Of arrays (n, seed, ...) means over seeds, and standard errors where there are several."""
-    level, train, out = len(sigmas) // 2, GROUPS.index("train"), GROUPS.index("held_out")
-    plain = {
-        name: shallow[name].isel({d: 0 for d in shallow[name].dims if d not in ("num_samples", "seed", "sigma")})
-        for name in SHALLOW
-    }
-    two = {name: plain[name].transpose("num_samples", "seed", "sigma").values[..., level] for name in SHALLOW}
+def _reduced(results: xr.Dataset, shallow: xr.Dataset) -> dict[str, np.ndarray]:
+    """Means over seeds, and standard errors where there are several."""
+    sigma, tap, eta = results.sigma.values[results.sizes["sigma"] // 2], results.tap.values[0], results.eta.values[0]
+    at = results.sel(sigma=sigma, tap=tap, eta=eta)
+    train, held_out = (at.sel(group=group, drop=True) for group in ("train", "held_out"))
+    two = {name: shallow[name].sel(sigma=sigma) for name in SHALLOW}
+    two = {name: v.isel({d: 0 for d in v.dims if d not in ("num_samples", "seed")}) for name, v in two.items()}
     curves = {
-        "copies": found["copy_share"][..., 0],
-        "gap": found["gap"][..., level],
+        "copies": at.copy_share,
+        "gap": at.gap,
         "gap_two_layer": two["gap"],
-        "spikiness": found["std"][:, :, train, 0] / found["std"][:, :, out, 0],
+        "spikiness": train["std"] / held_out["std"],
         "spikiness_two_layer": two["std_train"] / two["std_held_out"],
-        "rank_train": found["jacobian_rank"][:, :, train, level],
-        "rank_held_out": found["jacobian_rank"][:, :, out, level],
-        "to_empirical": found["distance_to_empirical"][:, :, out, level],
-        "to_population": found["distance_to_population"][:, :, out, level],
+        "rank_train": train.jacobian_rank,
+        "rank_held_out": held_out.jacobian_rank,
+        "to_empirical": held_out.distance_to_empirical,
+        "to_population": held_out.distance_to_population,
     }
-    if "agreement" in found:
-        curves |= {"agreement": found["agreement"], "chance": found["agreement_unpaired"]}
-    arrays = {"num_samples": sizes, "sigma": np.asarray(sigmas[level])}
-    return arrays | over_seeds(curves)
+    if "agreement" in results:
+        curves |= {"agreement": results.agreement, "chance": results.agreement_unpaired}
+    arrays = {"num_samples": results.num_samples.values, "sigma": np.asarray(sigma)}
+    return arrays | over_seeds(
+        {name: values.transpose("num_samples", "seed").values for name, values in curves.items()}
+    )
 
 
 def draw(arrays: Arrays) -> matplotlib.figure.Figure:

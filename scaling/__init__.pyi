@@ -14,10 +14,15 @@ from .bridge import load_pipeline as load_pipeline
 from .bridge import null_condition as null_condition
 from .bridge import save_pretrained as save_pretrained
 from .bridge import to_nnx as to_nnx
+from .detection import auroc as auroc
 from .diffusion import as_denoiser as as_denoiser
 from .diffusion import sample as sample
+from .measures import copy_share as copy_share
 from .measures import extract as extract
+from .measures import find_copies as find_copies
+from .measures import full_jacobian as full_jacobian
 from .measures import read_images as read_images
+from .measures import top_singular as top_singular
 from .measures.codes import codes as codes
 from .models import Condition as Condition
 from .models import Edit as Edit
@@ -28,3 +33,4 @@ from .models import vae_decode as vae_decode
 from .models import vae_encode as vae_encode
 from .study import generate as generate
 from .study import write_pictures as write_pictures
+from .training import TrainSpec as TrainSpec

@@ -55,7 +55,7 @@ def flag(default: Any, help: str, *, group: str = "", **options: Any) -> Any:
         help: one line that names unit and range.
         group: title under which ``--help`` lists it.
         options: keywords of ``add_argument``; ``type`` defaults to the type of the default, and a boolean becomes
-            ``--name`` and ``--no-name``.
+            ``--name`` and ``--no-name``. ``name`` is the option, such as ``--sigma``, where it is not the field's name.
     """
     return dataclasses.field(default=default, metadata={"flag": Flag(help, group, options)})
 
@@ -104,7 +104,7 @@ def add_fields(
             options.setdefault("type", type(field.default))
         shown = _default(default)
         text = f"{option.help} (default: {shown})" if shown else option.help
-        name = f"--{field.name.replace('_', '-')}"
+        name = options.pop("name", f"--{field.name.replace('_', '-')}")
         groups[option.group].add_argument(name, dest=field.name, default=None, help=text.replace("%", "%%"), **options)
     return groups
 

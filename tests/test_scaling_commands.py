@@ -1,6 +1,7 @@
 """The command line on a folder of every architecture: what it prints and writes, messages, exit codes, resuming."""
 
 import argparse
+import importlib
 import json
 import os
 import pathlib
@@ -14,9 +15,10 @@ import pytest
 from networks import network
 from PIL import Image
 from pipelines import CLASSES, DDPM, PIXEL, SAVERS, save_pictures, write
+from scaling_commands import run
 
 import scaling
-from scaling import __main__ as cli
+from scaling.commands import COMMANDS
 from scaling.study import generation
 from sims import store
 
@@ -28,12 +30,6 @@ TAPS = {
     "dit": "transformer_blocks.1,transformer_blocks.0.norm1",
 }
 SHAPES = {"pixel": [8, 8], "latent": [32], "xl": [32, 8], "dit": [32, 32]}
-
-
-def run(*argv):
-    """The exit code of a command in this process."""
-    args = cli._parse(["scaling", *map(str, argv)])
-    return args.run(args)
 
 
 @pytest.fixture(scope="module")
@@ -208,35 +204,45 @@ def test_bad_flags_exit_with_2(capsys):
         assert "usage" in capsys.readouterr().err
 
 
-def test_help_explains_every_flag_with_its_range(capsys, monkeypatch):
+def test_help_explains_every_flag_with_its_range(capsys):
     with pytest.raises(SystemExit) as stopped:
         run("sample", "--help")
     assert stopped.value.code == 0
     assert "from 1 to T" in capsys.readouterr().out
-    parsers = []
-
-    def keep(parser, argv):
-        parsers.append(parser)
-        return argparse.Namespace()
-
-    monkeypatch.setattr(cli.argparse_flags.ArgumentParser, "parse_args", keep)
-    cli._parse(["scaling"])
-    (commands,) = [action for action in parsers[0]._actions if action.choices]
-    assert list(commands.choices) == [
-        "inspect",
-        "extract",
-        "sample",
-        "jacobian",
-        "train",
-        "transition",
-        "duplication",
-        "zoo",
-    ]
-    for command in commands.choices.values():
-        for action in command._actions:
+    assert COMMANDS == ("inspect", "extract", "sample", "jacobian", "train", "transition", "duplication", "zoo")
+    for name in COMMANDS:
+        parser = argparse.ArgumentParser()
+        importlib.import_module(f"scaling.commands.{name}").add_flags(parser)
+        for action in parser._actions:
             assert action.help, action.dest
             if action.type in (int, float):
                 assert re.search(r"from \d|>= \d|positive|1: none", action.help), action.dest
+
+
+HEAVY = {"jax", "numpy", "xarray", "zarr", "flax", "scipy", "transformers", "diffusers"}
+
+
+def test_help_and_mistyped_flags_import_nothing_heavy():
+    """In one process all commands, one after the other; what is imported stays imported."""
+    program = """
+import sys
+from scaling.commands import COMMANDS
+from sims.terminal import parse_command
+for argv in [["--help"], *([name, flag] for name in COMMANDS for flag in ("--help", "--mistyped"))]:
+    try:
+        parse_command(argv, "python -m scaling", None, "scaling.commands", COMMANDS)
+        raise AssertionError(argv)
+    except SystemExit as stopped:
+        print(*argv, stopped.code, file=sys.stderr)
+print("modules:", *sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    ends = [line for line in done.stderr.splitlines() if re.fullmatch(r"[\w -]+ \d", line)]
+    assert len(ends) == 1 + 2 * len(COMMANDS)
+    assert all(line.endswith("--help 0" if "--help" in line else "--mistyped 2") for line in ends)
+    loaded = done.stdout.splitlines()[-1].split()
+    assert "scaling.training.spec" in loaded
+    assert not HEAVY & set(loaded)
 
 
 def test_an_interrupt_keeps_what_was_sampled_and_the_same_command_resumes(home, tmp_path, capsys, monkeypatch):

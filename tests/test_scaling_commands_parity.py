@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 import diffusers.pipelines.ddpm.pipeline_ddpm as of_pipeline  # noqa: E402
 import diffusers.pipelines.dit.pipeline_dit as of_dit  # noqa: E402
 import diffusers.schedulers.scheduling_ddpm as of_scheduler  # noqa: E402
+import scaling_commands  # noqa: E402
 from pipelines import (  # noqa: E402
     DDIM,
     DDPM,
@@ -30,7 +31,6 @@ from pipelines import (  # noqa: E402
 )
 from torch_side import TOLERANCE, difference, randomize  # noqa: E402
 
-from scaling import __main__ as cli  # noqa: E402
 from scaling import load_pipeline  # noqa: E402
 from scaling.diffusion.noise import noise_at  # noqa: E402
 from scaling.measures.codes import _pictures, read_images  # noqa: E402
@@ -114,8 +114,7 @@ def saved(request, tmp_path_factory):
 
 
 def run(*argv):
-    args = cli._parse(["scaling", *map(str, argv)])
-    assert args.run(args) == 0
+    assert scaling_commands.run(*argv) == 0
 
 
 def condition(kind):

@@ -1,8 +1,9 @@
-"""The ratio test by brute force and on cases that can be told by hand; Wilson's interval beside SciPy's."""
+"""The ratio test by brute force and on cases that can be computed by hand; Wilson's interval by its equation."""
+
+from statistics import NormalDist
 
 import numpy as np
 import pytest
-import scipy.stats
 
 from scaling.measures import copies
 
@@ -68,6 +69,19 @@ def test_groups_joined_by_equal_images_are_one():
     assert joined[4] != joined[0]
 
 
+def test_joined_groups_by_brute_force():
+    """Merging the numbers of any two images that are equal, or share a number, until nothing changes."""
+    random = np.random.default_rng(3)
+    images, groups = random.integers(0, 12, (40, 1)).astype(float), random.integers(0, 25, 40)
+    expected = np.arange(40)
+    for _ in range(40):
+        for i, j in zip(*np.nonzero((images == images.T) | (groups[:, None] == groups[None])), strict=True):
+            expected[expected == max(expected[i], expected[j])] = min(expected[i], expected[j])
+    joined = copies.group_equal(images, groups)
+    np.testing.assert_array_equal(joined[:, None] == joined[None], expected[:, None] == expected[None])
+    assert 1 < len(set(joined.tolist())) < 12
+
+
 def test_digits_of_many_blocks(monkeypatch):
     random = np.random.default_rng(1)
     images, samples = random.uniform(-1, 1, (50, 6)), random.uniform(-1, 1, (33, 6))
@@ -80,8 +94,13 @@ def test_digits_of_many_blocks(monkeypatch):
 @pytest.mark.parametrize(("count", "total"), [(0, 60), (1, 60), (43, 100), (60, 60), (1, 1)])
 @pytest.mark.parametrize("level", [0.9, 0.95])
 def test_wilson(count, total, level):
-    interval = scipy.stats.binomtest(count, total).proportion_ci(level, method="wilson")
-    np.testing.assert_allclose(copies.wilson_interval(count, total, level=level), interval, rtol=1e-12, atol=1e-15)
+    """Both ends are z standard deviations of their own away from the share; where that is outside, at 0 or 1."""
+    z, share = NormalDist().inv_cdf((1 + level) / 2), count / total
+    low, high = copies.wilson_interval(count, total, level=level)
+    assert 0 <= low <= share <= high <= 1
+    for end in (low, high):
+        np.testing.assert_allclose((share - end) ** 2, z**2 * end * (1 - end) / total, rtol=1e-12, atol=1e-15)
+    assert low < high
 
 
 def test_the_interval_covers():

@@ -28,12 +28,16 @@ def silent():
     return dataclasses.replace(model, params={k: jnp.zeros(v.shape, "float64") for k, v in model.params.items()})
 
 
-def fits(key, model, images, units, **more):
-    """All scores, compiled."""
-    run = jax.jit(
-        lambda key, images: local_fits.local_fits(key, model, SCHEDULE, images, TIMESTEP, *TAPS, units, **more)
-    )
-    found = run(key, images)
+def run(key, model, images, units, **more):
+    return local_fits.local_fits(key, model, SCHEDULE, images, TIMESTEP, *TAPS, units, **more)
+
+
+compiled = jax.jit(run, static_argnames=("units", "num_draws", "max_iterations"))
+
+
+def fits(key, model, images, units, function=compiled, **more):
+    """All scores, compiled once for arguments of one shape."""
+    found = function(key, model, images, units, **more)
     assert found.keys() == set(SCORES)
     assert {value.shape for value in found.values()} == {(len(FITTED), len(units), len(images))}
     return jax.tree.map(np.asarray, found)
@@ -68,7 +72,9 @@ def test_where_an_image_is_memorized_one_unit_does(silent, key, monkeypatch):
     image = jnp.asarray(np.random.RandomState(0).uniform(-1, 1, (1, 1, 8, 8)))
     x, sigma = image.reshape(-1), float(timestep_to_sigma(SCHEDULE, jnp.float64(TIMESTEP)))
     monkeypatch.setattr(local_fits, "as_denoiser", lambda *args, **more: lambda y, s: x + 0 * y)
-    found = fits(key, silent, image, (1, 3))
+    # Another function than the one that may be compiled already.
+    patched = jax.jit(lambda *args: run(*args), static_argnums=3)
+    found = fits(key, silent, image, (1, 3), patched)
     size = float(x @ x)
     for at in (0, 1):
         # Its risk relative to ‖x‖²; 64 dimensions fitted to 512 draws cost about 64/512 more.
@@ -105,11 +111,11 @@ def test_a_block_is_fitted_from_its_input_to_its_output(key):
         fit_key, _ = jax.random.split(jax.random.split(jax.random.fold_in(key, 0), (2, 1))[1, 0])
         sigma = (1 / alpha**2 - 1) ** 0.5
         entering, leaving = (lambda y, k=k: activations(y)[k] for k in (0, 1))
-        more = {"source": entering, "num_draws": 64, "num_fresh": 64, "num_random": 0, "max_iterations": 0}
-        return fit_relu_dae(fit_key, leaving, x.reshape(-1), sigma, 4, **more)
+        more = {"source": entering, "num_draws": 64, "num_fresh": 64, "num_random": 0, "max_iterations": 3}
+        return fit_relu_dae(fit_key, leaving, x.reshape(-1), sigma, 8, **more)
 
     expected = jax.jit(by_hand)(jax.random.clone(key))
-    found = fits(key, model, x[None], (4,), num_draws=64, max_iterations=0)
+    found = fits(key, model, x[None], (8,), num_draws=64, max_iterations=3)
     for name, value in (
         ("fit_error", expected.error.mean),
         ("fit_linear_unexplained", expected.linear_unexplained.mean),

@@ -1,4 +1,4 @@
-"""Local autoencoders against networks that are one, or linear, or constant; denoiser distances against closed forms."""
+"""Local autoencoders against networks that are one, or linear, or constant."""
 
 import functools
 
@@ -7,14 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from networks import network
-from pipelines import DDPM, PIXEL
+from pipelines import PIXEL
 
 from dae_theory import ReluDae, denoise, encode, exact_risk
-from dae_theory.denoisers import empirical_denoiser, gaussian_denoiser
 from dae_theory.spikiness import MEASURES
-from scaling import as_denoiser
-from scaling.diffusion.schedules import from_config
-from scaling.measures.relu_fits import between, code_spikiness, denoiser_distances, fit_relu_dae, reference_denoisers
+from scaling.measures.relu_fits import code_spikiness, fit_relu_dae
+from scaling.models.taps import Edit
 
 D = 6
 
@@ -105,97 +103,35 @@ def test_standard_errors_are_those_of_repetitions(key):
     assert abs(np.mean(found["std"].mean) - np.mean(direct)) < 4 * np.std(direct) / np.sqrt(3000)
 
 
-@pytest.fixture(scope="module")
-def deep():
-    return network(PIXEL, "float64"), rows(9, 3, 8, 8)
+def test_a_deep_block_is_approximated(key):
+    model, x, source, target = (
+        network(PIXEL, "float64"),
+        rows(9, 3, 8, 8),
+        "mid_block.resnets.0",
+        "up_blocks.0.resnets.0",
+    )
 
+    @jax.jit
+    def fit(key, x):
+        activation = model.apply(model.params, x[None], 30, capture=(source,))[1][source]
 
-def test_a_block_gives_its_own_output(deep):
-    model, x = deep
-    source, target = "mid_block.resnets.0", "up_blocks.0.resnets.1.nonlinearity"
-    function, here = between(model, x, 30, source, target)
-    _, taps = model.apply(model.params, x[None], 30, capture=(source, target))
-    np.testing.assert_array_equal(here, taps[source].reshape(-1))
-    np.testing.assert_allclose(function(here), taps[target].reshape(-1), rtol=1e-12)
-    assert float(jnp.max(jnp.abs(function(1.1 * here) - function(here)))) > 1e-3
-    with pytest.raises(ValueError, match="computed before the source"):
-        between(model, x, 30, target, source)
-    with pytest.raises(ValueError, match=r"no tap named 'mid_blok'.*'mid_block'"):
-        between(model, x, 30, "mid_blok", target)
+        def block(flat):
+            """From the activation at the source to that at the target; all else stays as it is at x."""
+            edits = {source: Edit("replace", flat.reshape(activation.shape))}
+            return model.apply(model.params, x[None], 30, capture=(target,), edits=edits)[1][target].reshape(-1)
 
+        few = {"num_draws": 96, "num_fresh": 32, "num_random": 0, "max_iterations": 5, "chunk_size": 32}
+        return fit_relu_dae(key, block, activation.reshape(-1), 0.02, 64, **few)
 
-def test_a_deep_block_is_approximated(deep, key):
-    model, x = deep
-    function, here = between(model, x, 30, "mid_block.resnets.0", "up_blocks.0.resnets.0")
-    fit = jax.jit(lambda k, here: fit_relu_dae(
-        k, function, here, 0.02, 64, num_draws=96, num_fresh=32, num_random=0, max_iterations=5, chunk_size=32
-    ))(key, here)  # fmt: skip
+    fit = fit(key, x)
     # A smooth block in a small cloud is nearly affine, and x itself lies in it: a few percent of its size remain.
     assert fit.error.mean < 0.02
-    assert fit.dae.w1.shape == (here.size, 64)
+    assert fit.dae.w1.shape[1] == 64
     assert np.isfinite(float(fit.unexplained.mean))
 
 
-def test_distances_of_wiener_filters_are_their_closed_form(key):
-    # Two linear filters with diagonal gains a, b: the mean square of (a - b) y over x and noise.
-    sigmas = np.array([0.2, 1.0, 5.0])
-    variances, others = jnp.linspace(0.5, 2.0, D), jnp.ones(D)
-    images = jnp.sqrt(variances)[None, :] * jax.random.normal(jax.random.fold_in(key, 0), (300, D))
-    mine, theirs = (
-        functools.partial(gaussian_denoiser, mean=jnp.zeros(D), covariance=jnp.diag(v)) for v in (variances, others)
-    )
-    found = denoiser_distances(key, mine, {"other": theirs, "same": mine}, images, sigmas, num_draws=4)
-    v = np.asarray(variances)
-    for k, sigma in enumerate(sigmas):
-        gain, other = v / (v + sigma**2), 1 / (1 + sigma**2)
-        expected = np.mean((gain - other) ** 2 * (v + sigma**2))
-        assert abs(found["other"].mean[k] - expected) < 4 * found["other"].standard_error[k]
-        risk = np.mean(v * sigma**2 / (v + sigma**2))
-        assert abs(found["clean"].mean[k] - risk) < 4 * found["clean"].standard_error[k]
-    assert np.all(found["same"].mean == 0)
-    assert found["other"].per_image.shape == (3, 300)
-    # Draws of an image share it: where images differ, they say less of other images than of these.
-    assert np.all(found["other"].draw_error[::2] < found["other"].standard_error[::2])
-
-
-def test_draw_errors_are_those_of_repetitions(key):
-    images = rows(10, 5, D)
-    run = jax.jit(lambda k: denoiser_distances(k, lambda y, s: 0.5 * y, {}, images, jnp.array([0.7]), num_draws=6))
-    found = jax.vmap(run)(jax.random.split(key, 300))["clean"]
-    # 300 repetitions give a standard deviation to 4 %.
-    assert np.std(found.mean) == pytest.approx(np.sqrt(np.mean(found.draw_error**2)), rel=0.2)
-
-
-def test_references_memorize_or_not(key):
-    train, held_out = rows(11, 7, D), rows(12, 40, D)
-    labels = [0, 1] * 20
-    found = reference_denoisers(train, held_out, labels)
-    assert set(found) == {"empirical", "held_out", "gaussian", "mixture"}
-    assert set(reference_denoisers(train)) == {"empirical", "gaussian"}
-    y = train[2] + 1e-3
-    np.testing.assert_allclose(found["empirical"](y, 0.01), train[2], atol=1e-9)
-    covariance = np.cov(np.asarray(held_out).T, bias=True)
-    wiener = np.mean(held_out, axis=0) + covariance @ np.linalg.solve(
-        covariance + 0.25 * np.eye(D), np.asarray(y) - np.mean(held_out, axis=0)
-    )
-    np.testing.assert_allclose(found["gaussian"](y, 0.5), wiener, atol=1e-9)
-    # The memorizing denoiser is the nearest at the data it stores.
-    memorizing = functools.partial(empirical_denoiser, data=train)
-    at = denoiser_distances(key, memorizing, found, train, np.array([0.1]), num_draws=3)
-    assert at["empirical"].mean[0] == 0
-    assert min(at["gaussian"].mean[0], at["held_out"].mean[0]) > 1e-3
-
-
-def test_a_deep_denoiser_has_distances(deep, key):
-    model, x = deep
-    images = jnp.stack([x.reshape(-1), -x.reshape(-1)])
-    denoiser = as_denoiser(model, from_config(DDPM))
-    run = jax.jit(lambda k: denoiser_distances(k, denoiser, reference_denoisers(images), images, jnp.array([0.3])))
-    assert all(np.all(value.mean > 0) for value in run(key).values())
-
-
 def test_bad_input_is_refused(key):
-    x, images = jnp.ones(D), jnp.ones((2, D))
+    x = jnp.ones(D)
     identity = functools.partial(jnp.multiply, 1.0)
     for bad, message in [
         (lambda: fit_relu_dae(key, identity, x, 0.0, 2), "spread must be positive"),
@@ -203,13 +139,6 @@ def test_bad_input_is_refused(key):
         (lambda: fit_relu_dae(key, identity, x, 1.0, 2, num_draws=1), "num_draws must be at least 2"),
         (lambda: fit_relu_dae(key, identity, x, 1.0, 2, penalty=-1.0), "penalty must not be negative"),
         (lambda: code_spikiness(key, identity, x, 1.0, num_draws=1), "num_draws must be at least 2"),
-        (lambda: denoiser_distances(key, gaussian_denoiser, {}, images, np.array([0.0])), "sigmas must be positive"),
-        (
-            lambda: denoiser_distances(key, gaussian_denoiser, {"clean": gaussian_denoiser}, images, np.array([1.0])),
-            'called "clean"',
-        ),
-        (lambda: denoiser_distances(key, gaussian_denoiser, {}, jnp.ones((0, D)), np.array([1.0])), "images is empty"),
-        (lambda: reference_denoisers(images, jnp.ones((3, D)), [1]), "labels must have shape"),
     ]:
         with pytest.raises(ValueError, match=message):
             bad()

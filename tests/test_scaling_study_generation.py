@@ -15,7 +15,8 @@ from scaling.bridge.latents import from_latents, to_latents
 from scaling.bridge.loading import Pipeline
 from scaling.diffusion.schedules import from_config
 from scaling.models.model import Condition, vae_decode
-from scaling.study.generation import SHEET, contact_sheet, generate, to_bytes, write_pictures
+from scaling.study.generation import generate, write_pictures
+from scaling.study.pictures import SHEET, contact_sheet, to_bytes
 from sims import store
 
 

@@ -10,23 +10,20 @@ import pytest
 from networks import network
 from PIL import Image
 from pipelines import DDIM, DDPM, PIXEL, SMALL_DIT, SMALL_VAE, save_pictures, write
+from scaling_commands import run
 
-from scaling import __main__ as cli
 from scaling import as_denoiser, load_pipeline, save_pretrained
 from scaling.bridge.loading import Pipeline
+from scaling.commands import jacobian as jacobian_command
 from scaling.diffusion.noise import noise_at
 from scaling.diffusion.schedules import from_config
-from scaling.study.jacobians import analyze, choose, group_means, read_images, write_pictures
+from scaling.study.jacobians import analyze, choose, group_means, read_corpus_images, write_pictures
+from scaling.study.settings import JacobianSetting
 from sims import store
 from sims.store.chunks import BOOKKEEPING
 
 MEMBERSHIP = {"duplicated": [4, 1], "train": [0], "held_out": [5, 2]}
 GRAY = PIXEL | {"in_channels": 1, "out_channels": 1}
-
-
-def run(*argv):
-    args = cli._parse(["scaling", *map(str, argv)])
-    return args.run(args)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +66,7 @@ def test_the_command_writes_what_the_library_computes(home, finished):
     np.testing.assert_allclose(found.timestep, [20, 300], atol=1e-3)
     assert found.right.dims == ("image", "level", "component", "channel", "height", "width")
     pipeline = load_pipeline(home / "model")
-    images = read_images(str(home / "pictures"), pipeline)
+    images = read_corpus_images(str(home / "pictures"), pipeline)
     assert images.shape == (6, 1, 8, 8)
     denoiser = as_denoiser(pipeline.network, pipeline.schedule)
     row, sigma = 5, jnp.float32(found.sigma.values[1])
@@ -101,6 +98,11 @@ def test_groups_have_means_and_standard_errors(finished):
     assert means[4]["largest"] == pytest.approx(values.mean())
     assert means[4]["largest_se"] == pytest.approx(abs(values[0] - values[1]) / 2)
     assert means[2]["largest_se"] is None
+    # The command's table has the same numbers.
+    rows = [line.split(" | ") for line in jacobian_command.summary(found).splitlines()[2:]]
+    assert [row[0].removeprefix("| ") for row in rows] == [entry["group"] for entry in means]
+    assert rows[4][3] == f"{means[4]['largest']:.3g} ± {means[4]['largest_se']:.1g}"
+    assert rows[2][3] == f"{means[2]['largest']:.3g}"
 
 
 def test_sheets_have_a_line_for_every_image(finished):
@@ -119,8 +121,9 @@ def test_sheets_have_a_line_for_every_image(finished):
 
 def test_a_cut_run_goes_on_with_the_same_numbers(home, finished, tmp_path):
     pipeline = load_pipeline(home / "model")
-    chosen = choose(read_images(str(home / "pictures"), pipeline), MEMBERSHIP, num=2)
-    asked = functools.partial(analyze, pipeline, chosen, tmp_path, timesteps=[20, 300], rank=3, iterations=0, full=True)
+    chosen = choose(read_corpus_images(str(home / "pictures"), pipeline), MEMBERSHIP, num=2)
+    setting = JacobianSetting(rank=3, iterations=0, full=True)
+    asked = functools.partial(analyze, pipeline, chosen, tmp_path, timesteps=[20, 300], setting=setting)
 
     def cut(done, total):
         if done == 2:
@@ -137,14 +140,15 @@ def test_a_cut_run_goes_on_with_the_same_numbers(home, finished, tmp_path):
     for name in set(expected.data_vars) - set(BOOKKEEPING):
         np.testing.assert_array_equal(found[name], expected[name])
     with pytest.raises(ValueError, match="rank is 3 there and 2 here"):
-        analyze(pipeline, chosen, tmp_path, timesteps=[20, 300], rank=2, iterations=0, full=True)
+        asked(setting=JacobianSetting(rank=2, iterations=0, full=True))
 
 
 def test_latents_are_looked_at_with_a_class(tmp_path):
     pipeline = Pipeline(network(SMALL_DIT | {"num_layers": 1}), from_config(DDIM), network(SMALL_VAE), (), (), {})
     save_pictures(tmp_path / "pictures", 2)
-    chosen = choose(read_images(str(tmp_path / "pictures"), pipeline), num=1)
-    analyze(pipeline, chosen, tmp_path / "out", sigmas=[0.5], rank=1, iterations=0, class_label=3)
+    chosen = choose(read_corpus_images(str(tmp_path / "pictures"), pipeline), num=1)
+    setting = JacobianSetting(rank=1, iterations=0)
+    analyze(pipeline, chosen, tmp_path / "out", sigmas=[0.5], setting=setting, class_label=3)
     found = store.load(tmp_path / "out")
     assert found.right.shape == (1, 1, 1, 4, 8, 8)
     assert found.group.values.tolist() == ["image"]

@@ -1,139 +1,29 @@
-"""What is measured of trained models, against networks whose answers are known; series: resumed, continued, refused."""
+"""Series of trainings: what they store and summarize, resumed, continued, refused."""
 
-import dataclasses
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from scaling_commands import run
 
 from paper_figs import __main__ as figures
 from paper_figs.artifacts import load_arrays
-from scaling import __main__ as cli
-from scaling import initialize
-from scaling.bridge.loading import Pipeline
-from scaling.commands import series as series_command
-from scaling.diffusion.denoisers import as_denoiser
-from scaling.diffusion.samplers import sample
-from scaling.diffusion.schedules import from_config
-from scaling.measures.jacobian import full_jacobian
-from scaling.study import examination, series
-from scaling.study.examination import Setting, examine, sampled_prompts, variables
-from scaling.training import corpus
-from scaling.training.architectures import network_config, scheduler_config
-from scaling.training.captions import KINDS, from_labels
-from scaling.training.corpus import GROUPS
-from scaling.training.run import TrainSpec, read_corpus, read_spec, train
+from scaling import load_pipeline
+from scaling.commands import duplication as duplication_command
+from scaling.study import series
+from scaling.study.examination import examine
+from scaling.study.settings import ExaminationSetting
+from scaling.training.run import read_corpus, read_spec, train
+from scaling.training.spec import TrainSpec
 from sims import store
 
-SMALL = Setting(samples=4, sampler_steps=2, images=3, jacobians=2, draws=2, sigmas=(0.5, 1.5), fits=1, units=(2,))
+SMALL = ExaminationSetting(
+    samples=4, sampler_steps=2, images=3, jacobians=2, draws=2, sigmas=(0.5, 1.5), fits=1, units=(2,)
+)
 BASE = TrainSpec(channels=(8,), batch_size=2, steps=2)
 NET = ["--channels", "8", "--batch-size", "2", "--quiet"]
 LOOK = "--samples 4 --sampler-steps 2 --images 3 --jacobians 2 --draws 2 --sigma 0.5,1.5 --fits 1 --units 2".split()
-
-
-def run(*argv):
-    """The exit code of a command in this process."""
-    args = cli._parse(["scaling", *map(str, argv)])
-    return args.run(args)
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return corpus.load("digits", duplicates="5x4", singles=20, held_out=60)
-
-
-@pytest.fixture(scope="module")
-def silent(digits):
-    """A network that sees no noise at all: every weight is 0, so D(y, σ) = y."""
-    model = initialize(jax.random.key(0), network_config("unet2d", digits.images.shape[1:], channels=(8,)))
-    model = dataclasses.replace(model, params={name: jnp.zeros_like(value) for name, value in model.params.items()})
-    return Pipeline(model, from_config(scheduler_config()), None, (), (), {})
-
-
-@pytest.fixture(scope="module")
-def of_silent(silent, digits):
-    setting = SMALL._replace(images=20, draws=4)
-    return setting, examine(jax.random.key(0), silent, digits, setting)
-
-
-def test_a_network_that_returns_its_input_has_the_noise_as_error_and_the_identity_as_jacobian(of_silent):
-    setting, found = of_silent
-    d = 64
-    for at, group in enumerate(GROUPS):
-        # Duplicated are 5 images: fewer draws.
-        draws = setting.draws * min(setting.images, 5 if group == "duplicated" else 20)
-        for level, sigma in enumerate(setting.sigmas):
-            spread = sigma**2 * np.sqrt(2 * d / draws)
-            assert abs(found["error"][at, level] - sigma**2 * d) < 5 * spread
-            # One set of draws at every level.
-            np.testing.assert_allclose(found["error"][at, level] / sigma**2, found["error"][at, 0] / 0.25, rtol=1e-4)
-    np.testing.assert_allclose(found["jacobian_rank"], d, rtol=1e-5)
-    np.testing.assert_allclose(found["jacobian_energy"], d, rtol=1e-5)
-    np.testing.assert_array_equal(found["jacobian_kept"], d)
-
-
-def test_the_same_network_has_silent_codes_that_tell_nothing(of_silent):
-    _, found = of_silent
-    np.testing.assert_array_equal(found["std"], 0)
-    np.testing.assert_array_equal(found["auroc_std"][:2], 0.5)
-    assert np.all(np.isnan(found["auroc_std"][2]))
-    np.testing.assert_allclose(found["copy_share"], found["copied"].mean(axis=1))
-
-
-def test_every_sampler_starts_from_the_same_noise(of_silent, silent):
-    setting, found = of_silent
-    sample_key = jax.random.split(jax.random.key(0), 3)[0]
-    for k, eta in enumerate(setting.etas):
-        drawn = sample(
-            jax.random.clone(sample_key),
-            silent.network,
-            silent.schedule,
-            setting.samples,
-            setting.sampler_steps,
-            method="ddim",
-            eta=eta,
-        )
-        np.testing.assert_allclose(found["samples"][k], np.clip(drawn.x, -1, 1), rtol=1e-6)
-    assert not np.array_equal(*found["samples"])
-
-
-def test_everything_listed_is_returned_with_the_shape_that_is_listed(of_silent, digits):
-    setting, found = of_silent
-    listed = variables(setting, digits.images.shape[1:])
-    assert found.keys() == listed.keys()
-    for name, (dims, _) in listed.items():
-        assert np.shape(found[name]) == tuple(map(len, dims.values())), name
-
-
-def test_distances_are_of_the_optima(silent, digits, monkeypatch):
-    """With the optimum of the training set in the network's place its distance is 0, and only its."""
-    images = jnp.asarray(digits.images[corpus.training_rows(digits)].reshape(-1, 64))
-    from dae_theory import empirical_denoiser
-
-    def optimum(network, schedule, **condition):
-        return lambda y, sigma: empirical_denoiser(y, sigma, images)
-
-    monkeypatch.setattr(examination, "as_denoiser", optimum)
-    examination._compiled.cache_clear()
-    jax.clear_caches()
-    found = examine(jax.random.key(0), silent, digits, SMALL)
-    examination._compiled.cache_clear()
-    assert np.max(found["distance_to_empirical"]) < 1e-6
-    assert np.min(found["distance_to_population"]) > 0.1
-    # It gives trained images back at little noise, and others not: the error tells them apart.
-    assert np.all(found["auroc_error"][:2, 0] == 1)
-
-
-def test_every_kind_of_prompt_is_sampled_equally_often():
-    captions = from_labels(corpus.load("digits", duplicates="6x4", variants="2x2", singles=20, held_out=20))
-    kinds = np.asarray(captions.kinds)[sampled_prompts(captions, 30)]
-    assert [int(np.sum(kinds == kind)) for kind in KINDS] == [10, 10, 10]
-    # Four verbatim prompts by turns.
-    verbatim = [i for i in sampled_prompts(captions, 30) if captions.kinds[i] == "verbatim"]
-    assert verbatim[:4] == verbatim[4:8]
-    assert len(set(verbatim)) == 4
 
 
 def test_agreement_is_the_cosine_about_the_mean():
@@ -160,6 +50,48 @@ def test_a_series_over_n_trains_disjoint_halves_and_keeps_what_was_found(over_n)
     results = store.load(out)
     assert dict(results.sizes) | {"num_samples": 2, "seed": 1, "half": 2} == dict(results.sizes)
     assert bool(results.done.all())
+    # The identity of runs made by earlier versions; they must resume.
+    spec = store.read_spec(out)["spec"]
+    assert spec["setting"] == {
+        "samples": 4,
+        "sampler_steps": 2,
+        "etas": [0.0, 1.0],
+        "images": 3,
+        "jacobians": 2,
+        "draws": 2,
+        "sigmas": [0.5, 1.5],
+        "timestep": 50,
+        "taps": ["up_blocks.0.resnets.0", "up_blocks.0.resnets.1"],
+        "fits": 1,
+        "units": [2],
+        "source": "mid_block",
+    }
+    assert spec["train"] == {
+        "arch": "unet2d",
+        "singles": 0,
+        "variants": "",
+        "resolution": None,
+        "gray": False,
+        "skip_bad": False,
+        "channels": [8],
+        "layers": 1,
+        "heads": 8,
+        "patch_size": 2,
+        "text_channels": 32,
+        "text_layers": 2,
+        "prediction": "epsilon",
+        "timesteps": 1000,
+        "beta_schedule": "linear",
+        "steps": 2,
+        "batch_size": 2,
+        "learning_rate": 0.001,
+        "optimizer": "adam",
+        "weight_decay": 0.0,
+        "warmup": 0,
+        "clip": 0.0,
+        "ema": 0.995,
+        "prompt_dropout": 0.1,
+    }
     rows = {}
     for half in (0, 1):
         spec = read_spec(out / "models" / f"n00006-seed0-half{half}")
@@ -178,14 +110,13 @@ def test_a_series_over_n_trains_disjoint_halves_and_keeps_what_was_found(over_n)
 
 def test_a_series_equals_looking_at_its_folders(over_n):
     out, _ = over_n
-    from scaling import load_pipeline
-
     folder = out / "models/n00006-seed0-half1"
     spec = read_spec(folder)
-    found = examine(jax.random.fold_in(jax.random.key(0), 2), load_pipeline(folder), read_corpus(spec), SMALL)
+    expected = examine(jax.random.fold_in(jax.random.key(0), 2), load_pipeline(folder), read_corpus(spec), SMALL)
     here = store.load(out).isel(num_samples=1, seed=0, half=1)
-    for name in ("error", "jacobian_rank", "std", "copied", "samples"):
-        np.testing.assert_array_equal(here[name].values, found[name], err_msg=name)
+    for name, variable in expected.data_vars.items():
+        np.testing.assert_array_equal(here[name], variable.astype(here[name].dtype), err_msg=str(name))
+        assert here[name].dims == variable.dims
 
 
 def test_the_two_layer_networks_stand_beside_them(over_n):
@@ -196,6 +127,13 @@ def test_the_two_layer_networks_stand_beside_them(over_n):
     summary = (out / "summary.md").read_text()
     assert "gap, two layers" in summary
     assert summary.count("\n| ") == 3
+    # Both distances at both groups, each under a head that names it.
+    head, row = ([cell.strip() for cell in line.split("|")] for line in summary.splitlines()[2:5:2])
+    results = store.load(out).sel(num_samples=3, seed=0, sigma=1.5).mean("half")
+    for optimum, name in (("emp", "empirical"), ("pop", "population")):
+        for group in ("training", "held-out"):
+            value = results[f"distance_to_{name}"].sel(group="train" if group == "training" else "held_out").item()
+            assert row[head.index(f"‖D − D_{optimum}‖² at {group} images")] == f"{value:.3g}"
     assert (out / "samples.png").exists()
 
 
@@ -228,17 +166,16 @@ def test_another_experiment_in_its_folder_is_refused(over_n, capsys):
 
 
 def test_longer_trainings_go_on_from_shorter_ones(tmp_path):
-    setting = SMALL._replace(samples=2)
-    results = series.duplication(BASE, ("4x3",), (1, 3), tmp_path, seeds=1, setting=setting)
+    results = series.duplication(BASE, ("4x3",), (1, 3), tmp_path, seeds=1, setting=SMALL)
     straight = train(read_spec(tmp_path / "models/4x3-seed0-steps3"), tmp_path / "straight")
-    there = tmp_path / "models/4x3-seed0-steps3/unet/diffusion_pytorch_model.safetensors"
-    assert there.read_bytes() == (straight / "unet/diffusion_pytorch_model.safetensors").read_bytes()
+    continued = tmp_path / "models/4x3-seed0-steps3/unet/diffusion_pytorch_model.safetensors"
+    assert continued.read_bytes() == (straight / "unet/diffusion_pytorch_model.safetensors").read_bytes()
     assert json.loads((tmp_path / "models/4x3-seed0-steps1/training.json").read_text())["trained"] == 1
     assert results.steps.values.tolist() == [1, 3]
     assert bool(np.isfinite(results.error).all())
     assert not np.array_equal(results.error[0, 0, 0], results.error[0, 0, 1])
-    # The tables tell what is stored.
-    lines = series_command.duplication_lines(results)
+    # The tables show what is stored.
+    lines = duplication_command.summary(results).splitlines()
     (copies,) = [line.split(" | ") for line in lines if line.startswith("| 4x3 | 3 | ")]
     shares = [float(copies[at].split()[0]) for at in (2, 4)]
     np.testing.assert_allclose(shares, results.copied.sel(steps=3).mean("sample").values.reshape(-1), atol=5e-4)
@@ -293,20 +230,3 @@ def test_processes_side_by_side_and_the_command_find_the_same(tmp_path):
 def test_bad_input_is_refused(flags, message, tmp_path, capsys):
     assert run(*flags, *NET, "--out", tmp_path / "out") == 2
     assert message in capsys.readouterr().err
-
-
-def test_a_jacobian_is_that_of_the_denoiser(digits):
-    """A trained network's, one image and level, without the batches of :func:`examine`."""
-    model = initialize(jax.random.key(3), network_config("unet2d", digits.images.shape[1:], channels=(8,)))
-    pipeline = Pipeline(model, from_config(scheduler_config()), None, (), (), {})
-    setting = SMALL._replace(images=1, jacobians=1, draws=1, sigmas=(0.7,))
-    found = examine(jax.random.key(5), pipeline, digits, setting)
-    _, noise_key, _ = jax.random.split(jax.random.key(5), 3)
-    key = jax.random.fold_in(noise_key, GROUPS.index("held_out"))
-    x = jnp.asarray(digits.held_out[0].reshape(-1))
-    y = x + 0.7 * jax.random.normal(jax.random.fold_in(key, 0), x.shape, x.dtype)
-    denoiser = as_denoiser(model, pipeline.schedule)
-    whole = np.asarray(full_jacobian(denoiser, y, 0.7), np.float64)
-    error = np.sum(np.square(np.asarray(denoiser(y, 0.7) - x, np.float64)))
-    np.testing.assert_allclose(found["jacobian_energy"][2, 0], np.sum(whole**2), rtol=1e-4)
-    np.testing.assert_allclose(found["error"][2, 0], error, rtol=1e-4)

@@ -97,7 +97,7 @@ def test_steps_are_those_of_pytorch(trained, key, prediction):
     if arch != "unet2d":
         pytest.skip("one architecture says it all")
     schedule = scaling.diffusion.schedules.from_config(ours.schedule.config | {"prediction_type": prediction})
-    recipe = training.Recipe(batch_size=4, optimizer="adamw", weight_decay=0.1, clip=0.05, ema=0.0)
+    recipe = TrainSpec(batch_size=4, optimizer="adamw", weight_decay=0.1, clip=0.05, ema=0.0).recipe()
     networks = training.Networks(ours.network.apply, None, schedule)
     images = jax.random.uniform(key, (6, 1, 8, 8), jnp.float32, -1, 1)
     examples = training.Examples(images, jnp.arange(6, dtype=jnp.int32))

@@ -6,8 +6,8 @@ import pathlib
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scaling_commands import parse, run
 
-from scaling import __main__ as cli
 from scaling import zoo
 from scaling.bridge.weights import read_header
 from scaling.commands import train as train_command
@@ -22,15 +22,8 @@ DETECTED = ("digits", "captioned-digits", "fashion-dit")
 """Models that detectors are scored on."""
 
 
-def run(*argv):
-    """The exit code of a command in this process."""
-    args = cli._parse(["scaling", *map(str, argv)])
-    return args.run(args)
-
-
 def spec_of(name):
-    args = cli._parse(["scaling", "train", *zoo.recipe(name), "--out", "unused"])
-    return train_command.spec_from_flags(args)
+    return train_command.spec_from_flags(parse("train", *zoo.recipe(name), "--out", "unused"))
 
 
 def files(folder):
@@ -120,7 +113,7 @@ def test_a_recipe_trains_and_packs(tmp_path, monkeypatch):
 
 def test_a_run_that_was_cut_is_not_packed(tmp_path):
     (tmp_path / RECORD).write_text(json.dumps({"steps": 4}))
-    with pytest.raises(ValueError, match="not trained to its end"):
+    with pytest.raises(ValueError, match="is not finished"):
         packing.pack(tmp_path, tmp_path / "out", "cut", [])
 
 

@@ -21,11 +21,11 @@ import numpy as np
 from scaling.bridge.export import save_pretrained
 from scaling.diffusion.schedules import from_config
 from scaling.models.model import Model, initialize
+from scaling.training.spec import TrainSpec
 from scaling.training.steps import (
     Batch,
     Examples,
     Networks,
-    Recipe,
     TrainState,
     advance,
     denoising_loss,
@@ -49,7 +49,7 @@ NETWORK: dict[str, Any] = {
 """0.70 million parameters, attention at 4x4."""
 
 SCHEDULER: dict[str, Any] = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000}
-RECIPE = Recipe(batch_size=64, learning_rate=1e-3, ema=0.995)
+RECIPE = TrainSpec().recipe()
 IMAGES, STEPS, QUICK_STEPS = 1024, 20, 2
 
 

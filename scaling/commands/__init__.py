@@ -1,1 +1,4 @@
-"""One module a command: ``SUMMARY``, ``add_flags(parser)`` and ``run(args)``."""
+"""One module per command: ``SUMMARY``, ``add_flags(parser)`` and ``run(args)``, which imports what takes long."""
+
+COMMANDS = ("inspect", "extract", "sample", "jacobian", "train", "transition", "duplication", "zoo")
+"""In the order of ``python -m scaling --help``."""

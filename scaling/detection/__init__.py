@@ -1,4 +1,4 @@
-"""Telling memorized images from others by scores of a network, and how well that works."""
+"""Scores that tell memorized images from others, and how well they do."""
 
 import lazy_loader
 

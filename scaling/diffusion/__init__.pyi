@@ -1,3 +1,4 @@
+from . import choices as choices
 from . import denoisers as denoisers
 from . import grids as grids
 from . import noise as noise

@@ -20,7 +20,7 @@ import functools
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from jaxtyping import Array, ArrayLike, Float, Float64
 
 from dae_theory.checks import is_concrete
 from dae_theory.types import Scalar
+from scaling.diffusion.choices import BETA_SCHEDULES, METHODS, PREDICTIONS, Method, Prediction
 from scaling.models.config import Fields
 
 __all__ = [
@@ -45,9 +46,6 @@ __all__ = [
     "with_method",
 ]
 
-Method: TypeAlias = Literal["ddim", "ddpm", "pndm", "euler", "heun", "dpmsolver++"]
-Prediction: TypeAlias = Literal["epsilon", "sample", "v_prediction"]
-METHODS: tuple[Method, ...] = get_args(Method)
 CLASSES: dict[str, Method] = {
     "DDIMScheduler": "ddim",
     "DDPMScheduler": "ddpm",
@@ -186,8 +184,8 @@ _NOISE_OF_CLASS = {
     "KDPM2DiscreteScheduler": _BETAS_OF_KARRAS,
 }
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
-    "prediction_type": get_args(Prediction),
+    "beta_schedule": BETA_SCHEDULES,
+    "prediction_type": PREDICTIONS,
     "timestep_spacing": ("leading", "trailing", "linspace"),
     "variance_type": ("fixed_small", "fixed_small_log", "fixed_large"),
     "interpolation_type": ("linear",),

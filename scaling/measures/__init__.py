@@ -1,4 +1,4 @@
-"""What is measured of a network at an image: codes, copies, Jacobians, and fits by the two-layer autoencoder."""
+"""Measures of a network at images: codes, copies, Jacobians, and fits by the two-layer autoencoder."""
 
 import lazy_loader
 

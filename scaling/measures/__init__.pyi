@@ -2,6 +2,7 @@ from . import codes as codes
 from . import copies as copies
 from . import jacobian as jacobian
 from . import local_fits as local_fits
+from . import options as options
 from . import relu_fits as relu_fits
 from .codes import extract as extract
 from .codes import read_images as read_images

@@ -1,13 +1,13 @@
-r"""Images to codes: what the layers of a denoising network say about noisy images.
+r"""Images to codes: activations of a denoising network at noisy images.
 
-An image x (C, H, W) in [-1, 1], or its latents z, gets noise of timestep t, and the network's activations at the taps
-are pooled over positions:
+Noise of timestep t is added to an image x (C, H, W) in [-1, 1], or to its latents z, and the network's activations at
+the taps are pooled over positions:
 
 .. math:: z_t = \sqrt{\bar\alpha_t}\, z + \sqrt{1 - \bar\alpha_t}\, \epsilon_i, \qquad
           \mathrm{code}_c = \max_{h, w}\, \mathrm{tap}(z_t)_{c, h, w}
 
-Image number i draws its noise from ``noise_at(key, i, 0)`` of :mod:`scaling.diffusion.samplers`, so that codes do not depend on
-how images are batched. What the taps do not need is not computed: the pass ends at the last of them.
+Image number i draws its noise from ``noise_at(key, i, 0)`` (:mod:`scaling.diffusion.noise`), so that codes do not
+depend on how images are batched. The forward pass ends at the last of the taps.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from scaling.bridge.latents import to_latents
 from scaling.bridge.loading import Pipeline
 from scaling.diffusion.noise import noise_at
 from scaling.diffusion.schedules import Schedule, add_noise
+from scaling.measures.options import LATENTS, POOLS, Latent, Pool
 from scaling.models.layers import widened
 from scaling.models.model import Condition, Model
 from sims import store
@@ -38,12 +39,6 @@ from sims.data import readers
 from sims.store import batch_rows, checksum, fill
 
 __all__ = ["Latent", "Pool", "codes", "encode_batch", "extract", "pooled", "read_images"]
-
-Pool: TypeAlias = Literal["max", "mean", "none"]
-"""What becomes of the positions of an activation: their largest value, their mean, or all of them."""
-
-Latent: TypeAlias = Literal["mean", "sample"]
-"""Of the Gaussian that an autoencoder makes of an image: its mean, or a draw."""
 
 AXES = {1: ("channel",), 2: ("token", "channel"), 3: ("channel", "height", "width")}
 
@@ -62,12 +57,22 @@ def encode_batch(
     pool: Pool = "max",
     latent: Latent = "mean",
 ) -> dict[str, Array]:
-    """Codes of one batch by tap: (B, C), or with ``pool`` "none" as the tap has them; traceable, for ``jax.jit``.
+    """Codes of one batch by tap: (B, C), or with ``pool`` "none" the whole activations; traceable, for ``jax.jit``.
 
-    ``items`` number the images, for their noise; ``timestep`` is an integer in [0, T). With ``vae`` the network sees
-    scaled latents, and with ``latent`` "sample" their draws come from ``noise_at(key, i, 1)``. Each part of
-    ``condition`` has a batch axis of size B or 1. Codes are at least float32. ``ValueError`` for a tap that the model
-    lacks, or that has no axis of images.
+    Args:
+        key: of the noise.
+        model: the denoising network.
+        schedule: its noise schedule.
+        images: in [-1, 1].
+        items: the images' numbers, which their noise depends on.
+        timestep: an integer in [0, T).
+        taps: modules whose activations to read.
+        vae: if given, the network takes its scaled latents.
+        condition: each part with a batch axis of size B or 1.
+        pool: how to pool over positions.
+        latent: which latents to take; "sample" draws from ``noise_at(key, i, 1)``.
+
+    Codes are at least float32. ``ValueError`` for a tap that the model lacks, or that has no batch axis.
     """
     x = images
     if vae is not None:
@@ -97,11 +102,17 @@ def codes(
     batch_size: int = 8,
     first: int = 0,
 ) -> dict[str, np.ndarray]:
-    """:func:`encode_batch` of many images, ``batch_size`` at a time; image i is number ``first + i``.
+    """Codes of many images by tap, ``batch_size`` at a time, as of :func:`encode_batch`.
 
-    Compiled once per shape, whatever the key, the timestep and the condition: the last batch is filled up. Of
-    ``condition``, each part is one for all images, or has a batch axis of size n. ``ValueError`` also for a timestep
-    outside [0, T) and for options that are not known.
+    Image i has the number ``first + i``; parts of ``condition`` have a batch axis of size n or 1. Compiled once per
+    shape, whatever the key, the timestep and the condition: the last batch is filled up. ``ValueError`` also for a
+    timestep outside [0, T) and for unknown options.
+
+    >>> from scaling import zoo
+    >>> model, schedule = zoo.load("digits-10")[:2]
+    >>> images = np.zeros((3, 1, 8, 8), np.float32)
+    >>> {tap: code.shape for tap, code in codes(jax.random.key(0), model, schedule, images, ["mid_block"], 50).items()}
+    {'mid_block': (3, 32)}
     """
     total = len(images)
     if not total:
@@ -136,12 +147,38 @@ def extract(
     provenance: Mapping[str, Any] | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Codes of all ``images`` in the run's folder ``out``: a variable per tap, of its name, over ``image``.
+    """Compute the codes of all ``images`` in the run's folder ``out``; the same call resumes.
 
-    The key is ``jax.random.key(seed)``, image i is number i. Every batch is written as soon as it is computed, and the
-    same call goes on where it was cut, see :func:`sims.store.filling.fill`. ``sims.load(out)`` checks and reads all;
-    ``xarray.open_zarr(out + "/results.zarr")`` reads parts. ``ValueError`` as for :func:`codes`, for a prompt or class
-    that the network does not take, and for a folder that holds something else.
+    Each tap is a variable of its name over ``image``. ``sims.load(out)`` checks and reads everything,
+    ``xarray.open_zarr(out + "/results.zarr")`` reads parts.
+
+    Args:
+        pipeline: network, schedule and, for latents, autoencoder.
+        images: from :func:`read_images`; image i has the number i.
+        taps: modules whose activations to read.
+        timestep: of the noise.
+        out: folder of the run.
+        pool: how to pool over positions.
+        prompt: condition, as for :func:`scaling.bridge.conditioning.condition_on`.
+        class_label: likewise.
+        latent: which latents to take.
+        seed: the key is ``jax.random.key(seed)``.
+        batch_size: images computed, and written, at a time.
+        provenance: recorded in the run beside the environment.
+        on_batch: ``(done, total)``, called at the start and after each batch.
+
+    ``ValueError`` as for :func:`codes`, for a prompt or class that the network does not take, and for a folder that
+    holds something else.
+
+    >>> import tempfile
+    >>> import sims
+    >>> from scaling import zoo
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     np.save(f"{folder}/images.npy", np.zeros((3, 8, 8), np.uint8))
+    ...     pipeline = zoo.load("digits-10")
+    ...     extract(pipeline, read_images(f"{folder}/images.npy", pipeline), ["mid_block"], 50, f"{folder}/run")
+    ...     dict(sims.load(f"{folder}/run").mid_block.sizes)
+    {'image': 3, 'channel_32': 32}
     """
     count, channels = len(images.rows), _channels(pipeline)
     condition = condition_on(pipeline, prompt, class_label, size=_shape(images)[:2])
@@ -171,25 +208,30 @@ def extract(
 
 
 def read_images(name: str, pipeline: Pipeline) -> readers.Source:
-    """The images called ``name``, to be given to ``pipeline``'s network.
+    """Read the images called ``name`` as ``pipeline``'s network takes them.
 
-    A folder is one of images, cropped about their centers and resampled to the network's own size, gray if it takes one
-    channel; anything else is as in :func:`sims.data.readers.read`, and keeps its size. ``ValueError`` if the source is
-    missing, damaged or no images, or has other channels than the network; gray images pass as colored ones.
+    The images of a folder are cropped about their centers and resampled to the network's own size, and gray if it takes
+    one channel. Anything else is read as by :func:`sims.data.readers.read` and keeps its size. ``ValueError`` if the
+    source is missing, damaged or holds no images, or if they have other channels than the network; gray images are
+    repeated over the channels of a network for colored ones.
+
+    >>> from scaling import zoo
+    >>> read_images("digits", zoo.load("digits-10")).image_shape
+    (8, 8, 1)
     """
     if Path(name).is_dir():
         height, width = pixel_size(pipeline)
         name = f"images:{name}?resize={height}x{width}&gray={int(_channels(pipeline) == 1)}"
     source, wanted = readers.read(name), _channels(pipeline)
-    found = _shape(source)[2]
-    if found not in (1, wanted):
-        hint = " Name the pipeline's folder, which has the autoencoder." if pipeline.vae is None and wanted > 3 else ""
-        raise ValueError(f"{name}: the images have {found} channels and the network takes {wanted}.{hint}")
+    channels = _shape(source)[2]
+    if channels not in (1, wanted):
+        hint = " Give the pipeline's folder, which has the autoencoder." if pipeline.vae is None and wanted > 3 else ""
+        raise ValueError(f"{name}: the images have {channels} channels and the network takes {wanted}.{hint}")
     return source
 
 
 def pooled(x: Array, pool: Pool) -> Array:
-    """One value per channel: images (B, C, H, W) over H and W, tokens (B, T, C) over T, vectors as they are."""
+    """Pool images (B, C, H, W) over H and W and tokens (B, T, C) over T; vectors stay as they are."""
     x = widened(x)
     axes = {2: (), 3: (1,), 4: (2, 3)}[x.ndim]
     match pool:
@@ -208,11 +250,11 @@ def _encoder(
     key: PRNGKey, model: Model, schedule: Schedule, taps: Sequence[str], timestep: int, *, pool: Pool, latent: Latent,
     **more: Any,
 ) -> Callable[..., dict[str, Array]]:  # fmt: skip
-    """:func:`encode_batch`, compiled, of images and items alone, after its options have been checked."""
+    """:func:`encode_batch`, compiled, as a function of images and items, with checked options."""
     if isinstance(taps, str) or not taps:
         raise ValueError(f"taps must be a list of at least one name, got {taps!r}.")
     timestep = check_integer("timestep", timestep, minimum=0, maximum=schedule.num_train_timesteps - 1)
-    for option, value, known in (("pool", pool, get_args(Pool)), ("latent", latent, get_args(Latent))):
+    for option, value, known in (("pool", pool, POOLS), ("latent", latent, LATENTS)):
         if value not in known:
             raise ValueError(f"{option} must be one of {', '.join(known)}, got {value!r}.")
 
@@ -234,14 +276,14 @@ def _shape(images: readers.Source) -> tuple[int, int, int]:
 
 
 def _channels(pipeline: Pipeline) -> int:
-    """Channels of the images that go in."""
+    """Channels of the pipeline's images."""
     source = pipeline.network if pipeline.vae is None else pipeline.vae
     (x, *_), _ = source.apply.inputs(jnp.float32)
     return x.shape[1]
 
 
 def _pictures(images: readers.Source, rows: Int[np.ndarray, " b"], channels: int) -> Float[np.ndarray, "b c h w"]:
-    """Images in [-1, 1]; gray ones with equal channels where more are wanted."""
+    """Images in [-1, 1]; gray ones are repeated over ``channels``."""
     low, high = images.span or (-1.0, 1.0)
     values = (2 * images.rows[rows].astype(float) - (low + high)) / (high - low)
     pictures = values.astype(np.float32).reshape(len(rows), *_shape(images)).transpose(0, 3, 1, 2)
@@ -253,7 +295,7 @@ def _template(images: readers.Source, shapes: Mapping[str, jax.ShapeDtypeStruct]
     variables = {}
     for name, shape in shapes.items():
         axes = AXES[shape.ndim - 1]
-        # Taps of one size share their axes.
+        # Taps of equal size share their dimensions.
         own = {f"{axis}_{size}": np.arange(size) for axis, size in zip(axes, shape.shape[1:], strict=True)}
         coords |= own
         variables[name] = (("image", *own), shape.dtype, {"pool": pool})

@@ -2,33 +2,34 @@ r"""Which samples are copies of training images, and how many: the ratio test.
 
 .. math:: \frac{\|y - x_{(1)}\|}{\|y - x_{(2)}\|} < \frac13
 
-:math:`x_{(1)}` is the training image nearest to a sample y, :math:`x_{(2)}` the nearest that is another image
-:cite:`gu23`. Images that repeat one another would give the ratio 1 and hide every copy, so repeats, and variants of
-one image, count as one: equal values are always of one group, others are if ``groups`` says so.
-Distances are Euclidean, of raw pixels, in float64 NumPy. Shares come with Wilson's interval :cite:`wilson27`.
+:math:`x_{(1)}` is the training image nearest to a sample y, :math:`x_{(2)}` the nearest one that is another image
+:cite:`gu23`. Images that repeat one another would give the ratio 1 and hide every copy. So repeats of an image count as
+one image, and so do its variants, if ``groups`` numbers them. Distances are Euclidean, between raw pixels, in float64
+NumPy. Shares come with Wilson's interval :cite:`wilson27`.
 """
 
 from __future__ import annotations
 
-import math
-from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int
+from scipy import sparse, stats
+from scipy.sparse import csgraph
 
 from dae_theory.checks import check_finite, check_integer
 
 __all__ = ["RATIO", "Copies", "Share", "copy_share", "find_copies", "group_equal", "wilson_interval"]
 
 RATIO = 1 / 3
-"""Of the two distances, below which a sample is a copy."""
+"""A sample is a copy if the ratio of its two distances is below this."""
 
 BLOCK_BYTES = 1 << 27
+"""Memory of the matrix of distances, which is computed block by block."""
 
 
 class Copies(NamedTuple):
-    """For each sample what it is nearest to, and whether it copies that."""
+    """For each sample the nearest training image, and whether the sample is a copy of it."""
 
     nearest: Int[np.ndarray, " n"]
     """Index of the nearest training image."""
@@ -59,9 +60,13 @@ def find_copies(
 ) -> Copies:
     """The ratio test of each sample against the training ``images``, which may repeat.
 
-    ``groups`` numbers images that count as one another, as variants of one; None: only equal ones do. ``ValueError``
-    for shapes that do not match, for entries that are not finite, and where all images are of one group: there is no
-    second then.
+    Images with equal numbers in ``groups`` count as one image; without ``groups``, only equal images do. ``ValueError``
+    for shapes that do not match, for entries that are not finite, and if all images count as one, for then there is no
+    second distance.
+
+    >>> images = np.array([[0.0, 0.0], [4.0, 0.0]])
+    >>> find_copies(np.array([[0.5, 0.0], [1.5, 0.0]]), images).is_copy.tolist()
+    [True, False]
     """
     samples, images = np.asarray(samples), np.asarray(images)
     if samples.shape[1:] != images.shape[1:] or not len(samples):
@@ -76,7 +81,9 @@ def find_copies(
     x, y = (values.reshape(len(values), -1).astype(np.float64) for values in (images, samples))
     group = group_equal(x, groups)
     if not np.any(group != group[:1]):
-        raise ValueError(f"the {len(x)} training images are one image: no other is there to compare distances with.")
+        raise ValueError(
+            f"the {len(x)} training images are one image: the ratio test needs the distance to another one as well."
+        )
     nearest, second = np.empty(len(y), np.int64), np.empty(len(y), np.int64)
     norms, step = np.sum(np.square(x), axis=1), max(1, BLOCK_BYTES // (8 * len(x)))
     for start in range(0, len(y), step):
@@ -86,7 +93,7 @@ def find_copies(
         nearest[part] = np.argmin(squares, axis=1)
         squares[group[None, :] == group[nearest[part], None]] = np.inf
         second[part] = np.argmin(squares, axis=1)
-    # Anew from differences: what cancels above would be most of the distance of a copy.
+    # Again from differences: above, cancellation would leave little of the distance of a copy.
     distances = [np.linalg.norm(y - x[index], axis=1) for index in (nearest, second)]
     distance, other = np.minimum(*distances), np.maximum(*distances)
     quotient = distance / other
@@ -94,7 +101,13 @@ def find_copies(
 
 
 def copy_share(copies: Copies, *, level: float = 0.95) -> Share:
-    """The share of copies among the samples, with Wilson's interval."""
+    """The share of copies among the samples, with Wilson's interval.
+
+    >>> images = np.array([[0.0, 0.0], [4.0, 0.0]])
+    >>> share = copy_share(find_copies(np.array([[0.5, 0.0], [1.5, 0.0]]), images))
+    >>> share.count, share.share, round(share.low, 3), round(share.high, 3)
+    (1, 0.5, 0.095, 0.905)
+    """
     count, total = int(np.sum(copies.is_copy)), len(copies.is_copy)
     return Share(count, total, count / total, *wilson_interval(count, total, level=level))
 
@@ -104,24 +117,18 @@ def wilson_interval(count: int, total: int, *, level: float = 0.95) -> tuple[flo
 
     .. math:: \frac{\hat p + z^2/2n \pm z \sqrt{\hat p (1 - \hat p)/n + z^2/4n^2}}{1 + z^2/n}
 
-    The probabilities p from which :math:`\hat p` is at most z standard deviations away; within [0, 1], also where
-    count is 0 or total.
+    It holds the probabilities from which :math:`\hat p` is at most z standard deviations away, and lies in [0, 1].
     """
     check_integer("total", total, minimum=1)
     check_integer("count", count, minimum=0, maximum=total)
     if not 0 < level < 1:
         raise ValueError(f"level must lie in (0, 1), got {level}.")
-    z, share = NormalDist().inv_cdf((1 + level) / 2), count / total
-    center = share + z * z / (2 * total)
-    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    # At the ends the root is exactly what it is subtracted from, up to rounding.
-    low = 0.0 if count == 0 else (center - spread) / scale
-    return low, 1.0 if count == total else (center + spread) / scale
+    interval = stats.binomtest(count, total).proportion_ci(level, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def group_equal(images: Float[np.ndarray, "m ..."], groups: Int[np.ndarray, " k"] | None = None) -> np.ndarray:
-    """A number for each image, the same for images of equal values and for images of one of ``groups``."""
+    """A number for each image, the same for equal images and for images with the same number in ``groups``."""
     seen: dict[bytes, int] = {}
     # Adding 0 makes -0 a 0, which it equals.
     equal = np.array([seen.setdefault((row + 0.0).tobytes(), len(seen)) for row in np.asarray(images)])
@@ -130,13 +137,10 @@ def group_equal(images: Float[np.ndarray, "m ..."], groups: Int[np.ndarray, " k"
     groups = np.asarray(groups)
     if groups.shape != (len(images),):
         raise ValueError(f"groups must number the {len(images)} images, got shape {groups.shape}.")
-    joined = np.unique(groups, return_inverse=True)[1].reshape(-1)
-    # Equal images may stand in several groups: those are one then, and so on until nothing changes.
-    while True:
-        before = joined
-        for other in (equal, joined):
-            lowest = np.full(other.max() + 1, len(images))
-            np.minimum.at(lowest, other, joined)
-            joined = lowest[other]
-        if np.array_equal(before, joined):
-            return joined
+    # Equal images may have different numbers in groups: both numberings are edges between images and numbers.
+    numbers = np.unique(groups, return_inverse=True)[1].reshape(-1)
+    count, items = len(equal), np.arange(len(equal))
+    ends = np.concatenate([count + equal, count + equal.max() + 1 + numbers])
+    size = ends.max() + 1
+    edges = sparse.coo_array((np.ones(2 * count, bool), (np.tile(items, 2), ends)), shape=(size, size))
+    return csgraph.connected_components(edges, directed=False)[1][:count]

@@ -1,15 +1,16 @@
-r"""Jacobians of denoisers: whole, in chunks; their top singular triplets, without the matrix; what a spectrum says.
+r"""Jacobians of denoisers: the whole matrix, in chunks; its top singular triplets without it; summaries of spectra.
 
 At the optimum the Jacobian in the image is the posterior covariance over the noise (Tweedie) :cite:`efron11`,
 
 .. math:: J(y) = \partial_y D(y, \sigma) = \mathrm{Cov}(x \mid y)/\sigma^2,
 
-symmetric, with eigenvalues that say which directions the noise leaves open: near a stored sample of a memorizing
-denoiser J is 0, where it generalizes J keeps as many directions as the data have there :cite:`kadkhodaie24`.
+symmetric, with eigenvalues that tell which directions the noise leaves uncertain: near a stored sample of a memorizing
+denoiser J is 0; where the denoiser generalizes, J keeps as many directions as the data have locally
+:cite:`kadkhodaie24`.
 
-Functions take one example ``y`` of any shape; the Jacobian is of the flattened output in the flattened input, (m, d),
-m = d for a denoiser; another output, for example a code, is as good. All is pure and jittable; batch with
-``jax.vmap``, or with ``jax.lax.map``, which bounds the memory.
+Functions take one example ``y`` of any shape. The Jacobian (m, d) is that of the flattened output with respect to the
+flattened input; m = d for a denoiser, and other outputs, such as codes, work too. Everything is pure and jittable;
+batch with ``jax.vmap``, or with ``jax.lax.map``, which bounds the memory.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from dae_theory.checks import check_integer, check_positive
 from dae_theory.precision import full_precision
 from dae_theory.types import PRNGKey, Scalar
 from scaling.backend import cpu_aware
+from scaling.measures.options import CHUNK
 
 __all__ = ["CHUNK", "Map", "Mode", "Singular", "Spectrum", "full_jacobian", "spectrum_summary", "top_singular"]
 
@@ -34,49 +36,47 @@ Map: TypeAlias = Callable[[Array, Scalar], Array]
 """A :class:`dae_theory.types.Denoiser`, or any differentiable ``(y, sigma) -> output`` of one example."""
 
 Mode: TypeAlias = Literal["auto", "forward", "reverse"]
-"""Along directions of the input, or against those of the output."""
-
-CHUNK = 64
-"""Directions that are pushed through the network at once."""
+"""Products with J, with its transpose, or whichever are fewer."""
 
 
 class Singular(NamedTuple):
-    """The top r singular triplets of a Jacobian J (m, d), and how far they can be off; a pytree."""
+    """The top r singular triplets of a Jacobian J (m, d), with bounds of their errors; a pytree."""
 
     u: Float[Array, "m r"]
     """Left vectors: directions in the output."""
     s: Float[Array, " r"]
-    """Singular values, falling; none is above J's own."""
+    """Singular values, descending; none exceeds that of J."""
     v: Float[Array, "d r"]
     """Right vectors: directions in the input; the largest entry of each is positive."""
     residuals: Float[Array, " r"]
     """``‖J v − s u‖``, while ``Jᵀu = s v``: some singular value of J lies within ``residuals``/√2 of each s."""
     error: Float[Array, ""]
-    """A bound of ``‖J − QQᵀJ‖₂``, Q the sketch: J's own values are at most √(s² + error²). It fails with probability
-    10^-num_probes."""
+    """A bound of ``‖J − QQᵀJ‖₂``, Q the sketch: the singular values of J are at most √(s² + error²). It fails with
+    probability 10^-num_probes."""
     energy: Float[Array, ""]
-    """``‖J‖_F²``, the sum of all squared singular values: that of the sketch and an unbiased estimate of the rest."""
+    """``‖J‖_F²``, the sum of all squared singular values: exact within the sketch, plus an unbiased estimate of the
+    rest."""
     energy_error: Float[Array, ""]
     """Standard error of the energy over the probes."""
 
 
 class Spectrum(NamedTuple):
-    """What the singular values of a square Jacobian J say, and its symmetry; a pytree. All 0 for J = 0."""
+    """Summary of the singular values of a square Jacobian J, and its symmetry; a pytree. All 0 for J = 0."""
 
     singular_values: Float[Array, " d"]
-    """All of them, falling."""
+    """All of them, descending."""
     energy: Float[Array, ""]
     """``‖J‖_F² = Σ s²``."""
     top_energy: Float[Array, ""]
     """Share of the energy in the top r."""
     participation_ratio: Float[Array, ""]
-    """``(Σ s²)²/Σ s⁴``, from 1 (one direction) to d (all alike)."""
+    """``(Σ s²)²/Σ s⁴``, from 1 (one direction) to d (all equal)."""
     stable_rank: Float[Array, ""]
     """``Σ s²/s₁²``."""
     numerical_rank: Int[Array, ""]
-    """How many s are above ``threshold`` s₁."""
+    """Number of singular values above ``threshold`` s₁."""
     kept: Int[Array, ""]
-    """How many s are above 1/2: directions in which the signal outweighs the noise, where J is a Wiener filter."""
+    """Number of singular values above 1/2: for a Wiener filter, directions in which the signal exceeds the noise."""
     trace: Float[Array, ""]
     """``tr J``; σ² tr J is the posterior's variance at the optimum."""
     asymmetry: Float[Array, ""]
@@ -88,10 +88,14 @@ def full_jacobian(
 ) -> Float[Array, "m d"]:
     """The whole Jacobian, at most ``chunk_size`` directions at a time.
 
-    The network's own pass is done once. Of memory it takes the result, what one pass leaves behind, and what so many
-    directions need in one layer. "forward" pushes the d directions of the input through, "reverse" pulls the m of the
-    output back, "auto" takes the fewer of them and forward if they are equal. ``ValueError`` for a chunk below 1 and
-    another mode.
+    The forward pass of the network runs once. Memory holds the result, the residuals of one pass, and the activations
+    of ``chunk_size`` directions in one layer. ``mode`` "forward" multiplies J by the d directions of the input,
+    "reverse" its transpose by the m of the output; "auto" takes whichever are fewer, forward if they are equal.
+    ``ValueError`` for a chunk below 1 and an unknown mode.
+
+    >>> import jax.numpy as jnp
+    >>> full_jacobian(lambda y, sigma: y / (1 + sigma**2), jnp.zeros(2), 1.0).tolist()
+    [[0.5, 0.0], [0.0, 0.5]]
     """
     if mode not in get_args(Mode):
         raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(get_args(Mode))}.")
@@ -108,9 +112,9 @@ def full_jacobian(
         rows = jax.nn.one_hot(places, size, dtype=y.dtype)
         return jax.vmap(push if forward else pull)(rows)
 
-    found = chunk(places[0]) if count == 1 else jax.lax.map(chunk, places)
-    found = found.reshape(count * width, -1)[:size]
-    return found.T if forward else found
+    products = chunk(places[0]) if count == 1 else jax.lax.map(chunk, places)
+    products = products.reshape(count * width, -1)[:size]
+    return products.T if forward else products
 
 
 def top_singular(
@@ -125,23 +129,40 @@ def top_singular(
     num_probes: int = 4,
     chunk_size: int = CHUNK,
 ) -> Singular:
-    r"""The top ``rank`` r singular triplets by products with J and Jᵀ alone :cite:`halko11`, :cite:`musco15`.
+    r"""The top ``rank`` r singular triplets, from products with J and Jᵀ alone :cite:`halko11`, :cite:`musco15`.
 
     .. math:: Q = \mathrm{orth}\left[J \Omega, \; (J J^\top) J \Omega, \; \dots, \; (J J^\top)^q J \Omega\right],
               \qquad Q^\top J = \hat U S V^\top, \qquad U = Q \hat U
 
-    with Ω of ``rank + oversample`` normal columns and q ``iterations``. Orthonormal after every product, as in
-    Algorithm 4.4 of the first, and keeping every block, as in Algorithm 2 of the second: for as many products the error
-    is less, most of all where the spectrum is flat. The bound of the error, eq. (4.3) of the first, and the energy
-    outside of Q are from ``num_probes`` further columns ω:
+    with ``rank + oversample`` normal columns Ω and q ``iterations``. Columns are orthonormalized after every product,
+    as in Algorithm 4.4 of the first, and every block is kept, as in Algorithm 2 of the second: for equally many
+    products the error is smaller, above all where the spectrum is flat. ``num_probes`` further columns ω give the bound
+    of the error, eq. (4.3) of the first, and the energy outside of Q:
 
     .. math:: \|J - QQ^\top J\|_2 \le 10 \sqrt{2/\pi} \, \max_i \|(I - QQ^\top) J \omega_i\|, \qquad
               \|J\|_F^2 \approx \|Q^\top J\|_F^2 + \mathrm{mean}_i \|(I - QQ^\top) J \omega_i\|^2
 
-    In all ``(rank + oversample)(2q + 2) + rank + num_probes`` products, at most ``chunk_size`` at once. Column j draws
-    from its own key, so that more of them extend fewer. ``ValueError`` for a rank outside 1..min(m, d), a negative
-    ``oversample`` or ``iterations``, and fewer than 2 probes. A sketch wider than J is cut: to so many columns, and to
-    the last blocks. On CPUs :func:`scaling.backend.limit_blas_threads` saves a fifth of the time.
+    In total these are ``(rank + oversample)(2q + 2) + rank + num_probes`` products. A sketch wider than J is cut to the
+    width of J and to its last blocks. On CPUs :func:`scaling.backend.limit_blas_threads` saves a fifth of the time.
+
+    Args:
+        key: column j draws from its own key, so that a larger rank extends the columns of a smaller one.
+        denoiser: the function.
+        y: where to take the Jacobian.
+        sigma: noise level.
+        rank: triplets r.
+        oversample: further columns of the sketch.
+        iterations: power iterations q; more are more accurate.
+        num_probes: columns for the error bound and the energy.
+        chunk_size: products computed at a time.
+
+    ``ValueError`` for a rank outside 1..min(m, d), negative ``oversample`` or ``iterations``, and fewer than 2 probes.
+
+    >>> import jax.numpy as jnp
+    >>> gains = jnp.array([0.9, 0.5, 0.1])
+    >>> top = top_singular(jax.random.key(0), lambda y, sigma: gains * y, jnp.ones(3), 1.0, 2)
+    >>> [round(float(s), 4) for s in top.s]
+    [0.9, 0.5]
     """
     push, pull, (m, d) = _linearized(denoiser, y, sigma)
     rank = check_integer("rank", rank, minimum=1, maximum=min(m, d))
@@ -157,7 +178,7 @@ def top_singular(
         basis, inside, last = carry
         place = width * jnp.maximum(0, i - (iterations + 1 - blocks))
         image = along(_orthonormal(last))
-        # Beside the blocks before it, so that it is orthogonal to them, also where it has nothing new.
+        # Together with the earlier blocks, so that it is orthogonal to them even where it adds no direction.
         whole = jax.lax.dynamic_update_slice_in_dim(basis, image, place, axis=1)
         block = jax.lax.dynamic_slice_in_dim(_orthonormal(whole), place, width, axis=1)
         last = across(block)
@@ -187,8 +208,8 @@ def top_singular(
 def spectrum_summary(jacobian: Float[Array, "m d"], *, rank: int = 16, threshold: Scalar = 1e-2) -> Spectrum:
     """Effective ranks, energy and symmetry of a square Jacobian, see :class:`Spectrum`.
 
-    ``rank`` r counts what is "top", at most d; ``threshold`` is relative to the largest singular value. ``ValueError``
-    for a matrix that is not square, a rank below 1 and a threshold that is not positive.
+    ``rank`` r is that of ``top_energy``; ``threshold``, of the numerical rank, is relative to the largest singular
+    value. ``ValueError`` for a matrix that is not square, a rank below 1 and a threshold that is not positive.
     """
     if jacobian.shape[0] != jacobian.shape[1]:
         raise ValueError(f"the Jacobian of a denoiser is square, got shape {jacobian.shape}.")
@@ -216,7 +237,7 @@ def spectrum_summary(jacobian: Float[Array, "m d"], *, rank: int = 16, threshold
 def _linearized(
     denoiser: Map, y: Float[Array, " ..."], sigma: Scalar
 ) -> tuple[Callable[[Array], Array], Callable[[Array], Array], tuple[int, int]]:
-    """Products of flat vectors with J and Jᵀ, which share the one pass of the network, and the shape of J."""
+    """Products of flat vectors with J and Jᵀ, which share one forward pass, and the shape of J."""
 
     def function(flat: Float[Array, " d"]) -> Float[Array, " m"]:
         return denoiser(flat.reshape(y.shape), sigma).reshape(-1).astype(y.dtype)
@@ -228,7 +249,7 @@ def _linearized(
 
 
 def _products(product: Callable[[Array], Array], chunk_size: int, columns: Float[Array, "k c"]) -> Float[Array, "l c"]:
-    """The product of every column, at most ``chunk_size`` of them at once."""
+    """The product of every column, ``chunk_size`` of them at a time."""
     count = columns.shape[1]
     # XLA brings the convolutions of a transposed network into the form that its fast routines for CPUs take outside of
     # loops alone: inside they take five times as long (jaxlib 0.10). So there are no loops on CPUs.
@@ -252,7 +273,7 @@ def _orthonormal(columns: Float[Array, "m k"]) -> Float[Array, "m k"]:
 def _factors(
     q: Float[Array, "m k"], inside: Float[Array, "d k"], rank: int
 ) -> tuple[Float[Array, "m r"], Float[Array, " r"], Float[Array, "d r"]]:
-    """Triplets of Q Qᵀ J from ``inside`` Jᵀ Q, each with a sign that rounding does not choose."""
+    """Triplets of Q Qᵀ J from ``inside`` Jᵀ Q, with signs that do not depend on rounding."""
     v, s, inner = jnp.linalg.svd(inside, full_matrices=False)
     u, v, s = (q @ inner.T)[:, :rank], v[:, :rank], s[:rank]
     largest = jnp.take_along_axis(v, jnp.argmax(jnp.abs(v), axis=0)[None, :], axis=0)
@@ -262,7 +283,7 @@ def _factors(
 
 @full_precision
 def _without(q: Float[Array, "m k"], columns: Float[Array, "m c"]) -> Float[Array, "m c"]:
-    # Twice: once leaves rounding relative to what it takes away.
+    # Twice: once leaves errors relative to the part that is removed.
     for _ in range(2):
         columns = columns - q @ (q.T @ columns)
     return columns

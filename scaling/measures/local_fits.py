@@ -1,9 +1,9 @@
 r"""The best two-layer autoencoder near images, of a denoiser as a whole and of a block inside it.
 
-Around an image x, over the noisy images ``y = x + σε`` that the network sees at one timestep, the ReLU autoencoder of
-the theory is fitted (:func:`scaling.measures.relu_fits.fit_relu_dae`) to the denoiser, from y to D(y, σ), and to a block,
-from the activation at one tap to that at another. By the theory one unit does where an image is memorized, and where
-the network generalizes as many are needed as the data have directions there :cite:`zhang26`, Corollaries 3.2 and 3.3.
+Around an image x, over its noisy versions ``y = x + σε`` at one timestep, the ReLU autoencoder of the theory is fitted
+(:func:`scaling.measures.relu_fits.fit_relu_dae`) to the denoiser, from y to D(y, σ), and to a block, from the
+activation at one tap to that at another. By the theory one unit suffices where an image is memorized; where the network
+generalizes, as many are needed as the data have local directions :cite:`zhang26`, Corollaries 3.2 and 3.3.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from scaling.models.taps import check_order, names
 __all__ = ["FITTED", "SCORES", "local_fits"]
 
 FITTED = ("denoiser", "block")
-"""What autoencoders are fitted to."""
+"""What the autoencoders are fitted to."""
 
 SCORES = ("fit_error", "fit_unexplained", "fit_linear_unexplained", "fit_open", *(f"fit_{name}" for name in MEASURES))
-"""What is told of each."""
+"""The scores of each fit."""
 
 
 def local_fits(
@@ -49,14 +49,29 @@ def local_fits(
     num_random: int = 0,
     max_iterations: int = 100,
 ) -> dict[str, Float[Array, "2 W m"]]:
-    """For each of :data:`FITTED`, number of units and image the :data:`SCORES`; jittable, names and integers static.
+    """:data:`SCORES` for each of :data:`FITTED`, number of units and image; jittable with names and integers static.
 
-    ``fit_error`` is the error on noise that the autoencoder was not fitted to, relative to the output's square,
-    ``fit_unexplained`` relative to its variance over the noise, and ``fit_linear_unexplained`` that of the best linear
-    map of that rank; ``fit_open`` is the share of units whose gate is open all over the noise. ``fit_std`` and so on
-    are measures of spikiness of the code, averaged over noise; units are balanced, ``‖w₁‖ = ‖w₂‖``. Image i draws from
-    ``fold_in(key, i)``. ``condition`` has batch axes of size 1. ``ValueError`` for names that are no taps, and unless
-    ``target`` comes after ``source``.
+    ``fit_error`` is the error, on noise that the autoencoder was not fitted to, relative to the squared norm of the
+    output; ``fit_unexplained`` is relative to the output's variance over the noise, and ``fit_linear_unexplained`` the
+    same for the best linear map of that rank. ``fit_open`` is the share of units whose gate is open for every noise
+    draw. ``fit_std`` and so on are measures of spikiness of the code, averaged over noise; units are balanced,
+    ``‖w₁‖ = ‖w₂‖``.
+
+    Args:
+        key: image i draws from ``fold_in(key, i)``.
+        network: the denoising network.
+        schedule: its noise schedule.
+        images: centers of the clouds.
+        timestep: the noise level.
+        source: tap at which the block begins.
+        target: tap at which the block ends.
+        widths: numbers of units.
+        condition: of the network, with batch axes of size 1.
+        num_draws: noise draws of each fit, and as many for its errors.
+        num_random: random starts of each fit.
+        max_iterations: iterations per start.
+
+    ``ValueError`` for names that are no taps, and unless ``target`` comes after ``source``.
     """
     given = (condition or Condition())._asdict()
     check_order(names(network), source, target)
@@ -97,8 +112,8 @@ def local_fits(
 
     def at_image(item: tuple[Int[Array, ""], Float[Array, " d"]]) -> Any:
         keys = jax.random.split(jax.random.fold_in(key, item[0]), (len(FITTED), len(widths)))
-        found = [[fitted(keys[i, j], item[1], name, p) for j, p in enumerate(widths)] for i, name in enumerate(FITTED)]
-        return {score: jnp.stack([jnp.stack([one[score] for one in row]) for row in found]) for score in SCORES}
+        fits = [[fitted(keys[i, j], item[1], name, p) for j, p in enumerate(widths)] for i, name in enumerate(FITTED)]
+        return {score: jnp.stack([jnp.stack([one[score] for one in row]) for row in fits]) for score in SCORES}
 
     values = jax.lax.map(at_image, (jnp.arange(len(images)), images.reshape(len(images), -1)))
     return {score: jnp.moveaxis(value, 0, -1) for score, value in values.items()}

@@ -1,50 +1,34 @@
-r"""A deep network near one input, held against the theory: as a two-layer autoencoder, and as a denoiser.
+r"""The best two-layer autoencoder of a function near one input.
 
-In a Gaussian cloud ``y = x + τε`` about an input x, a function F of a network (its denoiser, or one block of it, see
-:func:`between`) is approximated by the autoencoder of :mod:`dae_theory.model`,
+In a Gaussian cloud ``y = x + τε`` about an input x, a function F of a network (its denoiser, or one block of it) is
+approximated by the autoencoder of :mod:`dae_theory.model`,
 
 .. math:: \min_{W_1, W_2} \; E \|W_2 [W_1^\top y]_+ - F(y)\|^2,
 
-whose code can then be compared with the network's own (:func:`code_spikiness`). The denoiser as a whole is compared
-with two optima at every noise level (:func:`denoiser_distances`): the empirical one, which memorizes, and one of the
-population. Functions take one example; clouds are drawn item by item, item i from ``fold_in(key, i)``.
+whose code can then be compared with the network's own (:func:`code_spikiness`). Functions take one example; clouds are
+drawn item by item, item i from ``fold_in(key, i)``.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from dae_theory.checks import check_data, check_integer, check_nonnegative, check_positive
-from dae_theory.denoisers import empirical_denoiser, gaussian_denoiser, mixture_denoiser
-from dae_theory.mixture import fit
+from dae_theory.checks import check_integer, check_nonnegative, check_positive
 from dae_theory.model import ReluDae, encode, init
 from dae_theory.newton import lbfgs
 from dae_theory.precision import full_precision
-from dae_theory.spectra import Labels
 from dae_theory.spikiness import MEASURES
-from dae_theory.types import Denoiser, PRNGKey, Scalar
-from scaling.models.model import Condition, Model
-from scaling.models.taps import Edit, check_order, names
+from dae_theory.types import PRNGKey, Scalar
 
-__all__ = [
-    "Distance",
-    "LocalFit",
-    "Mean",
-    "between",
-    "code_spikiness",
-    "denoiser_distances",
-    "fit_relu_dae",
-    "reference_denoisers",
-]
+__all__ = ["LocalFit", "Mean", "code_spikiness", "fit_relu_dae"]
 
 Function: TypeAlias = Callable[[Float[Array, " d"]], Float[Array, " m"]]
 
@@ -57,62 +41,23 @@ class Mean(NamedTuple):
 
 
 class LocalFit(NamedTuple):
-    """The best autoencoder found, and how well it does on noise that it was not fitted to; a pytree."""
+    """The best autoencoder of several starts, and its errors on noise that it was not fitted to; a pytree."""
 
     dae: ReluDae
     """W₁ (d, p) and W₂ (m, p), every unit with two columns of one norm."""
     error: Mean
     """``E‖f − F‖²/E‖F‖²`` on fresh noise."""
     unexplained: Mean
-    """``E‖f − F‖²/E‖F − E F‖²`` on fresh noise: 1 is as good as a constant, more is worse."""
+    """``E‖f − F‖²/E‖F − E F‖²`` on fresh noise: 1 is no better than a constant."""
     linear_unexplained: Mean
-    """The same of the best linear map of rank p, ``f(y) = M y``: what the gates add is what is below it."""
+    """The same of the best linear map of rank p, ``f(y) = M y``: the gates are worth the difference to it."""
     open: Float[Array, ""]
-    """Share of the units, those without effect left out, whose gate is open at every fresh point. At 1 the autoencoder
-    is linear there, and its code is known up to a rotation that leaves the gates open."""
+    """Share of the units, not counting those without effect, whose gate is open at every fresh point. At 1 the
+    autoencoder is linear there, and its code is determined up to a rotation that leaves the gates open."""
     start: Int[Array, ""]
-    """Which start won: 0 one unit a direction, 1 two units a direction, from 2 on random ones."""
+    """The start of the best fit: 0 one unit per direction, 1 two units per direction, 2 and above random."""
     converged: Bool[Array, ""]
-    """Whether the gradient norm of the winner reached the tolerance."""
-
-
-class Distance(NamedTuple):
-    r"""Mean squared distance of two denoisers, ``‖D − D'‖²/d``, at S noise levels; a pytree."""
-
-    mean: Float[Array, " S"]
-    standard_error: Float[Array, " S"]
-    """Over images, each the mean of its draws: for other images. NaN for one image."""
-    draw_error: Float[Array, " S"]
-    """Over noise draws, the images held fixed."""
-    per_image: Float[Array, "S n"]
-    """Means over the draws."""
-
-
-def between(
-    model: Model,
-    x: Float[Array, "c h w"],
-    timestep: ArrayLike,
-    source: str,
-    target: str,
-    condition: Condition | None = None,
-) -> tuple[Function, Float[Array, " d"]]:
-    """The function from the activation at tap ``source`` to that at tap ``target``, and its input at ``x``; both flat.
-
-    All else that reaches the target, such as skip connections and the embedding of the timestep, stays as it is at x.
-    ``condition`` has batch axes of size 1. ``ValueError`` for a name that is no tap, and unless the target comes after
-    the source.
-    """
-    given = (condition or Condition())._asdict()
-    check_order(names(model), source, target)
-    _, taps = model.apply(model.params, x[None], timestep, **given, capture=(source,))
-    shape = taps[source].shape
-
-    def function(flat: Float[Array, " d"]) -> Float[Array, " m"]:
-        edits = {source: Edit("replace", flat.reshape(shape))}
-        _, found = model.apply(model.params, x[None], timestep, **given, capture=(target,), edits=edits)
-        return found[target].reshape(-1).astype(flat.dtype)
-
-    return function, taps[source].reshape(-1)
+    """Whether the gradient norm of the best fit reached the tolerance."""
 
 
 def fit_relu_dae(
@@ -133,15 +78,28 @@ def fit_relu_dae(
 ) -> LocalFit:
     r"""The two-layer ReLU autoencoder with ``width`` p units nearest to ``function`` F on the cloud x + ``spread`` ε.
 
-    With ``source`` G, the autoencoder reads G(y) in place of y: from what enters a block to what leaves it, over the
-    noisy images that the network sees.
+    The objective, divided by ``E‖F‖²`` and with ``penalty`` (‖W₁‖² + ‖W₂‖²) as in :cite:`zhang26`, eq. (6), is
+    minimized by L-BFGS from several starts: the best linear map of rank p as one-sided units (exact where no gate is
+    crossed), the best of rank p/2 as pairs of units ±v (exact where F is linear), and random ones. The fit with the
+    least objective is returned, its units balanced, ``‖w₁‖ = ‖w₂‖``, which leaves f as it is and fixes the scale of the
+    code. Jittable with the integers static.
 
-    The average is over ``num_draws`` points, and F is computed once at each. The objective, divided by ``E‖F‖²`` and
-    with ``penalty`` (‖W₁‖² + ‖W₂‖²) as in :cite:`zhang26`, eq. (6), is minimized by L-BFGS from the best linear map of
-    rank p as one-sided units (exact where no gate is crossed), from the best of rank p/2 as pairs of units ±v (exact
-    where F is linear), and from ``num_random`` random starts; the least objective wins. Then units are balanced,
-    ``‖w₁‖ = ‖w₂‖``, which leaves f and fixes the scale of the code. Errors are on ``num_fresh`` other points. Jittable
-    with the integers static. ``ValueError`` for integers below their minimum and spreads not above 0.
+    Args:
+        key: of the cloud and the random starts.
+        function: F, of one example.
+        x: center of the cloud.
+        spread: standard deviation τ of the cloud.
+        width: units p.
+        num_draws: points of the fit; F is evaluated once at each.
+        num_fresh: other points, for the errors.
+        penalty: λ of the objective.
+        source: G, if the autoencoder takes G(y) in place of y: for a block, its input as a function of the image.
+        num_random: random starts.
+        max_iterations: of L-BFGS, per start.
+        tolerance: gradient norm at which L-BFGS stops.
+        chunk_size: points at which F is evaluated at a time.
+
+    ``ValueError`` for integers below their minimum and spreads not above 0.
     """
     check_positive("spread", spread)
     check_nonnegative("penalty", penalty)
@@ -167,11 +125,11 @@ def fit_relu_dae(
         dae = unravel(flat)
         return _mean_error(dae, y, goal / scale) + penalty * jnp.sum(jnp.square(flat))
 
-    found = jax.lax.map(
+    ends = jax.lax.map(
         lambda start: lbfgs(objective, start, tolerance=tolerance, max_iterations=max_iterations), points
     )
-    best = jnp.argmin(found.value)
-    dae = unravel(found.x[best])
+    best = jnp.argmin(ends.value)
+    dae = unravel(ends.x[best])
     dae = _balanced(ReluDae(dae.w1, dae.w2 * scale))
 
     y, goal = _cloud(fresh_key, function, x, spread, fresh, size, source)
@@ -187,7 +145,7 @@ def fit_relu_dae(
         _ratio(wrong_linear, variance),
         _open_share(dae, y),
         best,
-        found.converged[best],
+        ends.converged[best],
     )
 
 
@@ -196,91 +154,13 @@ def code_spikiness(
 ) -> dict[str, Mean]:
     """Every measure of :data:`dae_theory.spikiness.MEASURES` of the codes ``encoder(x + spread ε)``, averaged over ε.
 
-    The encoder is the network's, for example a pooled tap of :func:`between`, or ``partial(dae_theory.encode, dae)``;
-    one key gives both the same cloud. ``ValueError`` for fewer than 2 draws.
+    The encoder may be the network's, such as a pooled tap, or ``partial(dae_theory.encode, dae)``: with one key both
+    see the same cloud. ``ValueError`` for fewer than 2 draws.
     """
     check_positive("spread", spread)
     count = check_integer("num_draws", num_draws, minimum=2)
     _, codes = _cloud(key, encoder, x, spread, count, check_integer("chunk_size", chunk_size, minimum=1))
     return {name: _average(jax.vmap(measure)(codes)) for name, measure in MEASURES.items()}
-
-
-def reference_denoisers(
-    train: Float[Array, "n d"],
-    held_out: Float[Array, "m d"] | None = None,
-    held_out_labels: Labels | None = None,
-) -> dict[str, Denoiser]:
-    """Optima to compare with: ``empirical``, that of the training rows, which memorizes; and those of the population.
-
-    The latter are fitted to rows that were never trained on, nor compared at: ``held_out``, the empirical denoiser of
-    them; ``gaussian``, the Wiener filter of their mean and covariance; and with labels ``mixture``, one mode a class.
-    Without such rows ``gaussian`` is of the training rows. ``ValueError`` for rows that are no data, and labels that
-    do not fit.
-    """
-    check_data(train, name="train")
-    found: dict[str, Denoiser] = {"empirical": functools.partial(empirical_denoiser, data=train)}
-    rows = train
-    if held_out is not None:
-        check_data(held_out, name="held_out")
-        found["held_out"] = functools.partial(empirical_denoiser, data=held_out)
-        rows = held_out
-    one = fit(rows, np.zeros(len(rows), int))
-    found["gaussian"] = functools.partial(gaussian_denoiser, mean=one.means[0], covariance=one.covariances[0])
-    if held_out_labels is not None:
-        found["mixture"] = functools.partial(mixture_denoiser, mixture=fit(rows, np.asarray(held_out_labels)))
-    return found
-
-
-def denoiser_distances(
-    key: PRNGKey,
-    denoiser: Denoiser,
-    references: Mapping[str, Denoiser],
-    images: Float[Array, "n d"],
-    sigmas: Float[Array, " S"] | Float[np.ndarray, " S"],
-    *,
-    num_draws: int = 8,
-    chunk_size: int = 64,
-) -> dict[str, Distance]:
-    r"""How far the denoiser is from each of ``references`` at every level, over images and noise.
-
-    .. math:: \delta(\sigma) = \frac1{n d} \sum_i E \|D(x_i + \sigma\epsilon, \sigma) - D'(x_i + \sigma\epsilon,
-              \sigma)\|^2
-
-    The reference "clean" is added, the images themselves: the denoiser's own error. Draw k of image i is the same at
-    every level and for every reference. At most ``chunk_size`` noisy images are in work at once. ``ValueError`` for
-    levels not above 0, a reference called "clean", and fewer than 2 draws.
-    """
-    check_data(images, name="images")
-    check_positive("sigmas", sigmas)
-    draws = check_integer("num_draws", num_draws, minimum=2)
-    size = check_integer("chunk_size", chunk_size, minimum=1)
-    if "clean" in references:
-        raise ValueError('a reference is called "clean", which names the images themselves; choose another name.')
-    count, dim = images.shape
-    items = jnp.arange(count * draws)
-
-    def distances(item: Int[Array, ""], sigma: Float[Array, ""]) -> Float[Array, " k"]:
-        image, draw = item // draws, item % draws
-        draw_key = jax.random.fold_in(jax.random.fold_in(key, image), draw)
-        x = images[image]
-        y = x + sigma * jax.random.normal(draw_key, (dim,), images.dtype)
-        found = denoiser(y, sigma)
-        others = [x, *(reference(y, sigma) for reference in references.values())]
-        return jnp.stack([jnp.mean(jnp.square(found - other)) for other in others])
-
-    def at_level(sigma: Float[Array, ""]) -> Float[Array, "items k"]:
-        return jax.lax.map(lambda item: distances(item, sigma), items, batch_size=min(size, items.size))
-
-    values = jax.lax.map(at_level, jnp.asarray(sigmas, images.dtype)).reshape(-1, count, draws, 1 + len(references))
-    return {name: _distance(values[..., k]) for k, name in enumerate(("clean", *references))}
-
-
-def _distance(values: Float[Array, "S n k"]) -> Distance:
-    _, count, draws = values.shape
-    per_image = jnp.mean(values, axis=2)
-    over_images = jnp.std(per_image, axis=1, ddof=1) / math.sqrt(count)
-    over_draws = jnp.sqrt(jnp.mean(jnp.var(values, axis=2, ddof=1), axis=1) / (count * draws))
-    return Distance(jnp.mean(per_image, axis=1), over_images, over_draws, per_image)
 
 
 def _cloud(
@@ -292,7 +172,7 @@ def _cloud(
     chunk_size: int,
     source: Function | None = None,
 ) -> tuple[Float[Array, "N k"], Float[Array, "N m"]]:
-    """Points x + spread ε, the i-th from ``fold_in(key, i)``, or what ``source`` makes of them; and the function."""
+    """Points y = x + spread ε, the i-th from ``fold_in(key, i)``, or ``source(y)``; and the function at each y."""
 
     def at(i: Int[Array, ""]) -> tuple[Array, Array]:
         y = x + spread * jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
@@ -320,13 +200,13 @@ def _linear_map(y: Float[Array, "N d"], goal: Float[Array, "N m"], rank: int) ->
 
 
 def _one_sided(linear: ReluDae, x: Float[Array, " d"]) -> ReluDae:
-    """A unit a direction, the gate open at x."""
+    """One unit per direction, its gate open at x."""
     sign = jnp.where(x @ linear.w1 < 0, -1.0, 1.0).astype(x.dtype)[None, :]
     return ReluDae(linear.w1 * sign, linear.w2 * sign)
 
 
 def _pairs(linear: ReluDae, width: int) -> ReluDae:
-    """Units ±v for the first half of the directions, which together are linear; of odd widths one is left over."""
+    """Units ±v for the first half of the directions, together linear; an odd width has one unit more."""
     half = max(width // 2, 1)
     w1, w2 = linear.w1[:, :half], linear.w2[:, :half]
     both = [jnp.concatenate([w, -w], axis=1)[:, :width] for w in (w1, w2)]
@@ -340,7 +220,7 @@ def _random(key: PRNGKey, like: ReluDae) -> ReluDae:
 
 
 def _balanced(dae: ReluDae) -> ReluDae:
-    """The same function with ``‖w₁ⱼ‖ = ‖w₂ⱼ‖``, which a small penalty would give; units of no effect become 0."""
+    """The same function with ``‖w₁ⱼ‖ = ‖w₂ⱼ‖``, as a small penalty would make it; units without effect become 0."""
     first, second = (jnp.linalg.norm(w, axis=0, keepdims=True) for w in dae)
     alive = (first > 0) & (second > 0)
     ratio = jnp.sqrt(jnp.where(alive, second, 0.0) / jnp.where(alive, first, 1.0))
@@ -355,7 +235,7 @@ def _apply_linear(linear: ReluDae, y: Float[Array, "N d"]) -> Float[Array, "N m"
 
 def _open_share(dae: ReluDae, y: Float[Array, "N d"]) -> Float[Array, ""]:
     norm = jnp.linalg.norm(dae.w1, axis=0)
-    # Of an exact fit by fewer units the others are rounding.
+    # If fewer units fit exactly, the others are rounding errors.
     alive = norm > math.sqrt(jnp.finfo(y.dtype).eps) * jnp.max(norm)
     ever_closed = jnp.any(y @ dae.w1 <= 0, axis=0)
     count = jnp.sum(alive)

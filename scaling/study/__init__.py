@@ -1,4 +1,4 @@
-"""Whole experiments on deep models, each a resumable run: examination, series, Jacobians, generation."""
+"""Experiments on deep models: examinations, and resumable runs of series, Jacobians and samples."""
 
 import lazy_loader
 

@@ -3,6 +3,7 @@ from . import generation as generation
 from . import jacobians as jacobians
 from . import pictures as pictures
 from . import series as series
+from . import settings as settings
 from .examination import examine as examine
 from .generation import generate as generate
 from .generation import write_pictures as write_pictures

@@ -1,4 +1,4 @@
-"""Images from a pipeline: sampled in batches into a run's folder, then as pictures, a contact sheet and an archive."""
+"""Images sampled from a pipeline into a run's folder, and written as pictures, a contact sheet and an archive."""
 
 from __future__ import annotations
 
@@ -47,13 +47,37 @@ def generate(
     provenance: Mapping[str, Any] | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Sample ``num`` images into the run's folder ``out``: ``images`` (sample, channel, height, width) in [-1, 1], and
-    the ``latents`` that they were decoded from, if they were.
+    """Sample ``num`` images into the run's folder ``out``; the same call resumes.
 
-    ``prompt``, ``negative_prompt``, ``class_label`` are as for :func:`scaling.bridge.conditioning.condition_on`; ``guidance``
-    None does without it; ``method`` and ``eta`` as for :func:`scaling.diffusion.samplers.sample`; ``size`` is (H, W) in pixels.
-    Sample i depends on ``seed`` and i alone. Every batch is written as soon as it is computed, and the same call goes
-    on where it was cut, see :func:`sims.store.filling.fill`. ``ValueError`` for what any of these refuse.
+    The variable ``images`` (sample, channel, height, width) is in [-1, 1]; ``latents`` are what images were decoded
+    from. Sample i depends on ``seed`` and i alone.
+
+    Args:
+        pipeline: network, schedule and, for latents, autoencoder.
+        num: number of images.
+        num_steps: steps of the sampler.
+        out: folder of the run.
+        prompt: condition, as for :func:`scaling.bridge.conditioning.condition_on`.
+        negative_prompt: what guidance leads away from.
+        class_label: condition.
+        guidance: scale of classifier-free guidance; None: no guidance.
+        method: sampler, as for :func:`scaling.diffusion.samplers.sample`; None: the schedule's own.
+        eta: share of fresh noise, likewise.
+        size: height and width in pixels; None: the model's own.
+        seed: of all noise.
+        batch_size: images sampled, and written, at a time.
+        provenance: recorded in the run beside the environment.
+        on_batch: ``(done, total)``, called at the start and after each batch.
+
+    ``ValueError`` for values out of range, and for a folder that holds another run.
+
+    >>> import tempfile
+    >>> import sims
+    >>> from scaling import zoo
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     generate(zoo.load("digits-10"), 2, 2, folder)
+    ...     dict(sims.load(folder).images.sizes)
+    {'sample': 2, 'channel': 1, 'height': 8, 'width': 8}
     """
     network, vae = pipeline.network, pipeline.vae
     total, size = check_integer("num", num, minimum=1), size or pixel_size(pipeline)
@@ -97,17 +121,24 @@ def generate(
     shapes = jax.eval_shape(compute, jax.ShapeDtypeStruct((batch,), jnp.int32))
     if shapes["images"].shape[1] not in (1, 3):
         raise ValueError(
-            f"samples of {shapes['images'].shape[1]} channels are no pictures; name the pipeline's folder, which has "
+            f"samples of {shapes['images'].shape[1]} channels are no pictures; give the pipeline's folder, which has "
             "the autoencoder, or call scaling.sample from Python."
         )
     fill(out, spec, _template(total, shapes), batch, compute, provenance=provenance, on_batch=on_batch)
 
 
 def write_pictures(out: str | Path) -> list[Path]:
-    """Write what :func:`generate` left in ``out`` as pictures there; returns the files.
+    """Write the finished run of :func:`generate` in ``out`` as pictures; returns the files.
 
-    ``images/00000.png`` and so on; ``sheet.png`` with all of them; ``samples.npz`` with the arrays. ``ValueError`` if
-    the folder holds no finished samples, or cannot be written.
+    They are ``images/00000.png`` and so on, ``sheet.png`` with all of them, and ``samples.npz`` with the arrays.
+    ``ValueError`` if the folder holds no finished samples, or cannot be written.
+
+    >>> import tempfile
+    >>> from scaling import zoo
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     generate(zoo.load("digits-10"), 2, 2, folder)
+    ...     [file.name for file in write_pictures(folder)]
+    ['00000.png', '00001.png', 'sheet.png', 'samples.npz']
     """
     out, samples = Path(out), store.load(out)
     if "images" not in samples or not samples.done.all():
@@ -124,7 +155,7 @@ def write_pictures(out: str | Path) -> list[Path]:
 
 
 def _sampled_size(pipeline: Pipeline, size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of what is sampled for images of ``size``."""
+    """Height and width of the network's input for images of ``size``."""
     (x, *_), _ = pipeline.network.apply.inputs(jnp.float32)
     factor = pixel_size(pipeline)[0] // x.shape[2]
     if any(side < 1 or side % factor for side in size):

@@ -1,17 +1,17 @@
-r"""Runs over images and noise levels: singular values and vectors of a denoiser's Jacobian, kept in a folder.
+r"""Singular values and vectors of a denoiser's Jacobian, over images and noise levels, in the folder of a run.
 
-At image x and noise level σ the Jacobian is at ``y = x + σ ε``, in the units of :mod:`dae_theory`. The noise of an
-image is the same at all levels, and depends on its row in the data set and on the seed alone. A model that was trained
-here knows which rows it was trained on (``membership.json``): then repeated, single and held-out images stand side by
-side.
+The Jacobian at image x and noise level σ is taken at ``y = x + σ ε``, in the units of :mod:`dae_theory`. The noise ε
+depends on the image's row in the data set and on the seed alone: it is the same at all levels. The folder of a model
+that was trained here lists its training rows (``membership.json``); then images that were repeated in training, trained
+on once, and held out are compared.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,57 +31,62 @@ from scaling.bridge.loading import Pipeline
 from scaling.diffusion.denoisers import as_denoiser
 from scaling.diffusion.noise import noise_at
 from scaling.diffusion.schedules import Schedule, sigma_to_timestep
-from scaling.measures.jacobian import CHUNK, full_jacobian, spectrum_summary, top_singular
+from scaling.measures.jacobian import full_jacobian, spectrum_summary, top_singular
 from scaling.models.model import Condition, Model
 from scaling.study.pictures import contact_sheet, to_bytes, write_png
+from scaling.study.settings import TIMESTEPS, JacobianSetting
 from scaling.training import corpus
 from scaling.training.corpus import GROUPS
 from sims import store
 from sims.data.readers import kind_of
 from sims.store import checksum, fill
 from sims.store.files import write_npz, write_text
+from sims.study.tables import standard_error
 
-__all__ = ["TIMESTEPS", "Chosen", "analyze", "choose", "group_means", "read_images", "write_pictures"]
+__all__ = [
+    "SUMMARIZED",
+    "Chosen",
+    "analyze",
+    "choose",
+    "group_means",
+    "group_values",
+    "read_corpus_images",
+    "write_pictures",
+]
 
-TIMESTEPS = (10, 50, 200)
-"""Looked at if nothing is asked."""
-
-MEASURES = ("singular_values", "error", "energy", "top_energy", "kept")
+SUMMARIZED = {
+    "largest": "singular_values",
+    "error": "error",
+    "energy": "energy",
+    "top_energy": "top_energy",
+    "kept": "kept",
+}
+"""Variables of a run whose means :func:`group_means` reports, by name; of the singular values it takes the largest."""
 
 
 class Chosen(NamedTuple):
-    """Images to look at."""
+    """Images of a data set, at which to take the Jacobian."""
 
     images: Float[np.ndarray, "n c h w"]
     """In [-1, 1]."""
     rows: Int[np.ndarray, " n"]
-    """Which rows of the data set they are."""
+    """Their rows in the data set."""
     groups: tuple[str, ...]
-    """Of each, one of :data:`GROUPS`, or ``image`` where nothing is known."""
+    """The group of each, one of :data:`scaling.training.corpus.GROUPS`, or ``image`` if it is unknown."""
 
 
-class Setting(NamedTuple):
-    """How the Jacobian is looked at; static."""
+def read_corpus_images(name: str, pipeline: Pipeline) -> Float[np.ndarray, "n c h w"]:
+    """All images of the data set ``name`` in the order of its rows, in [-1, 1], with the pipeline's size and channels.
 
-    rank: int
-    oversample: int
-    iterations: int
-    full: bool
-    chunk_size: int
-
-
-def read_images(name: str, pipeline: Pipeline) -> Float[np.ndarray, "n c h w"]:
-    """All images of the data set ``name`` in the order of its rows, as the pipeline takes them, in [-1, 1].
-
-    As :func:`scaling.training.corpus.load` reads them; gray ones have equal channels where more are wanted. ``ValueError`` also
-    for other channels than the pipeline's.
+    The data set is read as by :func:`scaling.training.corpus.load`, so that rows are those of ``membership.json``. Gray
+    images are repeated over the channels of a pipeline for colored ones. ``ValueError`` for any other mismatch.
     """
     (example, *_), _ = (pipeline.vae or pipeline.network).apply.inputs(jnp.float32)
     (height, width), channels = pixel_size(pipeline), example.shape[1]
     folder = Path(name).is_dir() and kind_of(Path(name)) == "images"
     side = height if height == width else None
-    found = corpus.load(name, held_out=0, resolution=side, gray=folder and channels == 1)
-    images = found.images[np.argsort(found.rows)]
+    whole = corpus.load(name, held_out=0, resolution=side, gray=folder and channels == 1)
+    images = whole.images[np.argsort(whole.rows)]
     if images.shape[1] not in (1, channels):
         raise ValueError(f"{name}: the images have {images.shape[1]} channels and the network takes {channels}.")
     return np.broadcast_to(images, (len(images), channels, *images.shape[2:]))
@@ -94,20 +99,20 @@ def choose(
     rows: Sequence[int] | None = None,
     num: int = 4,
 ) -> Chosen:
-    """The given ``rows``, or the first ``num`` of each group of ``membership``, or of all images if there is none.
+    """Choose the given ``rows``, or the first ``num`` of each group of ``membership``, or of all images without it.
 
-    ``ValueError`` for rows that the data set does not have, a row named twice, and groups that are all empty.
+    ``ValueError`` for rows that the data set lacks, rows given twice, and a ``membership`` whose groups are all empty.
     """
     check_integer("num", num, minimum=1)
     groups = {name: list(membership.get(name, ())) for name in GROUPS} if membership is not None else {}
     if membership is not None and not any(groups.values()):
-        raise ValueError(f"membership.json names no rows under {', '.join(GROUPS)}; write it anew, or give --rows.")
+        raise ValueError(f"membership.json names no rows under {', '.join(GROUPS)}; repair it, or give --rows.")
     known = {row: name for name, members in groups.items() for row in members}
     total = len(images)
     if known and max(known) >= total:
         raise ValueError(
-            f"the model was trained on a data set of at least {max(known) + 1} rows, and this one has {total}: name "
-            "the one that it was trained on."
+            f"the model was trained on a data set of at least {max(known) + 1} rows, and this one has {total}: give "
+            "the data set that it was trained on."
         )
     if rows is None:
         rows = [row for members in groups.values() for row in members[:num]] if known else range(min(num, total))
@@ -124,11 +129,7 @@ def analyze(
     *,
     timesteps: Sequence[int] | None = None,
     sigmas: Sequence[float] | None = None,
-    rank: int = 16,
-    oversample: int = 2,
-    iterations: int = 2,
-    full: bool = False,
-    chunk_size: int = CHUNK,
+    setting: JacobianSetting | None = None,
     prompt: str | None = None,
     class_label: int | None = None,
     seed: int = 0,
@@ -136,86 +137,119 @@ def analyze(
     provenance: Mapping[str, Any] | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Triplets at every image and level in the run's folder ``out``, over ``image``, ``level`` and ``component``.
+    """Compute the top singular triplets at every image and level, in the run's folder ``out``; the same call resumes.
 
-    ``right`` and ``left`` are the vectors as images, or as latents; ``noisy`` and ``denoised`` what they belong to;
-    ``residuals``, ``error``, ``energy``, ``energy_error`` as in :class:`scaling.measures.jacobian.Singular`; ``top_energy`` is
-    the share of the energy in the triplets, ``kept`` how many of them have a singular value above 1/2. ``full`` adds
-    the fields of :class:`scaling.measures.jacobian.Spectrum` as ``full_...``. Levels are ``timesteps``, integers, or ``sigmas``;
-    without both, the timesteps ``TIMESTEPS``. The same call goes on where it was cut, see :func:`sims.store.filling.fill`.
-    ``ValueError`` for what is out of range, and as for :func:`scaling.bridge.conditioning.condition_on`.
+    The variables, over ``image`` and ``level``: ``singular_values``, and ``right`` and ``left``, the singular vectors
+    as images or latents, over ``component``; ``residuals``, ``error``, ``energy`` and ``energy_error`` as in
+    :class:`scaling.measures.jacobian.Singular`; ``top_energy``, the triplets' share of the energy; ``kept``, the number
+    of them with a singular value above 1/2; ``noisy`` and ``denoised``, the images where the Jacobian is taken. With
+    ``setting.full`` also the fields of :class:`scaling.measures.jacobian.Spectrum` as ``full_...``.
+
+    Args:
+        pipeline: network, schedule and, for latents, autoencoder.
+        chosen: the images.
+        out: folder of the run.
+        timesteps: noise levels as integer timesteps (default: :data:`scaling.study.settings.TIMESTEPS`).
+        sigmas: noise levels σ, instead.
+        setting: rank and accuracy (default: ``JacobianSetting()``).
+        prompt: condition, as for :func:`scaling.bridge.conditioning.condition_on`.
+        class_label: likewise.
+        seed: of the noise and of the sketches.
+        batch_size: images written at a time.
+        provenance: recorded in the run beside the environment.
+        on_batch: ``(done, total)``, called at the start and after each batch.
+
+    ``ValueError`` for values out of range, and for a folder that holds another run.
     """
     schedule, size = pipeline.schedule, (chosen.images.shape[2], chosen.images.shape[3])
     levels = _levels(schedule, timesteps, sigmas)
     condition = condition_on(pipeline, prompt, class_label, size=size)
     key = jax.random.key(check_integer("seed", seed, minimum=0))
-    check_integer("rank", rank, minimum=1)
-    setting = Setting(rank, oversample, iterations, full, check_integer("chunk_size", chunk_size, minimum=1))
-    look = jax.jit(_look, static_argnames="setting", compiler_options=compiler_options())
+    setting = setting or JacobianSetting()
+    check_integer("rank", setting.rank, minimum=1)
+    check_integer("chunk_size", setting.chunk_size, minimum=1)
+    at_image = jax.jit(_at_image, static_argnames="setting", compiler_options=compiler_options())
     parts = pipeline.network, pipeline.vae, condition, schedule
 
-    def at(image: Array, row: Array, level: Array, sigma: Array) -> dict[str, Array]:
-        return look(key, *parts, image, row, level, sigma, setting=setting)
-
     def compute(items: Int[np.ndarray, " b"]) -> dict[str, np.ndarray]:
-        found = [
+        results = [
             jax.device_get(
-                at(jnp.asarray(chosen.images[i]), jnp.int32(chosen.rows[i]), jnp.int32(k), jnp.float32(sigma))
+                at_image(
+                    key,
+                    *parts,
+                    jnp.asarray(chosen.images[i]),
+                    jnp.int32(chosen.rows[i]),
+                    jnp.int32(k),
+                    jnp.float32(sigma),
+                    setting=setting,
+                )
             )
             for i in items
             for k, sigma in enumerate(levels)
         ]
         shape = len(items), len(levels)
         return {
-            name: np.stack([one[name] for one in found]).reshape(*shape, *found[0][name].shape) for name in found[0]
+            name: np.stack([one[name] for one in results]).reshape(*shape, *results[0][name].shape)
+            for name in results[0]
         }
 
     number = jax.ShapeDtypeStruct((), jnp.int32)
     example = jax.ShapeDtypeStruct(chosen.images.shape[1:], jnp.float32)
     level = jax.ShapeDtypeStruct((), jnp.float32)
-    shapes = jax.eval_shape(functools.partial(_look, setting=setting), key, *parts, example, number, number, level)
+    shapes = jax.eval_shape(functools.partial(_at_image, setting=setting), key, *parts, example, number, number, level)
     spec = {
         "command": "jacobian",
         "model": identify(pipeline),
         "images": {"digest": checksum(chosen.images), "rows": chosen.rows.tolist(), "groups": list(chosen.groups)},
         "sigmas": [float(f"{level:.8g}") for level in levels],
-        **setting._asdict(),
+        **dataclasses.asdict(setting),
         "prompt": prompt or None,
         "class_label": class_label,
         "seed": seed,
     }
-    # Directions in work at once change no more than rounding.
+    # How many directions are processed at a time changes the results by rounding only.
     del spec["chunk_size"]
     template = _template(chosen, levels, schedule, shapes)
     size_of_batch = check_integer("batch_size", batch_size, minimum=1)
     fill(out, spec, template, size_of_batch, compute, provenance=provenance, on_batch=on_batch)
 
 
-def group_means(results: xr.Dataset) -> list[dict[str, Any]]:
-    """Of every group and level the means over images and their standard errors (None for one image) of the measures."""
-    found = []
+def group_values(results: xr.Dataset) -> Iterator[tuple[dict[str, Any], dict[str, Float[np.ndarray, " n"]]]]:
+    """For each group and level ``group``, ``sigma`` and ``images``, their number, and the values of the images.
+
+    Values are those of each of :data:`SUMMARIZED`.
+    """
     for name in dict.fromkeys(results.group.values.tolist()):
         members = results.isel(image=np.flatnonzero(results.group.values == name))
         for k in range(results.sizes["level"]):
             at, count = members.isel(level=k), members.sizes["image"]
-            entry: dict[str, Any] = {"group": name, "sigma": float(at.sigma), "images": count}
-            for measure in MEASURES:
-                values = at[measure].values.reshape(count, -1)[:, 0].astype(float)
-                label = "largest" if measure == "singular_values" else measure
-                entry[label] = float(values.mean())
-                entry[f"{label}_se"] = float(values.std(ddof=1) / math.sqrt(count)) if count > 1 else None
-            found.append(entry)
-    return found
+            values = {
+                label: at[variable].values.reshape(count, -1)[:, 0].astype(float)
+                for label, variable in SUMMARIZED.items()
+            }
+            yield {"group": name, "sigma": float(at.sigma), "images": count}, values
 
 
-def write_pictures(out: str | Path) -> list[Path]:
-    """Write what :func:`analyze` left in ``out`` as contact sheets there; returns the files.
+def group_means(results: xr.Dataset) -> list[dict[str, Any]]:
+    """Means over the images of each group and level, and standard errors as ``NAME_se`` (None for a single image)."""
+    entries = []
+    for entry, values in group_values(results):
+        for label, of_images in values.items():
+            error = standard_error(of_images)[1] if entry["images"] > 1 else None
+            entry |= {label: float(of_images.mean()), f"{label}_se": error}
+        entries.append(entry)
+    return entries
 
-    ``right_0.png`` for the first level and so on, ``left_0.png``: a line for every image, with the noisy image, the
-    denoised one, and the vectors, gray for 0, each scaled to its largest entry. ``groups.json`` has
-    :func:`group_means`, ``jacobian.npz`` all arrays. ``ValueError`` if the run is not finished.
+
+def write_pictures(out: str | Path, results: xr.Dataset | None = None) -> list[Path]:
+    """Write the finished run of :func:`analyze` in ``out`` as contact sheets and arrays; returns the files.
+
+    ``right_0.png`` for the first level and so on, and ``left_0.png``: in each line the noisy image, the denoised one
+    and the vectors of an image, gray for 0, each vector scaled to its largest entry. ``groups.json`` has
+    :func:`group_means`, ``jacobian.npz`` all arrays. ``results`` are those of the run, if they are already in memory.
+    ``ValueError`` if the run is not finished.
     """
-    out, results = Path(out), store.load(out)
+    out, results = Path(out), store.load(out) if results is None else results
     if "singular_values" not in results or not results.done.all():
         raise ValueError(f"{out} holds no finished Jacobians; run the same command again.")
     files = []
@@ -232,7 +266,7 @@ def write_pictures(out: str | Path) -> list[Path]:
     return [*files, out / "groups.json", out / "jacobian.npz"]
 
 
-def _look(
+def _at_image(
     key: PRNGKey,
     network: Model,
     vae: Model | None,
@@ -243,15 +277,15 @@ def _look(
     level: Int[Array, ""],
     sigma: Float[Array, ""],
     *,
-    setting: Setting,
+    setting: JacobianSetting,
 ) -> dict[str, Array]:
-    """All that is kept of one image at one level."""
+    """The values of all variables for one image at one level."""
     of_one = jax.tree.map(lambda part: part[0], condition)
     denoiser = as_denoiser(network, schedule, **of_one._asdict())
     noise_key, sketch_key = (jax.random.fold_in(key, part) for part in range(2))
     x = image if vae is None else to_latents(vae, image[None])[0]
     y = x + sigma * noise_at(noise_key, row, 0, x.shape, x.dtype)
-    found = top_singular(
+    top = top_singular(
         jax.random.fold_in(jax.random.fold_in(sketch_key, row), level),
         denoiser,
         y,
@@ -261,42 +295,42 @@ def _look(
         iterations=setting.iterations,
         chunk_size=setting.chunk_size,
     )
-    kept = {
-        "singular_values": found.s,
-        "residuals": found.residuals,
-        "right": found.v.T.reshape(-1, *y.shape),
-        "left": found.u.T.reshape(-1, *y.shape),
-        "error": found.error,
-        "energy": found.energy,
-        "energy_error": found.energy_error,
-        "top_energy": jnp.sum(jnp.square(found.s)) / jnp.where(found.energy > 0, found.energy, 1.0),
-        "kept": jnp.sum(found.s > 0.5).astype(jnp.int32),
+    values = {
+        "singular_values": top.s,
+        "residuals": top.residuals,
+        "right": top.v.T.reshape(-1, *y.shape),
+        "left": top.u.T.reshape(-1, *y.shape),
+        "error": top.error,
+        "energy": top.energy,
+        "energy_error": top.energy_error,
+        "top_energy": jnp.sum(jnp.square(top.s)) / jnp.where(top.energy > 0, top.energy, 1.0),
+        "kept": jnp.sum(top.s > 0.5).astype(jnp.int32),
         "noisy": y,
         "denoised": denoiser(y, sigma),
     }
     if setting.full:
         whole = full_jacobian(denoiser, y, sigma, chunk_size=setting.chunk_size)
         summary = spectrum_summary(whole, rank=setting.rank)
-        kept |= {f"full_{name}": value for name, value in summary._asdict().items()}
-    return kept
+        values |= {f"full_{name}": value for name, value in summary._asdict().items()}
+    return values
 
 
 def _levels(
     schedule: Schedule, timesteps: Sequence[int] | None, sigmas: Sequence[float] | None
 ) -> Float[np.ndarray, " k"]:
-    """Noise levels, ascending or not, as asked."""
+    """The noise levels σ, in the order in which they are given."""
     if timesteps is not None and sigmas is not None:
         raise ValueError("give timesteps or noise levels, not both.")
     if sigmas is not None:
-        found = np.asarray(sigmas, float)
-        check_positive("noise levels", found)
+        levels = np.asarray(sigmas, float)
+        check_positive("noise levels", levels)
     else:
         last = schedule.num_train_timesteps - 1
-        asked = [t for t in TIMESTEPS if t <= last] if timesteps is None else timesteps
-        found = schedule.sigmas[[check_integer("timesteps", t, minimum=0, maximum=last) for t in asked]]
-    if not found.size or len(set(found.tolist())) < found.size:
-        raise ValueError(f"name every noise level once, got {found.tolist()}.")
-    return found
+        chosen = [t for t in TIMESTEPS if t <= last] if timesteps is None else timesteps
+        levels = schedule.sigmas[[check_integer("timesteps", t, minimum=0, maximum=last) for t in chosen]]
+    if not levels.size or len(set(levels.tolist())) < levels.size:
+        raise ValueError(f"name every noise level once, got {levels.tolist()}.")
+    return levels
 
 
 def _template(
@@ -328,7 +362,7 @@ def _scaled(vectors: Float[np.ndarray, "n r c h w"]) -> Float[np.ndarray, "n r c
 
 
 def _viewable(tiles: Float[np.ndarray, "n c h w"]) -> Float[np.ndarray, "n c2 h w2"]:
-    """Gray and colored images as they are; of latents the channels side by side."""
+    """Gray and colored images unchanged; the channels of latents side by side."""
     count, channels, height, width = tiles.shape
     if channels in (1, 3):
         return tiles

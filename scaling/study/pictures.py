@@ -15,7 +15,7 @@ from sims.store.files import replace_file
 __all__ = ["contact_sheet", "to_bytes", "to_picture", "write_png"]
 
 SHEET, GAP, TILE = 4096, 2, 64
-"""Of a contact sheet, in pixels: its longest side, the space between pictures, and what small ones are enlarged to."""
+"""Pixels of a contact sheet: its longest side, the gap between pictures, and the size that small ones are scaled to."""
 
 
 def to_bytes(images: Float[np.ndarray, "n c h w"]) -> UInt8[np.ndarray, "n h w c"]:
@@ -24,7 +24,10 @@ def to_bytes(images: Float[np.ndarray, "n c h w"]) -> UInt8[np.ndarray, "n h w c
 
 
 def contact_sheet(pictures: UInt8[np.ndarray, "n h w c"], columns: int | None = None) -> UInt8[np.ndarray, "H W c"]:
-    """All pictures on one white sheet, row by row, in ``columns`` (as many as rows); scaled if large, or tiny."""
+    """All pictures on one white sheet, row by row; large and tiny pictures are scaled.
+
+    Without ``columns`` there are as many columns as rows.
+    """
     count, height, width, channels = pictures.shape
     columns = columns or math.ceil(math.sqrt(count))
     longest = max(height, width)
@@ -47,5 +50,5 @@ def to_picture(picture: UInt8[np.ndarray, "h w c"]) -> Image.Image:
 
 
 def write_png(path: Path, picture: UInt8[np.ndarray, "h w c"]) -> None:
-    """Write one picture as PNG, whole or not at all; ``ValueError`` if the file cannot be written."""
+    """Write one picture as PNG, atomically. ``ValueError`` if the file cannot be written."""
     replace_file(path, functools.partial(to_picture(picture).save, format="PNG"))

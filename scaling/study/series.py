@@ -1,12 +1,13 @@
 r"""Series of networks that differ in one thing: the number of training images, or how often some of them repeat.
 
-:func:`transition` trains two networks on disjoint halves for every n and seed, from one start and one noise, and asks
-of both what :mod:`scaling.study.examination` asks, and whether they draw the same images from the same noise: where networks
-generalize they do :cite:`kadkhodaie24`. :func:`duplication` trains one network for each number of copies, seed and
-training time. :func:`two_layer` trains the two-layer autoencoder on as many rows of the same data.
+:func:`transition` trains two networks for every n and seed, on disjoint halves of the data but from the same initial
+weights and noise. It examines both (:mod:`scaling.study.examination`) and measures whether they draw the same images
+from the same noise, as networks that generalize do :cite:`kadkhodaie24`. :func:`duplication` trains one network for
+every number of repeats, seed and training time. :func:`two_layer` trains two-layer autoencoders on equally many rows
+of the same data.
 
-Each network lies in a folder of its own under ``OUT/models``; a unit of work, which counts when it is written, is what
-belongs to one n, or number of copies, and one seed. A killed series goes on where it was, inside a training too.
+Every network has its own folder under ``OUT/models``. A unit of work is one n, or one number of repeats, and one seed;
+its results are written when it is complete. An interrupted series resumes, also in the middle of a training.
 """
 
 from __future__ import annotations
@@ -32,27 +33,27 @@ from scaling.backend import limit_blas_threads
 from scaling.bridge.loading import load_pipeline
 from scaling.models.model import understand
 from scaling.models.taps import check_names, check_order
-from scaling.study.examination import STANDARD, Setting, check, examine, variables
+from scaling.study import examination
+from scaling.study.examination import check, examine
+from scaling.study.settings import STANDARD, ExaminationSetting
 from scaling.training import corpus as corpora
 from scaling.training.captions import from_labels
-from scaling.training.corpus import GROUPS
-from scaling.training.run import PATHS, TrainSpec, config_of, read_corpus, train
+from scaling.training.run import PATHS, config_of, read_corpus, train
+from scaling.training.spec import TrainSpec
 from sims import Spec, store, sweep
-from sims.store import checksum
+from sims.store import Region, checksum
 from sims.store.files import write_npz
+from sims.store.filling import Computed
 from sims.sweeps import processes
 
-__all__ = ["NUM_SAMPLES", "agreement", "duplication", "transition", "two_layer"]
-
-NUM_SAMPLES = (10, 30, 100, 300, 750)
-"""Training images if nothing is asked; digits has twice as many as the last, and some to hold out."""
+__all__ = ["agreement", "duplication", "transition", "two_layer"]
 
 VARIED = ("num_samples", "duplicates", "offset", "held_out", "split_seed", "seed", "steps")
-"""Fields of the spec that a series sets."""
+"""Fields of the training spec that a series sets itself."""
 
 OnUnit: TypeAlias = Callable[[int, int, str], None]
-Job: TypeAlias = tuple[Callable[..., dict[str, np.ndarray]], tuple[Any, ...], str]
-"""A function of the module, what it takes, and what to call it."""
+Job: TypeAlias = tuple[Callable[..., xr.Dataset], tuple[Any, ...], str]
+"""A function of this module, its arguments, and a label for progress bars."""
 
 
 def transition(
@@ -61,50 +62,55 @@ def transition(
     out: str | Path,
     *,
     seeds: int = 3,
-    setting: Setting = STANDARD,
+    setting: ExaminationSetting = STANDARD,
     workers: int = 1,
     provenance: Mapping[str, Any] | None = None,
     on_unit: OnUnit | None = None,
 ) -> xr.Dataset:
-    """Networks of growing n, two on disjoint rows for every seed, kept in the folder ``out``; the same call resumes.
+    """Train and examine networks on growing training sets, two on disjoint rows for every n and seed.
+
+    The same call resumes. Results have the variables of :func:`scaling.study.examination.examine` and
+    :func:`scaling.study.examination.gap` over ``num_samples``, ``seed`` and ``half``, and over ``num_samples`` and
+    ``seed`` the :func:`agreement` of the halves' samples, drawn by the first sampler of ``setting.etas``, and
+    ``agreement_unpaired``, its value by chance.
 
     Args:
-        base: data set, network and training; its numbers of images and seeds are set by the series.
-        num_samples: training-set sizes n, increasing; of a seed they are nested.
-        out: the folder; ``models/n00010-seed0-half1`` and so on hold the networks.
-        seeds: each with its own rows, start, noise and samples.
-        setting: how much is looked at.
-        workers: processes side by side, each with its part of the cores.
-        provenance: recorded beside the environment.
-        on_unit: ``(done, total, label)``, told at the start and after each unit.
+        base: data set, network and training; the series sets the numbers of images and the seeds.
+        num_samples: training-set sizes n, increasing; training sets of one seed are nested.
+        out: folder of the run; the networks are in ``models/n00010-seed0-half1`` and so on.
+        seeds: number of seeds, each with its own rows, initial weights, noise and samples.
+        setting: how much to examine.
+        workers: number of processes that train in parallel and share the cores.
+        provenance: recorded in the run beside the environment.
+        on_unit: called with ``(done, total, label)`` at the start and after each unit.
 
-    Returns over ``num_samples``, ``seed`` and ``half`` what :func:`scaling.study.examination.examine` does, ``gap``, 1 minus
-    the error on training images over that on held-out ones, as in :mod:`sims.sweeps.measures`; and over the first two
-    ``agreement`` and, as what chance gives, ``agreement_unpaired`` (:func:`agreement`), of samples with the first of
-    the setting's ``etas``. ``ValueError`` for n that do not increase, data sets too small for two disjoint halves, and
-    networks with a condition; before anything is trained also for what :func:`scaling.study.examination.check` refuses.
+    ``ValueError``, before anything is trained, for n that do not increase, data sets too small for two disjoint halves,
+    conditional networks, and what :func:`scaling.study.examination.check` refuses.
     """
     sizes = [check_integer("num_samples", n, minimum=1) for n in num_samples]
     if not sizes or any(b <= a for a, b in itertools.pairwise(sizes)):
         raise ValueError(f"num_samples must increase, got {', '.join(map(str, num_samples))}.")
     if base.arch != "unet2d":
-        raise ValueError(f"arch is {base.arch!r}: a series over n is of networks without a condition, unet2d.")
+        raise ValueError(f"arch is {base.arch!r}: a series over n trains unconditional networks, unet2d.")
     if sizes[0] < 2:
-        raise ValueError(f"num_samples begins at {sizes[0]}: copies are told by two distances, so give at least 2.")
-    whole = read_corpus(dataclasses.replace(base, num_samples=1, duplicates="", singles=0, held_out=0, offset=0))
-    most, kept = sizes[-1], whole.size - 2 * sizes[-1]
-    if kept < setting.images + 2:
         raise ValueError(
-            f"{base.dataset} has {whole.size} rows: two disjoint halves of {most} leave {max(kept, 0)} to hold out, of "
-            f"which {setting.images} are looked at and the population is fitted to the rest; take fewer "
-            "(--num-samples, --images) or a larger data set."
+            f"num_samples begins at {sizes[0]}: the test for copies compares the distances to two images, so give at "
+            "least 2."
         )
-    member = dataclasses.replace(base, duplicates="", singles=0, held_out=kept, split_seed=0, seed=0)
-    own = {"gap": ({"sigma": list(setting.sigmas)}, np.float32)}
+    whole = read_corpus(dataclasses.replace(base, num_samples=1, duplicates="", singles=0, held_out=0, offset=0))
+    most, held_out = sizes[-1], whole.size - 2 * sizes[-1]
+    if held_out < setting.images + 2:
+        raise ValueError(
+            f"{base.dataset} has {whole.size} rows: two disjoint halves of {most} leave {max(held_out, 0)} to hold "
+            f"out, too few to examine {setting.images} and to fit the population to the rest; ask for fewer "
+            "(--num-samples, --images) or take a larger data set."
+        )
+    member = dataclasses.replace(base, duplicates="", singles=0, held_out=held_out, split_seed=0, seed=0)
+    of_each = examination.template(setting, whole.images.shape[1:])
     template = _template(
         {"num_samples": sizes, "seed": list(range(check_integer("seeds", seeds, minimum=1)))},
         {"half": [0, 1]},
-        variables(setting, whole.images.shape[1:]) | own,
+        of_each.assign(gap=examination.gap(of_each)),
         ("agreement", "agreement_unpaired"),
     )
     spec = _identity("transition", member, setting, whole)
@@ -114,7 +120,7 @@ def transition(
         of_seed = dataclasses.replace(member, num_samples=n, seed=seed, split_seed=seed)
         return _halves, (of_seed, most, str(out), setting), f"n {n}, seed {seed}"
 
-    check(setting, member.timesteps, kept)
+    check(setting, member.timesteps, held_out)
     return _fill(out, spec, template, ("num_samples", "seed"), job, workers, provenance, on_unit)
 
 
@@ -125,19 +131,32 @@ def duplication(
     out: str | Path,
     *,
     seeds: int = 3,
-    setting: Setting = STANDARD,
+    setting: ExaminationSetting = STANDARD,
     workers: int = 1,
     provenance: Mapping[str, Any] | None = None,
     on_unit: OnUnit | None = None,
 ) -> xr.Dataset:
-    """Networks some of whose training images repeat, for every number of copies, seed and training time.
+    """Train and examine networks some of whose training images repeat, after several training times.
 
-    ``duplicates`` are ``"KxM"``, K images M times beside ``base.singles`` that are there once; ``steps`` increase.
-    Returns what :func:`scaling.study.examination.examine` does over ``duplicates``, ``seed`` and ``steps``. Other arguments
-    as for :func:`transition`. ``ValueError`` for repeats and steps that make no sense, and what the data set lacks.
+    The same call resumes. Results have the variables of :func:`scaling.study.examination.examine` over ``duplicates``,
+    ``seed`` and ``steps``.
+
+    Args:
+        base: data set, network and training, with ``base.singles`` images trained on once each.
+        duplicates: numbers of repeats, one network each: ``"KxM"`` repeats K images M times.
+        steps: training times, increasing; a longer training continues the shorter one.
+        out: folder of the run; the networks are in ``models/20x60-seed0-steps1000`` and so on.
+        seeds: as for :func:`transition`, and so are the arguments below.
+        setting: how much to examine.
+        workers: number of processes.
+        provenance: recorded in the run beside the environment.
+        on_unit: called with ``(done, total, label)``.
+
+    ``ValueError`` for repeats that are malformed or occur twice, steps that do not increase, and data sets that are too
+    small.
     """
-    asked = [check_integer("steps", value, minimum=1) for value in steps]
-    if not asked or any(b <= a for a, b in itertools.pairwise(asked)):
+    times = [check_integer("steps", value, minimum=1) for value in steps]
+    if not times or any(b <= a for a, b in itertools.pairwise(times)):
         raise ValueError(f"steps must increase, got {', '.join(map(str, steps))}.")
     if not duplicates or len(set(duplicates)) < len(duplicates):
         raise ValueError(f"duplicates must be different KxM, such as 20x60; got {', '.join(duplicates)}.")
@@ -145,15 +164,15 @@ def duplication(
     of_each = [read_corpus(dataclasses.replace(member, duplicates=value)) for value in duplicates]
     template = _template(
         {"duplicates": list(duplicates), "seed": list(range(check_integer("seeds", seeds, minimum=1)))},
-        {"steps": asked},
-        variables(setting, of_each[0].images.shape[1:]),
+        {"steps": times},
+        examination.template(setting, of_each[0].images.shape[1:]),
     )
     spec = _identity("duplication", member, setting, of_each[0])
 
     def job(at: Mapping[str, int]) -> Job:
         value, seed = duplicates[at["duplicates"]], at["seed"]
         of_seed = dataclasses.replace(member, duplicates=value, seed=seed, split_seed=seed)
-        return _times, (of_seed, asked, str(out), setting), f"{value}, seed {seed}"
+        return _times, (of_seed, times, str(out), setting), f"{value}, seed {seed}"
 
     for corpus in of_each:
         check(setting, member.timesteps, len(corpus.held_out))
@@ -171,9 +190,19 @@ def two_layer(
     steps: int = 2000,
     on_unit: Callable[..., None] | None = None,
 ) -> xr.Dataset:
-    """The two-layer autoencoder on as many rows of the same images, a network for each σ: a sweep of :mod:`sims`.
+    """Train two-layer autoencoders on equally many rows of the same images, one for each σ, by a sweep of :mod:`sims`.
 
-    The images as the deep networks see them lie in ``out/images.npz``, the results in ``out/two_layer``.
+    Writes the images, as the deep networks see them, to ``out/images.npz`` and the sweep to ``out/two_layer``.
+
+    Args:
+        base: data set and resolution.
+        num_samples: training-set sizes n.
+        out: folder of the series.
+        seeds: number of seeds.
+        sigmas: noise levels.
+        width: hidden units.
+        steps: training steps.
+        on_unit: as for :func:`sims.sweep`.
     """
     whole = read_corpus(dataclasses.replace(base, num_samples=None, duplicates="", singles=0, held_out=0, offset=0))
     order = np.argsort(whole.rows)
@@ -205,25 +234,21 @@ def agreement(
     return float(np.mean(np.sum(a * b, axis=1))), float(np.mean(np.sum(a * np.roll(b, 1, axis=0), axis=1)))
 
 
-def _halves(spec: TrainSpec, offset: int, out: str, setting: Setting) -> dict[str, np.ndarray]:
-    """The two networks of one n and seed, trained and looked at."""
-    found = []
+def _halves(spec: TrainSpec, offset: int, out: str, setting: ExaminationSetting) -> xr.Dataset:
+    """Train and examine the two networks of one n and seed."""
+    halves = []
     for half in (0, 1):
-        mine = dataclasses.replace(spec, offset=half * offset)
         folder = Path(out) / "models" / f"n{spec.num_samples:05d}-seed{spec.seed}-half{half}"
-        found.append(_examined(mine, folder, setting))
-        error = found[-1]["error"]
-        found[-1]["gap"] = 1 - error[GROUPS.index("train")] / error[GROUPS.index("held_out")]
+        results = _examined(dataclasses.replace(spec, offset=half * offset), folder, setting)
+        halves.append(results.assign(gap=examination.gap(results)))
     mean = read_corpus(spec).held_out.mean(axis=0)
-    # Of the first sampler, both from one noise.
-    paired, unpaired = agreement(found[0]["samples"][0], found[1]["samples"][0], mean)
-    stacked = {name: np.stack([one[name] for one in found]) for name in found[0]}
-    return stacked | {"agreement": np.asarray(paired), "agreement_unpaired": np.asarray(unpaired)}
+    paired, unpaired = agreement(*(results.samples.isel(eta=0).values for results in halves), mean)
+    return _along("half", halves).assign(agreement=paired, agreement_unpaired=unpaired)
 
 
-def _times(spec: TrainSpec, steps: Sequence[int], out: str, setting: Setting) -> dict[str, np.ndarray]:
-    """One training, looked at after each of ``steps``; each of them keeps its own folder."""
-    found, before = [], None
+def _times(spec: TrainSpec, steps: Sequence[int], out: str, setting: ExaminationSetting) -> xr.Dataset:
+    """Train one network, and examine it after each of ``steps``; each has its own folder."""
+    results, before = [], None
     for count in steps:
         folder = Path(out) / "models" / f"{spec.duplicates}-seed{spec.seed}-steps{count}"
         if before is not None and not folder.exists():
@@ -231,43 +256,45 @@ def _times(spec: TrainSpec, steps: Sequence[int], out: str, setting: Setting) ->
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(before, partial)
             partial.replace(folder)
-        found.append(_examined(dataclasses.replace(spec, steps=count), folder, setting))
+        results.append(_examined(dataclasses.replace(spec, steps=count), folder, setting))
         before = folder
-    return {name: np.stack([one[name] for one in found]) for name in found[0]}
+    return _along("steps", results)
 
 
-def _examined(spec: TrainSpec, folder: Path, setting: Setting) -> dict[str, np.ndarray]:
+def _along(dim: str, results: Sequence[xr.Dataset]) -> xr.Dataset:
+    """Examinations with the same labels, along a new first dimension."""
+    return xr.concat(results, dim, data_vars="all", coords="minimal", compat="override", join="exact")
+
+
+def _examined(spec: TrainSpec, folder: Path, setting: ExaminationSetting) -> xr.Dataset:
     train(spec, folder)
     corpus = read_corpus(spec)
     captions = from_labels(corpus) if spec.arch == "unet2d_condition" else None
-    # Not the training's key; the same whatever the training set is, so that networks differ in nothing else.
+    # Another key than the training's, and the same for every training set, so that networks differ in nothing else.
     key = jax.random.fold_in(jax.random.key(spec.seed), 2)
     return examine(key, load_pipeline(folder), corpus, setting, captions)
 
 
-def _identity(command: str, member: TrainSpec, setting: Setting, corpus: corpora.Corpus) -> dict[str, Any]:
+def _identity(command: str, member: TrainSpec, setting: ExaminationSetting, corpus: corpora.Corpus) -> dict[str, Any]:
     fixed = {k: v for k, v in dataclasses.asdict(member).items() if k not in (*PATHS, *VARIED)}
     if command == "transition":
         fixed["steps"] = member.steps
     listed = understand(config_of(member, corpus)).taps(np.float32)
     check_names(listed, *setting.taps)
     check_order(listed, setting.source, setting.taps[0])
-    spec = {"command": command, "train": fixed, "setting": setting._asdict(), "data": checksum(corpus.images)}
+    spec = {"command": command, "train": fixed, "setting": dataclasses.asdict(setting), "data": checksum(corpus.images)}
     return json.loads(json.dumps(spec))
 
 
 def _template(
-    outer: Mapping[str, list[Any]],
-    inner: Mapping[str, list[Any]],
-    listed: Mapping[str, tuple[dict[str, list[Any]], Any]],
-    shared: Sequence[str] = (),
+    outer: Mapping[str, list[Any]], inner: Mapping[str, list[Any]], of_each: xr.Dataset, shared: Sequence[str] = ()
 ) -> xr.Dataset:
-    """Of each variable the dimensions of the series, then its own; ``shared`` are numbers of a unit."""
-    coords: dict[str, Any] = {**outer, **inner}
-    arrays: dict[str, Any] = {name: (tuple(outer), np.float32) for name in shared}
-    for name, (dims, dtype) in listed.items():
-        coords |= dims
-        arrays[name] = ((*outer, *inner, *dims), dtype)
+    """The variables of ``of_each``, dimensions of the series first; ``shared`` are one number per unit."""
+    coords = {**outer, **inner, **{name: labels.values for name, labels in of_each.coords.items()}}
+    arrays = {name: (tuple(outer), np.float32) for name in shared}
+    arrays |= {
+        str(name): ((*outer, *inner, *variable.dims), variable.dtype) for name, variable in of_each.data_vars.items()
+    }
     return store.blank(coords, arrays)
 
 
@@ -281,28 +308,31 @@ def _fill(
     provenance: Mapping[str, Any] | None,
     on_unit: OnUnit | None,
 ) -> xr.Dataset:
-    """Compute and write the units that the run still lacks."""
+    """Compute and write the pending units of the run in ``out``; returns all results."""
     check_integer("workers", workers, minimum=1)
-    told = {**store.environment(), **(provenance or {})}
-    with store.open_run(out, spec, template, dict.fromkeys(dims, 1), told) as run:
-        units = store.pending(run)
-        done, total = store.progress(run)
+
+    def job_of(region: Region) -> Job:
+        return job({dim: region[dim].start for dim in dims})
+
+    def compute(regions: list[Region]) -> Iterator[Computed]:
+        for number, results, wall_s in _computed([job_of(region) for region in regions], workers):
+            # A unit has length one along the outer dimensions.
+            values = {str(name): variable.values[None, None] for name, variable in results.data_vars.items()}
+            yield regions[number], values, wall_s
+
+    def report(done: int, total: int, region: Region | None) -> None:
         if on_unit is not None:
-            on_unit(done, total, "")
-        jobs = [job({dim: unit[dim].start for dim in dims}) for unit in units]
-        for number, values, wall_s in _computed(jobs, workers):
-            # A unit has length one along its dimensions.
-            store.write_chunk(
-                run, units[number], {k: np.asarray(v)[None, None] for k, v in values.items()}, wall_s=wall_s
-            )
-            done += 1
-            if on_unit is not None:
-                on_unit(done, total, jobs[number][2])
+            on_unit(done, total, "" if region is None else job_of(region)[2])
+
+    with store.open_run(
+        out, spec, template, dict.fromkeys(dims, 1), {**store.environment(), **(provenance or {})}
+    ) as run:
+        store.fill_units(run, compute, on_unit=report)
     return store.load(out)
 
 
-def _computed(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, dict[str, np.ndarray], float]]:
-    """The number, the values and the seconds of each job, as they end."""
+def _computed(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, xr.Dataset, float]]:
+    """The number, the results and the seconds of each job, as jobs finish."""
     if workers == 1 or len(jobs) < 2:
         for number, (function, args, _) in enumerate(jobs):
             yield number, *_timed(function, *args)
@@ -319,12 +349,12 @@ def _computed(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, dict[str
 
 
 def _begin(workers: int) -> None:
-    """In a process that is one of so many: a program of its own."""
+    """Set up one of ``workers`` processes, which is a program of its own."""
     processes.share_cores(workers)
     limit_blas_threads()
 
 
-def _timed(function: Callable[..., dict[str, np.ndarray]], *args: Any) -> tuple[dict[str, np.ndarray], float]:
+def _timed(function: Callable[..., xr.Dataset], *args: Any) -> tuple[xr.Dataset, float]:
     begin = time.perf_counter()
-    values = function(*args)
-    return values, time.perf_counter() - begin
+    results = function(*args)
+    return results, time.perf_counter() - begin

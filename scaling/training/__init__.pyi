@@ -3,9 +3,10 @@ from . import captions as captions
 from . import checkpoints as checkpoints
 from . import corpus as corpus
 from . import run as run
+from . import spec as spec
 from . import steps as steps
 from . import tokenization as tokenization
 from .corpus import Corpus as Corpus
-from .run import TrainSpec as TrainSpec
 from .run import read_corpus as read_corpus
 from .run import train as train
+from .spec import TrainSpec as TrainSpec

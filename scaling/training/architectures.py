@@ -1,7 +1,7 @@
-"""Small networks to train, as the fields of a config.json, and the schedule that they are trained under.
+"""Small networks to train, as the fields of a config.json, and the noise schedule for their training.
 
-The UNets are those of diffusers with its defaults where nothing is said: attention at the lowest level, and as few
-residual blocks as asked. What a network cannot take is a ``ValueError`` before anything is trained.
+The UNets are those of diffusers, with attention at the lowest level; all that these functions do not set has
+diffusers' defaults. Images that do not fit the network are refused before anything is trained.
 """
 
 from __future__ import annotations
@@ -11,38 +11,38 @@ from collections.abc import Sequence
 from typing import Any
 
 from dae_theory.checks import check_integer
+from scaling.training.spec import ARCHS, TrainSpec
 
 __all__ = ["ARCHS", "network_config", "scheduler_config", "text_config"]
 
-ARCHS = ("unet2d", "unet2d_condition", "dit")
 GROUPS = 8
-"""Of the norms. diffusers' default, 32, would leave one channel a group in the narrowest of these."""
+"""Groups of the norms. diffusers' default, 32, would leave one channel per group in the narrowest networks here."""
 
 
 def network_config(
     arch: str,
     image_shape: tuple[int, int, int],
     *,
-    channels: Sequence[int] = (32, 64),
-    layers: int = 1,
-    heads: int = 8,
-    patch_size: int = 2,
-    context: int = 32,
+    channels: Sequence[int] = TrainSpec.channels,
+    layers: int = TrainSpec.layers,
+    heads: int = TrainSpec.heads,
+    patch_size: int = TrainSpec.patch_size,
+    context: int = TrainSpec.text_channels,
     num_classes: int = 1,
 ) -> dict[str, Any]:
     """The config.json of a network for images of ``image_shape`` (C, H, W).
 
     Args:
-        arch: ``unet2d``, ``unet2d_condition`` (reads a text of ``context`` channels) or ``dit`` (``num_classes``).
-        image_shape: of what it denoises.
-        channels: of the levels of a UNet, from the highest resolution down; of the tokens of a DiT, one number.
-        layers: residual blocks a level, or transformer blocks of a DiT.
-        heads: of attention to text and in a DiT; in ``unet2d``, whose heads have 8 channels, without effect.
-        patch_size: of a DiT.
+        arch: ``unet2d``, ``unet2d_condition`` (conditioned on text) or ``dit`` (conditioned on classes).
+        image_shape: shape of the images to denoise.
+        channels: channels of the levels of a UNet, from the highest resolution down; of a DiT, the one width.
+        layers: residual blocks per level, or transformer blocks of a DiT.
+        heads: attention heads, to text and in a DiT; ``unet2d`` ignores them: its heads have 8 channels.
+        patch_size: side of a DiT's patches.
         context: channels of the text encoder's states.
-        num_classes: of a DiT, without its null class.
+        num_classes: classes of a DiT, not counting its null class.
 
-    ``ValueError`` for widths that heads and norms do not divide, and for a resolution that the levels cannot halve or
+    ``ValueError`` for widths that heads and norms do not divide, and for resolutions that the levels cannot halve or
     the patches cannot tile.
     """
     if arch not in ARCHS:
@@ -90,7 +90,7 @@ def network_config(
     return common | levels | condition | {"_class_name": "UNet2DConditionModel"}
 
 
-def text_config(vocabulary: int, positions: int, end: int, *, channels: int = 32, layers: int = 2) -> dict[str, Any]:
+def text_config(vocabulary: int, positions: int, end: int, *, channels: int, layers: int) -> dict[str, Any]:
     """The config.json of a small ``CLIPTextModel`` whose texts end in, and are padded with, the token ``end``."""
     check_integer("text layers", layers, minimum=1)
     heads = math.gcd(4, check_integer("text channels", channels, minimum=1))
@@ -112,11 +112,16 @@ def text_config(vocabulary: int, positions: int, end: int, *, channels: int = 32
 
 
 def scheduler_config(
-    *, prediction: str = "epsilon", timesteps: int = 1000, beta_schedule: str = "linear", text: bool = False
+    *,
+    prediction: str = TrainSpec.prediction,
+    timesteps: int = TrainSpec.timesteps,
+    beta_schedule: str = TrainSpec.beta_schedule,
+    text: bool = False,
 ) -> dict[str, Any]:
     """The scheduler_config.json: DDIM over betas from 1e-4 to 0.02, with the settings of the pipeline's class.
 
-    That of Stable Diffusion, for ``text``, changes any other ``steps_offset`` and ``clip_sample`` when it is loaded.
+    For ``text`` that class is Stable Diffusion's pipeline, which replaces any other ``steps_offset`` and
+    ``clip_sample`` when it is loaded.
     """
     return {
         "_class_name": "DDIMScheduler",

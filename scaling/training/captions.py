@@ -1,8 +1,8 @@
-"""What images are called: prompts of their classes, prompts of their own, or a file's.
+"""Prompts for images: from the names of their classes, unique to an image, or from a file.
 
-A prompt that is tied to one repeated image is memorized with it: *verbatim* if the image is always the same, as a
-*template* if it comes in variants :cite:`webster23`. A *shared* prompt belongs to many images or to one that is there
-once.
+A prompt that only one repeated image has is memorized with it: *verbatim* if the image is always the same, as a
+*template* if it comes in variants :cite:`webster23`. A *shared* prompt belongs to several images, or to one that is
+trained on once.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ class Captions(NamedTuple):
     """A prompt for each image of a :class:`scaling.training.corpus.Corpus`."""
 
     prompts: tuple[str, ...]
-    """Each once, in order of appearance."""
+    """The distinct prompts, in order of appearance."""
     of: Int[np.ndarray, " u"]
-    """Which of them each image has."""
+    """The index of each image's prompt."""
     kinds: tuple[str, ...]
-    """Of each prompt, one of :data:`KINDS`."""
+    """The kind of each prompt, one of :data:`KINDS`."""
 
 
 def from_labels(corpus: Corpus) -> Captions:
-    """The prompt of its class for an image that is there once, a prompt of its own for each repeated one.
+    """The prompt of its class for an image that is trained on once, a unique prompt for each repeated image.
 
-    The class is called as the data set names it, or by its number; where it is unknown the image is just that.
+    Prompts name the class as the data set does, or by its number; without a class the prompt is "a picture".
     """
     own = {row: _own(i) for i, row in enumerate(membership(corpus)["duplicated"])}
     pairs = zip(corpus.rows.tolist(), corpus.labels.tolist(), strict=True)
@@ -55,8 +55,8 @@ def from_labels(corpus: Corpus) -> Captions:
 def from_file(corpus: Corpus, path: str | Path) -> Captions:
     """The captions in a file: ``.txt``, a line for each row of the data set; ``.json``, a list of as many strings.
 
-    Or ``.jsonl``, of a folder of images: objects with ``file_name``, relative to it, and ``text``, one for each image.
-    ``ValueError`` if the file cannot be read, or its captions do not match the images one by one.
+    For a folder of images also ``.jsonl``: objects with ``file_name``, relative to the folder, and ``text``, one for
+    each image. ``ValueError`` if the file cannot be read, or its captions do not match the images one to one.
     """
     path = Path(path)
     readers = {".txt": _lines, ".json": _listed, ".jsonl": _named}
@@ -64,27 +64,27 @@ def from_file(corpus: Corpus, path: str | Path) -> Captions:
         raise ValueError(f"captions {path}: the file must be one of {', '.join(readers)}.")
     try:
         if path.stat().st_size > MAX_FILE:
-            raise ValueError(f"captions {path}: {path.stat().st_size} bytes are too many.")
+            raise ValueError(f"captions {path}: the file has {path.stat().st_size} bytes, more than {MAX_FILE}.")
         text = path.read_text(encoding="utf-8")
         captions = readers[path.suffix](text, corpus)
     except OSError as error:
         raise ValueError(f"captions {path}: cannot be read: {error.strerror}.") from error
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"captions {path}: not what its name says: {error}.") from None
+        raise ValueError(f"captions {path}: the file is not valid {path.suffix}: {error}.") from None
     if len(captions) != corpus.size:
         raise ValueError(
-            f"captions {path}: {len(captions)} captions do not match the {corpus.size} images: give one each."
+            f"captions {path}: {len(captions)} captions do not match the {corpus.size} images: give one for each."
         )
     wrong = [i for i, caption in enumerate(captions) if not isinstance(caption, str) or not caption.strip()]
     if wrong:
         raise ValueError(
-            f"captions {path}: number {wrong[0]} is {captions[wrong[0]]!r}, no text; {len(wrong)} are wrong."
+            f"captions {path}: caption {wrong[0]} is {captions[wrong[0]]!r}, not a text; so are {len(wrong)} in all."
         )
     return _captions(corpus, [captions[row].strip() for row in corpus.rows])
 
 
 def records(captions: Captions, corpus: Corpus) -> list[dict[str, Any]]:
-    """Prompts as JSON: ``prompt``, ``kind`` and the ``rows`` of the data set trained on with it."""
+    """Prompts as JSON: ``prompt``, ``kind`` and the ``rows`` of the data set that are trained on with it."""
     rows: list[dict[int, None]] = [{} for _ in captions.prompts]
     for prompt, row in zip(captions.of.tolist(), corpus.rows.tolist(), strict=True):
         rows[prompt][row] = None
@@ -109,7 +109,7 @@ def _captions(corpus: Corpus, texts: Sequence[str]) -> Captions:
 def _own(number: int) -> str:
     qualities, things = QUALITIES.split(), THINGS.split()
     again, place = divmod(number, len(qualities) * len(things))
-    # Along diagonals, so that neighbors share neither word.
+    # Along diagonals, so that consecutive prompts share neither word.
     turn, thing = divmod(place, len(things))
     words = f"the {qualities[(thing + turn) % len(qualities)]} {things[thing]}"
     return f"{words} number {again + 1}" if again else words
@@ -128,10 +128,10 @@ def _lines(text: str, corpus: Corpus) -> list[Any]:
 
 def _listed(text: str, corpus: Corpus) -> list[Any]:
     del corpus
-    found = json.loads(text)
-    if not isinstance(found, list):
-        raise ValueError(f"captions: the file must hold a list of strings, not a {type(found).__name__}.")
-    return found
+    content = json.loads(text)
+    if not isinstance(content, list):
+        raise ValueError(f"captions: the file must hold a list of strings, not a {type(content).__name__}.")
+    return content
 
 
 def _named(text: str, corpus: Corpus) -> list[Any]:
@@ -143,12 +143,12 @@ def _named(text: str, corpus: Corpus) -> list[Any]:
         if entry is None:
             continue
         if not isinstance(entry, dict) or not {"file_name", "text"} <= entry.keys():
-            raise ValueError(f"captions, line {number}: an object with file_name and text is needed.")
+            raise ValueError(f"captions, line {number}: must be an object with file_name and text.")
         texts[entry["file_name"]] = entry["text"]
     unknown, lacking = sorted(texts.keys() - set(corpus.files)), [file for file in corpus.files if file not in texts]
-    # A file that was left out for its size may well have a caption.
-    left_out = " ".join(corpus.skipped)
-    unknown = [file for file in unknown if Path(file).name not in left_out]
+    # A skipped file may have a caption.
+    skipped = " ".join(corpus.skipped)
+    unknown = [file for file in unknown if Path(file).name not in skipped]
     if unknown or lacking:
         raise ValueError(
             f"captions do not match the images: {_some('no image', unknown)}{_some('no caption', lacking)}".rstrip("; ")

@@ -1,7 +1,7 @@
-"""The whole state of a training run in one safetensors file, which is there entirely or not at all.
+"""The whole state of a training run in one safetensors file, replaced atomically.
 
-Leaves are named by their paths in the state; beside them lie the losses so far and a digest of what is trained, so that
-a checkpoint is never taken for that of another run.
+Leaves are named by their paths in the state. The file also holds the losses so far and a digest of the run's identity,
+so that a checkpoint cannot be mistaken for that of another run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LOSSES, IDENTITY = "losses", "identity"
 
 
 def save(path: Path, state: TrainState, losses: np.ndarray, identity: Mapping[str, Any]) -> None:
-    """Put the state, the loss of each step, and whose they are in the place of ``path``."""
+    """Write the state, the loss of each step and the run's identity to ``path``."""
     arrays = {name: np.asarray(leaf) for name, leaf in _named(jax.device_get(state)).items()}
     arrays |= {LOSSES: losses, IDENTITY: np.frombuffer(bytes.fromhex(digest(identity)), np.uint8)}
     shapes = {name: (array.dtype, array.shape) for name, array in arrays.items()}
@@ -34,17 +34,17 @@ def save(path: Path, state: TrainState, losses: np.ndarray, identity: Mapping[st
 
 
 def restore(path: Path, like: TrainState, identity: Mapping[str, Any]) -> tuple[TrainState, np.ndarray]:
-    """The state, with the structure of ``like``, and the losses; bit for bit what was saved.
+    """The saved state, with the structure of ``like``, and the losses, bit for bit.
 
-    ``ValueError`` for a damaged file, one of another run, and one that does not fit the structure.
+    ``ValueError`` for a file that is damaged, of another run, or does not fit the structure.
     """
     stored = {name: np.array(tensor.read()) for name, tensor in read_header(path).items()}
     losses, origin = stored.pop(LOSSES, None), stored.pop(IDENTITY, None)
     if origin is None or origin.tobytes().hex() != digest(identity):
         raise ValueError(f"{path} is the checkpoint of another training run: choose another folder.")
     wanted = {name: (leaf.shape, leaf.dtype) for name, leaf in _named(like).items()}
-    found = {name: (array.shape, array.dtype) for name, array in stored.items()}
-    if losses is None or found != wanted or len(losses) != int(stored[".step"]):
+    shapes = {name: (array.shape, array.dtype) for name, array in stored.items()}
+    if losses is None or shapes != wanted or len(losses) != int(stored[".step"]):
         raise ValueError(f"{path} does not fit the state of this version: choose another folder.")
     leaves = [jnp.asarray(stored[name]) for name in wanted]
     return jax.tree.unflatten(jax.tree.structure(like), leaves), losses

@@ -1,9 +1,9 @@
-"""Images to train on: some of them repeated, some once, some held out, and which row of the data set each one is.
+"""Images to train on, some of them repeated, and images held out, each with its row in the data set.
 
-A seed permutes the rows of a data set, as :mod:`sims.data.datasets` does: of one seed, the first K rows are repeated M
-times, the next N are there once, and the last are held out; data sets of growing size are nested. ``offset`` begins
-further on, for training sets that share no row. A repeated image may come in variants, which differ in one corner
-alone: the images of a template :cite:`webster23`.
+A seed shuffles the rows of a data set as in :mod:`sims.data.datasets`. The first K rows are repeated M times, the next
+N are trained on once, and the last are held out, so that training sets of growing size are nested. ``offset`` skips
+rows, for training sets that share none. A repeated image may come in variants, which differ in one corner only, like
+images of one template :cite:`webster23`.
 """
 
 from __future__ import annotations
@@ -26,40 +26,41 @@ from sims.data.readers import Source, image_files, kind_of, read
 __all__ = ["FASHION", "GROUPS", "Corpus", "load", "membership", "training_rows", "variants_of"]
 
 GROUPS = ("duplicated", "train", "held_out")
-"""Images of a data set by their part in training, as in ``membership.json``: repeated, seen once, never seen."""
+"""Groups of images by their part in training, as in ``membership.json``: repeated, trained on once, held out."""
 
 FASHION = "fashion-mnist"
 FASHION_CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 DIGIT_CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 HELD_OUT = 0.2
-"""The share held out where all the rest is trained on."""
+"""The share of rows that is held out if all others are trained on."""
 
 SHOWN = 5
+"""Files that an error message lists."""
 
 
 class Corpus(NamedTuple):
-    """A training set and what is held out of it; images are (C, H, W) in [-1, 1]."""
+    """A training set and held-out images; images are (C, H, W) in [-1, 1]."""
 
     name: str
     images: Float32[np.ndarray, "u c h w"]
-    """Each once: variants of the repeated ones, then the single ones."""
+    """The distinct training images: first the repeated ones, with their variants, then the others."""
     labels: Int[np.ndarray, " u"]
-    """Classes from 0; -1 where unknown."""
+    """Classes from 0; -1 if unknown."""
     rows: Int[np.ndarray, " u"]
-    """The row of the data set; the same for all variants of an image."""
+    """Their rows in the data set; variants of an image have the same row."""
     counts: Int[np.ndarray, " u"]
-    """How often each is trained on."""
+    """How many times each is repeated."""
     held_out: Float32[np.ndarray, "m c h w"]
     held_out_labels: Int[np.ndarray, " m"]
     held_out_rows: Int[np.ndarray, " m"]
     size: int
     """Rows of the data set."""
     classes: tuple[str, ...]
-    """Names of the classes, where they have any."""
+    """Names of the classes; empty if they have none."""
     files: tuple[str, ...]
-    """Of a folder of images, the file of each row."""
+    """The file of each row, for a folder of images."""
     skipped: tuple[str, ...]
-    """Files that were left out, each with the reason."""
+    """Files that were skipped, each with the reason."""
 
 
 def load(
@@ -76,31 +77,32 @@ def load(
     gray: bool = False,
     skip_bad: bool = False,
 ) -> Corpus:
-    """Read a data set of images and choose from it.
+    """Read a data set of images and split it into training and held-out images.
 
     Args:
-        name: ``digits``, ``fashion-mnist``, a folder of images, a .npz file, or what :func:`sims.data.readers.read` takes.
-        num_samples: so many rows once; None for all that are not held out.
-        duplicates: instead, ``"KxM"``: K images M times each, and beside them ...
-        singles: so many once.
-        variants: ``"TxV"``: of the K images the last T come in V variants, each M/V times.
-        held_out: the last so many rows; None for all that are not trained on.
-        offset: rows of the permutation before the first one trained on.
-        seed: of the permutation.
-        resolution: side in pixels: images are cropped about their center and resampled; None for those of one size.
-        gray: a folder's images in one channel.
-        skip_bad: leave out a folder's files that cannot be read or are of another size than most.
+        name: ``digits``, ``fashion-mnist``, a folder of images, a .npz file, or anything that
+            :func:`sims.data.readers.read` takes.
+        num_samples: number of training images, none repeated; None: all that are not held out.
+        duplicates: instead, ``"KxM"``: repeat K images M times each ...
+        singles: ... and train on this many more, once each.
+        variants: ``"TxV"``: the last T of the K images come in V variants, each repeated M/V times.
+        held_out: number of rows to hold out, the last of the shuffled ones; None: all that are not trained on.
+        offset: shuffled rows to skip before the first training image.
+        seed: of the shuffle.
+        resolution: crop images about their center and resample them to this side; None: they must have one size.
+        gray: read the images of a folder in one channel.
+        skip_bad: skip files of a folder that cannot be read or differ in size from the majority.
 
-    ``ValueError`` for what is missing, damaged, not of one size, empty, no image, or fewer than asked.
+    ``ValueError`` for data that are missing, damaged, empty, no images, of several sizes, or too few.
     """
     source, classes, files, skipped = _read(name, resolution, gray, skip_bad)
     if source.image_shape is None:
-        raise ValueError(f"the rows of {name} are no images: only rows of a known height and width can be trained on.")
+        raise ValueError(f"the rows of {name} are no images: training needs rows of a known height and width.")
     size = len(source.rows)
-    count, times, once, kept = _sizes(name, size, num_samples, duplicates, singles, held_out, offset)
+    count, times, once, reserved = _sizes(name, size, num_samples, duplicates, singles, held_out, offset)
     whole = datasets.load(source, held_out=0, seed=seed)
     if np.max(np.abs(whole.train), initial=0.0) > 1 + 1e-6:
-        raise ValueError(f"the images of {name} must lie in [-1, 1]; say what its values mean, as in ?values=0:1.")
+        raise ValueError(f"the images of {name} must lie in [-1, 1]; give the range of its values, as in ?values=0:1.")
     pictures = _resized(whole.train.reshape(size, *source.image_shape), resolution)
     labels, rows = whole.train_labels, whole.train_rows
     templates, per_template = _variants(variants, count, times)
@@ -114,7 +116,7 @@ def load(
         first = images[changed][::per_template]
         images[changed] = np.concatenate([variants_of(image, per_template) for image in first])
         counts[changed] = times // per_template
-    out = slice(size - kept, size)
+    out = slice(size - reserved, size)
     return Corpus(
         name=name,
         images=images,
@@ -132,12 +134,12 @@ def load(
 
 
 def training_rows(corpus: Corpus) -> Int[np.ndarray, " n"]:
-    """The training set as indices into ``corpus.images``: of one that is repeated, as many."""
+    """The training set as indices into ``corpus.images``; an image repeated M times occurs M times."""
     return np.repeat(np.arange(len(corpus.images), dtype=np.int32), corpus.counts)
 
 
 def membership(corpus: Corpus) -> dict[str, list[int]]:
-    """Rows of the data set: ``duplicated``, ``train`` (there once) and ``held_out``."""
+    """Rows of the data set by group: ``duplicated``, ``train`` (trained on once) and ``held_out``."""
     totals = Counter[int]()
     for row, count in zip(corpus.rows.tolist(), corpus.counts.tolist(), strict=True):
         totals[row] += count
@@ -149,9 +151,9 @@ def membership(corpus: Corpus) -> dict[str, list[int]]:
 
 
 def variants_of(image: Float32[np.ndarray, "c h w"], count: int) -> Float32[np.ndarray, "v c h w"]:
-    """``count`` images that differ in one square, a quarter of the sides long, in the lower right corner.
+    """``count`` copies of an image that differ in a square in the lower right corner, a quarter of the sides long.
 
-    Its gray runs from black to white in even steps.
+    The squares' gray values run from black to white in even steps.
     """
     _, height, width = image.shape
     tag = (slice(height - max(1, height // 4), height), slice(width - max(1, width // 4), width))
@@ -163,7 +165,7 @@ def variants_of(image: Float32[np.ndarray, "c h w"], count: int) -> Float32[np.n
 def _read(
     name: str, resolution: int | None, gray: bool, skip_bad: bool
 ) -> tuple[Source, tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """The source, names of its classes, and a folder's files and what was skipped there."""
+    """The source, the names of its classes, and for a folder its files and those skipped."""
     if resolution is not None:
         check_integer("resolution", resolution, minimum=1)
     if name == FASHION:
@@ -172,21 +174,21 @@ def _read(
     if path.is_dir() and kind_of(path) == "images":
         return _folder(path, resolution, gray, skip_bad)
     if gray or skip_bad:
-        raise ValueError(f"{name} is no folder of images: leave gray and skip_bad out.")
+        raise ValueError(f"{name} is no folder of images: omit gray and skip_bad.")
     return read(name), DIGIT_CLASSES if name == "digits" else (), (), ()
 
 
 def _fashion_folder() -> Path:
-    # Where distributions put data, as Debian's package dataset-fashion-mnist does.
+    # Debian's package dataset-fashion-mnist installs there.
     places = os.environ.get("XDG_DATA_DIRS") or "/usr/local/share:/usr/share"
     folders = [Path(place) / "datasets" / FASHION for place in places.split(":")]
-    found = next((folder for folder in folders if folder.is_dir()), None)
-    if found is None:
+    installed = next((folder for folder in folders if folder.is_dir()), None)
+    if installed is None:
         raise ValueError(
             f"{FASHION} is not installed ({' or '.join(map(str, folders))}): install the Debian package "
-            "dataset-fashion-mnist, or name a folder with its IDX files."
+            "dataset-fashion-mnist, or give a folder with its IDX files."
         )
-    return found
+    return installed
 
 
 def _folder(
@@ -209,16 +211,16 @@ def _folder(
         }
     good = [i for i in pictures if i not in bad]
     if bad and not (skip_bad and good):
-        told = [*[bad[i] for i in sorted(bad)[:SHOWN]], *[f"and {len(bad) - SHOWN} more"] * (len(bad) > SHOWN)]
+        reasons = [*[bad[i] for i in sorted(bad)[:SHOWN]], *[f"and {len(bad) - SHOWN} more"] * (len(bad) > SHOWN)]
         raise ValueError(
-            f"{len(bad)} of the {len(files)} files in {path} cannot be used: {'; '.join(told)}. Repair them, bring "
-            "them to one size (--resolution N, --gray), or leave them out (--skip-bad)."
+            f"{len(bad)} of the {len(files)} files in {path} cannot be used: {'; '.join(reasons)}. Repair them, bring "
+            "them to one size (--resolution N, --gray), or skip them (--skip-bad)."
         )
     stacked = np.stack([pictures[i] for i in good])
     source = Source(stacked.reshape(len(stacked), -1), labels[good], stacked.shape[1:])
     names = tuple(sorted({file.relative_to(path).parts[0] for file in files if file.parent != path}))
-    kept = tuple(files[i].relative_to(path).as_posix() for i in good)
-    return source, names, kept, tuple(bad[i] for i in sorted(bad))
+    used = tuple(files[i].relative_to(path).as_posix() for i in good)
+    return source, names, used, tuple(bad[i] for i in sorted(bad))
 
 
 def _sizes(
@@ -230,10 +232,10 @@ def _sizes(
     held_out: int | None,
     offset: int,
 ) -> tuple[int, int, int, int]:
-    """How many images are repeated, how often, how many are there once, and how many are held out."""
+    """Numbers of repeated images, of their repeats, of images trained on once, and of held-out images."""
     check_integer("offset", offset, minimum=0)
     check_integer("singles", singles, minimum=0)
-    kept = 0 if held_out is None else check_integer("held_out", held_out, minimum=0)
+    reserved = 0 if held_out is None else check_integer("held_out", held_out, minimum=0)
     count = times = 0
     if duplicates:
         count, times = datasets.parse_duplicates(duplicates) if isinstance(duplicates, str) else duplicates
@@ -245,23 +247,23 @@ def _sizes(
     elif singles:
         raise ValueError(f"singles = {singles} needs duplicates, as in 20x60; for plain data use num_samples.")
     elif num_samples is None:
-        kept = round(HELD_OUT * size) if held_out is None else kept
-        once = max(size - offset - kept, 1)
+        reserved = round(HELD_OUT * size) if held_out is None else reserved
+        once = max(size - offset - reserved, 1)
     else:
         once = check_integer("num_samples", num_samples, minimum=1)
     end = offset + count + once
-    if end + kept > size:
-        asked = [
+    if end + reserved > size:
+        parts = [
             f"an offset of {offset}" if offset else "",
             f"{count} images to repeat" if count else "",
             f"{once} single ones" if once else "",
-            f"{kept} held out" if kept else "",
+            f"{reserved} held out" if reserved else "",
         ]
         raise ValueError(
-            f"{name} has {size} rows, not the {end + kept} of {', '.join(filter(None, asked))}: ask for fewer, or take "
-            "a larger data set."
+            f"{name} has {size} rows, not the {end + reserved} of {', '.join(filter(None, parts))}: ask for fewer, or "
+            "take a larger data set."
         )
-    return count, times, once, size - end if held_out is None else kept
+    return count, times, once, size - end if held_out is None else reserved
 
 
 def _variants(variants: str | tuple[int, int], count: int, times: int) -> tuple[int, int]:
@@ -273,8 +275,8 @@ def _variants(variants: str | tuple[int, int], count: int, times: int) -> tuple[
         raise ValueError(f"variants must be TxV, T images in V variants each, as in 10x4; got {variants!r}.") from None
     if templates > count or times % each:
         raise ValueError(
-            f"variants {templates}x{each}: there are {count} repeated images, each {times} times, which must be a "
-            "multiple of the number of variants."
+            f"variants {templates}x{each}: {count} images are repeated {times} times each; at most {count} can have "
+            f"variants, and {times} must be a multiple of their number."
         )
     return templates, each
 

@@ -1,9 +1,9 @@
-"""A training run in a folder: begun, killed, resumed bit for bit, and in the end a pipeline that diffusers opens.
+"""A training run in a folder: killed anywhere it resumes bit for bit, and at the end it is a pipeline for diffusers.
 
-The folder holds ``training.json`` (what was asked, and what computed it), ``checkpoint.safetensors`` (the whole state,
-replaced at once), and when the steps are done the pipeline (``model_index.json``, ``unet`` or ``transformer``,
-``scheduler``, with a text ``text_encoder`` and ``tokenizer``), ``membership.json`` (rows of the data set under
-``duplicated``, ``train`` and ``held_out``) and ``prompts.json``. The same run with more steps goes on from there.
+The folder holds ``training.json`` (the spec, and the environments that computed it) and ``checkpoint.safetensors`` (the
+whole state, replaced atomically). When training is complete it also holds the pipeline (``model_index.json``, ``unet``
+or ``transformer``, ``scheduler``; for text ``text_encoder`` and ``tokenizer``), ``membership.json`` (rows of the data
+set under ``duplicated``, ``train`` and ``held_out``) and ``prompts.json``. The same spec with more steps continues it.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ from scaling.diffusion.schedules import from_config as read_schedule
 from scaling.models.model import Model, initialize
 from scaling.training import captions as captioning
 from scaling.training import corpus as corpora
-from scaling.training.architectures import ARCHS, network_config, scheduler_config, text_config
+from scaling.training.architectures import network_config, scheduler_config, text_config
 from scaling.training.captions import Captions
 from scaling.training.checkpoints import digest, restore, save
 from scaling.training.corpus import Corpus
-from scaling.training.steps import Examples, Networks, Recipe, TrainState, advance, initial_weights, start
+from scaling.training.spec import Recipe, TrainSpec
+from scaling.training.steps import Examples, Networks, TrainState, advance, initial_weights, start
 from scaling.training.tokenization import copy_tokenizer, encode, fit_tokenizer
 from sims import store
 from sims.store import checksum
@@ -45,81 +46,16 @@ __all__ = ["TrainSpec", "config_of", "read_corpus", "read_spec", "train"]
 
 RECORD, CHECKPOINT = "training.json", "checkpoint.safetensors"
 PATHS = ("dataset", "captions", "tokenizer")
-"""Fields of the spec that say where things lie: not what they are, of which digests tell."""
+"""Fields of the spec that are paths; the identity of a run has digests of what they hold instead."""
 
 CHUNK = 20
-"""Steps between two looks at the loss."""
+"""Steps per compiled call, after which the losses are checked."""
 CURVE = 100
-"""Points of the curve of losses that is recorded."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainSpec:
-    """What is trained on what, and how: the identity of a run, but for ``steps``, which may grow.
-
-    The defaults are a 0.70 M-parameter network that copies some images and generalizes on others.
-    """
-
-    arch: str = "unet2d"
-    dataset: str = "digits"
-    num_samples: int | None = None
-    duplicates: str = "20x60"
-    singles: int = 1200
-    variants: str = ""
-    held_out: int | None = None
-    offset: int = 0
-    split_seed: int = 0
-    resolution: int | None = None
-    gray: bool = False
-    skip_bad: bool = False
-    captions: str = "labels"
-    """``labels``, or a file; for text."""
-    channels: tuple[int, ...] = (32, 64)
-    layers: int = 1
-    heads: int = 8
-    patch_size: int = 2
-    text_channels: int = 32
-    text_layers: int = 2
-    tokenizer: str = ""
-    """A folder with one; empty: its merges are learned from the prompts."""
-    prediction: str = "epsilon"
-    timesteps: int = 1000
-    beta_schedule: str = "linear"
-    steps: int = 2000
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    optimizer: str = "adam"
-    weight_decay: float = 0.0
-    warmup: int = 0
-    clip: float = 0.0
-    ema: float = 0.995
-    prompt_dropout: float = 0.1
-    """Of prompts, or of classes; without effect in a network that has neither."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_integer("steps", self.steps, minimum=1)
-        check_integer("seed", self.seed, minimum=0)
-        if self.arch not in ARCHS:
-            raise ValueError(f"arch must be one of {', '.join(ARCHS)}; got {self.arch!r}.")
-        self.recipe()
-
-    def recipe(self) -> Recipe:
-        """How to train."""
-        return Recipe(
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            optimizer=self.optimizer,
-            weight_decay=self.weight_decay,
-            warmup=self.warmup,
-            clip=self.clip,
-            ema=self.ema,
-            dropout=0.0 if self.arch == "unet2d" else self.prompt_dropout,
-        )
+"""Points of the recorded loss curve."""
 
 
 class Prepared(NamedTuple):
-    """A run before its first step."""
+    """What a run needs before its first step."""
 
     corpus: Corpus
     captions: Captions | None
@@ -139,12 +75,18 @@ def train(
     provenance: Mapping[str, Any] | None = None,
     on_steps: Callable[[int, int, str], None] | None = None,
 ) -> Path:
-    """Train what ``spec`` says into the folder ``out``, or go on where it was cut; returns it.
+    """Train as ``spec`` says, or resume, in the folder ``out``; returns the folder.
 
-    The state is saved every ``save_every`` steps and at the end. The batch is split over as many ``devices`` as there
-    are and divide it, or at most so many. ``on_steps(done, total, loss)`` is told of progress. ``ValueError`` for bad
-    input, a folder with something else in it, and a loss that is no longer finite: the last good checkpoint is kept
-    then.
+    Args:
+        spec: data, network and training.
+        out: the folder, empty or with a run of the same spec.
+        save_every: steps between checkpoints.
+        devices: split a batch over at most this many devices, as many as divide it (default: all).
+        provenance: recorded beside the environment.
+        on_steps: called with ``(done, total, loss)``, the loss as text.
+
+    ``ValueError`` for bad input, for a folder that holds something else, and when the loss is no longer finite; then
+    the last good checkpoint remains.
     """
     out = Path(out)
     check_integer("save_every", save_every, minimum=1)
@@ -165,7 +107,7 @@ def train(
         sharding, whole = _shardings(recipe.batch_size, devices)
         session = [{**store.environment(), **(provenance or {})}] if len(losses) < spec.steps else []
         paths = {name: getattr(spec, name) for name in PATHS}
-        # Of an earlier end it keeps the losses and what was trained: that model stays until there is another.
+        # A continued run keeps the earlier loss curve and model until it has new ones.
         record = {**earlier, **identity, "paths": paths, "steps": spec.steps}
         record["sessions"] = [*earlier["sessions"], *session]
         write_text(out / RECORD, json.dumps(record, indent=1))
@@ -196,12 +138,12 @@ def read_spec(folder: str | Path) -> TrainSpec:
     given: dict[str, Any] = {**record.get("spec", {}), **record.get("paths", {}), "steps": record.get("steps")}
     if given.keys() != known:
         differing = ", ".join(sorted(given.keys() ^ known))
-        raise ValueError(f"{folder}: {RECORD} is not of this version: {differing} differ.")
+        raise ValueError(f"{folder}: {RECORD} was written by another version: the fields {differing} differ.")
     return TrainSpec(**{**given, "channels": tuple(given["channels"])})
 
 
 def read_corpus(spec: TrainSpec) -> Corpus:
-    """The images that the spec trains on and holds out."""
+    """The images that the spec trains on, and those that it holds out."""
     return corpora.load(
         spec.dataset,
         num_samples=spec.num_samples,
@@ -218,7 +160,7 @@ def read_corpus(spec: TrainSpec) -> Corpus:
 
 
 def config_of(spec: TrainSpec, corpus: Corpus) -> dict[str, Any]:
-    """The config.json of the network that ``spec`` trains; ``ValueError`` for what the images do not fit."""
+    """The config.json of the network that ``spec`` trains; ``ValueError`` if the images do not fit it."""
     return network_config(
         spec.arch,
         corpus.images.shape[1:],
@@ -232,12 +174,12 @@ def config_of(spec: TrainSpec, corpus: Corpus) -> dict[str, Any]:
 
 
 def _own_folder(out: Path) -> bool:
-    """Whether ``out`` has a run; an empty one has none. ``ValueError`` if it has something else."""
+    """Whether ``out`` holds a run. ``ValueError`` if it holds anything else."""
     if (out / RECORD).exists():
         return True
     others = sorted(path.name for path in out.iterdir() if path.name != ".lock")
     if others:
-        raise ValueError(f"{out} holds something else ({', '.join(others[:3])}): choose another folder.")
+        raise ValueError(f"{out} holds other files ({', '.join(others[:3])}): choose another folder.")
     return False
 
 
@@ -252,18 +194,18 @@ def _prepare(spec: TrainSpec) -> Prepared:
     )
     config = config_of(spec, corpus)
     key = jax.random.fold_in(jax.random.key(spec.seed), 0)
-    models = {"network": _initial(jax.random.fold_in(key, 0), config)}
+    models = {"network": _initial(jax.random.fold_in(key, 0), json.dumps(config))}
     if text:
         if spec.captions == "labels":
             captions = captioning.from_labels(corpus)
         else:
             captions = captioning.from_file(corpus, spec.captions)
         texts = (*captions.prompts, "")
-        # In passing: what lies in the run's folder may be of another run, and is then left alone.
-        with tempfile.TemporaryDirectory() as passing:
+        # Not in the run's folder, which may turn out to hold another run.
+        with tempfile.TemporaryDirectory() as temporary:
             fit = functools.partial(copy_tokenizer, spec.tokenizer) if spec.tokenizer else fit_tokenizer
-            tokenizer = fit(texts, passing)
-            files = {file.name: file.read_text(encoding="utf-8") for file in sorted(Path(passing).iterdir())}
+            tokenizer = fit(texts, temporary)
+            files = {file.name: file.read_text(encoding="utf-8") for file in sorted(Path(temporary).iterdir())}
         *ids, empty = encode(tokenizer, texts)
         condition, null = jnp.asarray(np.stack(ids)[captions.of]), jnp.asarray(empty)
         config = text_config(
@@ -273,7 +215,7 @@ def _prepare(spec: TrainSpec) -> Prepared:
             channels=spec.text_channels,
             layers=spec.text_layers,
         )
-        models["text_encoder"] = _initial(jax.random.fold_in(key, 1), config)
+        models["text_encoder"] = _initial(jax.random.fold_in(key, 1), json.dumps(config))
     elif spec.arch == "dit":
         condition = jnp.asarray(np.maximum(corpus.labels, 0).astype(np.int32))
         null = jnp.asarray(np.int32(config["num_embeds_ada_norm"]))
@@ -282,8 +224,10 @@ def _prepare(spec: TrainSpec) -> Prepared:
     return Prepared(corpus, captions, tokenizer, files, schedule, models, examples)
 
 
-def _initial(key: PRNGKey, config: dict[str, Any]) -> Model:
-    return jax.jit(lambda key: initial_weights(initialize(key, config)))(key)
+@functools.partial(jax.jit, static_argnames="config")
+def _initial(key: PRNGKey, config: str) -> Model:
+    """Initial weights of the network of a config.json; as text it is hashable, and a series compiles this once."""
+    return initial_weights(initialize(key, json.loads(config)))
 
 
 def _networks(ready: Prepared) -> Networks:
@@ -292,31 +236,31 @@ def _networks(ready: Prepared) -> Networks:
 
 
 def _identity(spec: TrainSpec, ready: Prepared) -> dict[str, Any]:
-    """The spec but for its steps, with digests in place of paths."""
-    asked = {name: value for name, value in dataclasses.asdict(spec).items() if name not in ("steps", *PATHS)}
+    """The spec without its steps, with digests in place of paths."""
+    fields = {name: value for name, value in dataclasses.asdict(spec).items() if name not in ("steps", *PATHS)}
     data = {"images": checksum(ready.corpus.images), "held_out": checksum(ready.corpus.held_out)}
     if ready.captions is not None:
         data["prompts"] = digest([ready.captions.prompts, np.asarray(ready.examples.condition).tolist()])
-    # A default that changes with the version must not pass for the same network.
+    # Whole configurations: a default that changed between versions makes another network.
     configs = {name: json.loads(model.source) for name, model in ready.models.items()}
     configs["scheduler"] = ready.schedule.config
-    return json.loads(json.dumps({"format": 1, "spec": asked, "data": data, "config": configs}))
+    return json.loads(json.dumps({"format": 1, "spec": fields, "data": data, "config": configs}))
 
 
 def _check_same(out: Path, record: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     parts = [(part, record.get(part) or {}, identity[part]) for part in ("spec", "data", "config")]
     differences = [
-        f"{part} {name} is {json.dumps(there.get(name))} there and {json.dumps(here.get(name))} here"
-        for part, there, here in parts
-        for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name)
+        f"{part} {name} is {json.dumps(stored.get(name))} there and {json.dumps(given.get(name))} here"
+        for part, stored, given in parts
+        for name in sorted(stored.keys() | given.keys())
+        if stored.get(name) != given.get(name)
     ]
     if differences:
         raise ValueError(f"{out} holds another training run: {'; '.join(differences)}. Choose another folder.")
 
 
 def _shardings(batch_size: int, devices: int | None) -> tuple[jax.sharding.NamedSharding | None, Any]:
-    """Of the batch, and of what is whole everywhere; with one device the former is None."""
+    """Shardings of the batch and of the state, which every device holds whole; the former is None on one device."""
     available = jax.devices()
     most = len(available) if devices is None else check_integer("devices", devices, minimum=1, maximum=len(available))
     count = max(n for n in range(1, most + 1) if batch_size % n == 0)
@@ -339,7 +283,7 @@ def _advanced(
     recipe: Recipe,
     sharding: jax.sharding.NamedSharding | None,
 ) -> tuple[TrainState, np.ndarray]:
-    """The state some steps later, and their losses."""
+    """The state ``num_steps`` later, and the loss before each step."""
     state, losses = _steps(
         state, key, examples, num_steps, networks=networks, recipe=recipe, max_steps=CHUNK, sharding=sharding
     )
@@ -351,10 +295,10 @@ def _check_finite(out: Path, losses: np.ndarray, state: TrainState | None) -> No
     if not len(bad) and (state is None or _all_finite(state)):
         return
     step = int(bad[0]) if len(bad) else len(losses)
-    kept = out / CHECKPOINT
-    where = f"the last good state is in {kept}" if kept.exists() else "there is no checkpoint yet"
+    saved = out / CHECKPOINT
+    where = f"the last good state is in {saved}" if saved.exists() else "there is no checkpoint yet"
     raise ValueError(
-        f"training diverged: after {step} steps the loss is no longer finite; {where}. Begin anew in another folder "
+        f"training diverged: after {step} steps the loss is no longer finite; {where}. Start again in another folder "
         "with a lower --learning-rate, a --warmup, or --clip 1."
     )
 
@@ -381,7 +325,7 @@ def _write_results(out: Path, spec: TrainSpec, ready: Prepared, params: Mapping[
 
 
 def _curve(losses: np.ndarray) -> list[tuple[int, float]]:
-    """Mean losses of stretches of equal length, each with the step that it ends at."""
+    """Mean losses over intervals of equal length, each with its last step."""
     length = math.ceil(len(losses) / CURVE)
     ends = range(length, len(losses) + length, length)
     return [(min(end, len(losses)), float(np.mean(losses[end - length : end]))) for end in ends]

@@ -3,12 +3,12 @@ r"""Training of a denoising network, and of the text encoder that conditions it,
 .. math:: L = E_{i, t, \epsilon} \| f(\sqrt{\bar\alpha_t}\, x_i + \sqrt{1 - \bar\alpha_t}\, \epsilon,\; t,\; c_i)
           - \mathrm{target} \|^2 / d
 
-The target is ε, x or v, as the schedule says (:func:`scaling.diffusion.schedules.target`); i is a row of the training set, in
-which an image may be repeated; t is uniform on the schedule's timesteps; with probability ``dropout`` the condition c
-is the empty prompt or the null class :cite:`ho22`. Everything random about example j of step s comes from
-``fold_in(fold_in(key, s), j)``: a resumed run equals an undisturbed one, and so do runs on any number of devices, to
-rounding. Many steps run inside one compiled program (:func:`advance`); the batch may be sharded, the state is whole on
-every device.
+The target is ε, x or v, as the schedule says (:func:`scaling.diffusion.schedules.target`); i is a row of the training
+set, in which an image may be repeated; t is uniform on the schedule's timesteps; with probability ``dropout`` the
+condition c is the empty prompt or the null class :cite:`ho22`. All random numbers of example j at step s derive from
+``fold_in(fold_in(key, s), j)``: a resumed run equals an uninterrupted one, and so do runs on any number of devices, to
+rounding. Many steps run inside one compiled program (:func:`advance`); the batch may be sharded, and every device holds
+the whole state.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from dae_theory.checks import check_integer, check_nonnegative, check_positive
 from dae_theory.types import PRNGKey
 from scaling.diffusion.schedules import Schedule, add_noise, target
 from scaling.models.model import Apply, Model
+from scaling.training.spec import Recipe
 
 __all__ = [
-    "OPTIMIZERS",
     "Batch",
     "Examples",
     "Networks",
@@ -44,7 +43,6 @@ __all__ = [
     "train_step",
 ]
 
-OPTIMIZERS = ("adam", "adamw")
 Params: TypeAlias = dict[str, dict[str, Array]]
 """Parameters by name of each network, under ``"network"`` and, for text, ``"text_encoder"``."""
 
@@ -52,42 +50,8 @@ Params: TypeAlias = dict[str, dict[str, Array]]
 WEIGHT_SCALE = 3**-0.5
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How to train; hashable, so ``jit`` can key on it. ``ValueError`` for what makes no sense."""
-
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    optimizer: str = "adam"
-    weight_decay: float = 0.0
-    """Decoupled; adamw only."""
-    warmup: int = 0
-    """Steps in which the learning rate rises linearly to its value."""
-    clip: float = 0.0
-    """Largest global norm of the gradient; 0 leaves it as it is."""
-    ema: float = 0.995
-    """Decay of the running average of the weights; 0: the weights themselves."""
-    dropout: float = 0.0
-    """Probability that an example's condition is dropped."""
-
-    def __post_init__(self) -> None:
-        check_integer("batch_size", self.batch_size, minimum=1)
-        check_positive("learning_rate", self.learning_rate)
-        check_integer("warmup", self.warmup, minimum=0)
-        check_nonnegative("weight_decay", self.weight_decay)
-        check_nonnegative("clip", self.clip)
-        for name in ("ema", "dropout"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, got {value}.")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}; got {self.optimizer!r}.")
-        if self.weight_decay and self.optimizer != "adamw":
-            raise ValueError(f"weight_decay = {self.weight_decay} needs the optimizer adamw, got {self.optimizer!r}.")
-
-
 class Networks(NamedTuple):
-    """What is trained, without its parameters; hashable."""
+    """The networks that are trained, without their parameters; hashable."""
 
     network: Apply
     text_encoder: Apply | None
@@ -98,17 +62,17 @@ class Examples(NamedTuple):
     """The training set; a pytree."""
 
     images: Float[Array, "u c h w"]
-    """Each image once."""
+    """The distinct images."""
     rows: Int[Array, " n"]
-    """The image of each row of the training set: one that is repeated is there as often."""
+    """For each row of the training set the index of its image; repeated images have several rows."""
     condition: Int[Array, "u ..."] | None = None
     """For each image the token ids of its prompt, or its class."""
     null: Int[Array, " ..."] | None = None
-    """What stands there when the condition is dropped."""
+    """The condition that replaces a dropped one."""
 
 
 class Batch(NamedTuple):
-    """What one step sees."""
+    """The examples of one step."""
 
     images: Float[Array, "b c h w"]
     t: Int[Array, " b"]
@@ -117,11 +81,11 @@ class Batch(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """What a run carries from step to step; a pytree."""
+    """The state of a training; a pytree."""
 
     params: Params
     ema: Params
-    """Their running average; equal to them where the recipe has none."""
+    """The moving average of the parameters; equal to them if the recipe has no average."""
     opt_state: Any
     step: Int[Array, ""]
     """Steps done."""
@@ -130,7 +94,7 @@ class TrainState(NamedTuple):
 def initial_weights(model: Model) -> Model:
     """The model of :func:`scaling.initialize` with the variances that PyTorch's layers start from, 1/(3 fan in).
 
-    In a DiT what modulates and what puts out are zero, so that every block is the identity :cite:`peebles23`.
+    In a DiT the modulation and output layers start at zero, so that every block is the identity :cite:`peebles23`.
     """
     specs, dit = model.apply.parameters(), model.apply.architecture == "dit"
 
@@ -146,7 +110,7 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
     """Adam or AdamW with PyTorch's constants 0.9, 0.999 and ε = 1e-8, behind clipping and before warm-up."""
     rate: Any = recipe.learning_rate
     if recipe.warmup:
-        # The first step, of count 0, must move.
+        # The count of the first step is 0, and its rate must not be.
         rate = lambda count: recipe.learning_rate * jnp.minimum(1.0, (count + 1) / recipe.warmup)  # noqa: E731
     parts = [
         optax.clip_by_global_norm(recipe.clip) if recipe.clip else None,
@@ -159,9 +123,9 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
 def start(models: Mapping[str, Model], recipe: Recipe) -> TrainState:
     """The state before the first step of training ``models``, ``"network"`` and perhaps ``"text_encoder"``."""
-    # Buffers of its own: the state will be donated, its two halves and the models must not share any.
+    # The state will be donated: it must share no buffer with the models, nor params with ema.
     params = jax.tree.map(jnp.copy, {name: dict(model.params) for name, model in models.items()})
-    # Moments start as zeros of the parameters' type; Python scalars inside optax mix types on purpose.
+    # optax mixes Python scalars with the parameters' dtype, which strict promotion forbids.
     with jax.numpy_dtype_promotion("standard"):
         opt_state = optimizer(recipe).init(params)
     return TrainState(params, jax.tree.map(jnp.copy, params), opt_state, jnp.zeros((), jnp.int32))
@@ -174,7 +138,7 @@ def draw(
     recipe: Recipe,
     sharding: jax.sharding.NamedSharding | None = None,
 ) -> Batch:
-    """The batch of the step that ``key`` belongs to: rows with replacement, timesteps, noise, dropped conditions."""
+    """The batch of the step with this ``key``: rows drawn with replacement, timesteps, noise, dropped conditions."""
 
     def one(item: Int[Array, ""]) -> Batch:
         row_key, time_key, noise_key, drop_key = jax.random.split(jax.random.fold_in(key, item), 4)
@@ -194,7 +158,7 @@ def draw(
 
 
 def denoising_loss(params: Params, networks: Networks, batch: Batch) -> Float[Array, ""]:
-    """Squared error per pixel and channel, averaged over the batch. Its gradient is what a step follows."""
+    """The training objective: squared error per pixel and channel, averaged over the batch."""
     schedule, more = networks.schedule, {}
     if networks.text_encoder is not None:
         more["context"] = networks.text_encoder(params["text_encoder"], batch.condition)[0].hidden
@@ -222,7 +186,7 @@ def train_step(
     with jax.numpy_dtype_promotion("standard"):
         updates, opt_state = optimizer(recipe).update(gradient, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p + u.astype(p.dtype), state.params, updates)
-        # Short of memory at first, as in diffusers: else the average would stay near the initial weights.
+        # A shorter memory at first, as in diffusers, lest the average stay near the initial weights.
         decay = jnp.minimum(recipe.ema, (1.0 + state.step) / (10.0 + state.step)) if recipe.ema else 0.0
         ema = jax.tree.map(lambda e, p: (p + decay * (e - p)).astype(p.dtype), state.ema, params)
     following = TrainState(params, ema, opt_state, state.step + 1)
@@ -242,10 +206,10 @@ def advance(
     max_steps: int,
     sharding: jax.sharding.NamedSharding | None = None,
 ) -> tuple[TrainState, Float[Array, " max_steps"]]:
-    """The state ``num_steps`` later, at most ``max_steps``, and the loss before each step (NaN behind the last).
+    """The state after ``num_steps`` more steps, at most ``max_steps``, and the loss before each (NaN after the last).
 
-    ``num_steps`` may be traced: one program serves every number. Further arguments as for :func:`train_step`. A run
-    that diverges returns losses that are not finite: an outcome, not an error.
+    ``num_steps`` may be traced, so that one program serves every number. The other arguments are those of
+    :func:`train_step`. A run that diverges returns losses that are not finite: an outcome, not an error.
     """
 
     def step(i: Int[Array, ""], carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:

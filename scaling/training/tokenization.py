@@ -1,8 +1,9 @@
-"""Tokenizers of the text encoders that are trained here: ``transformers.CLIPTokenizer``, with a vocabulary that fits.
+"""Tokenizers of the text encoders that are trained here: ``transformers.CLIPTokenizer`` with a small vocabulary.
 
-The 49,408 tokens of CLIP would be most of a small model. So the tokenizer keeps CLIP's alphabet, all 256 bytes alone
-and at the end of a word, its way to split a text, and its two ends; its merges are learned from the prompts, by
-byte-pair encoding. Any text has tokens, and a word of the prompts has one where ``merges`` are enough.
+Embeddings of CLIP's 49,408 tokens would be most of a small model. So the tokenizer keeps CLIP's alphabet (all 256
+bytes, alone and at the end of a word), its splitting of text into words and its start and end tokens, and learns its
+merges from the prompts by byte-pair encoding. Any text can be encoded; with enough ``merges`` every word of the prompts
+is one token.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 SETTINGS = "tokenizer_config.json"
 LONGEST = 77
-"""Tokens that CLIP reads, both ends included."""
+"""Tokens that CLIP reads, including start and end."""
 
 
 def fit_tokenizer(prompts: Sequence[str], folder: str | Path, *, merges: int = 512) -> Any:
-    """Learn at most ``merges`` merges from the prompts and write a CLIP tokenizer into ``folder``; returns it opened.
+    """Learn at most ``merges`` merges from the prompts, write a CLIP tokenizer into ``folder``, and load it.
 
     The same prompts in the same order give the same files.
     """
@@ -53,7 +54,7 @@ def fit_tokenizer(prompts: Sequence[str], folder: str | Path, *, merges: int = 5
         min_frequency=1,
         show_progress=False,
         end_of_word_suffix="</w>",
-        # As special tokens they have their numbers beforehand: else those, and with them ties, would fall at random.
+        # As special tokens they have fixed numbers; otherwise numbers, and with them ties, would be random.
         special_tokens=alphabet,
     )
     learner.train_from_iterator(list(prompts), trainer)
@@ -70,7 +71,7 @@ def fit_tokenizer(prompts: Sequence[str], folder: str | Path, *, merges: int = 5
 
 
 def copy_tokenizer(source: str | Path, prompts: Sequence[str], folder: str | Path) -> Any:
-    """Take over the CLIP tokenizer in the folder ``source``; returns it opened. ``ValueError`` if there is none."""
+    """Copy the CLIP tokenizer in the folder ``source``, and load it. ``ValueError`` if there is none."""
     files = [Path(source) / name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
     if not files:
         raise ValueError(f"{source}: no vocab.json and merges.txt of a CLIP tokenizer.")
@@ -81,14 +82,14 @@ def copy_tokenizer(source: str | Path, prompts: Sequence[str], folder: str | Pat
 
 
 def encode(tokenizer: Any, prompts: Sequence[str]) -> Int32[np.ndarray, "p t"]:
-    """Token ids of the prompts, all padded to the length of the longest text that the tokenizer makes."""
+    """Token ids of the prompts, padded to the tokenizer's maximum length."""
     length = tokenizer.model_max_length
     ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)["input_ids"]
     return np.asarray(ids, np.int32)
 
 
 def _cut(folder: Path, prompts: Sequence[str]) -> Any:
-    """Let texts be as long as the longest prompt, in full eights, at most 77: so long is what a text encoder reads."""
+    """Set the maximum length to that of the longest prompt, rounded up to a multiple of 8, at most 77; and load."""
     longest = max(len(ids) for ids in _opened(folder)(list(prompts))["input_ids"])
     file = folder / SETTINGS
     settings = read_json(file) if file.exists() else {"tokenizer_class": "CLIPTokenizer"}

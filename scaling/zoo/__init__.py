@@ -1,7 +1,7 @@
-"""Small models that we trained ourselves, with the recipes to train them again: ``zoo.load("digits")``.
+"""Small trained models that come with the package, and the recipes to train them again: ``zoo.load("digits")``.
 
-Each lies in a folder of its name as diffusers has them, in float16, with a card (``README.md``), the rows of the data
-set that it was trained on (``membership.json``) and, where it reads text, its prompts (``prompts.json``).
+Each is a folder in the layout of diffusers, in float16, with a card (``README.md``), the rows of the data set that it
+was trained on (``membership.json``) and, if it is conditioned on text, its prompts (``prompts.json``).
 """
 
 from __future__ import annotations
@@ -30,34 +30,38 @@ RECIPES = {
 
 
 def names() -> tuple[str, ...]:
-    """All models."""
+    """The names of all models."""
     return tuple(RECIPES)
 
 
 def load(name: str, dtype: Any = "float32") -> Pipeline:
-    """One of the models; ``dtype`` as for :func:`scaling.bridge.load_pipeline`. ``ValueError`` for unknown names."""
+    """Load one of the models; ``dtype`` as for :func:`scaling.bridge.load_pipeline`. ``ValueError`` for unknown names.
+
+    >>> load("digits-10").network.apply.architecture
+    'unet2d'
+    """
     return load_pipeline(folder(name), dtype)
 
 
 def folder(name: str) -> Path:
-    """Where a model lies: it opens in PyTorch too. ``ValueError`` for unknown names."""
+    """The folder of a model, which diffusers can open too. ``ValueError`` for unknown names."""
     recipe(name)
     return Path(__file__).parent / "models" / name
 
 
 def recipe(name: str) -> list[str]:
-    """The flags of ``python -m scaling train`` that made a model; ``ValueError`` for unknown names."""
+    """The flags of ``python -m scaling train`` that trained a model. ``ValueError`` for unknown names."""
     if name not in RECIPES:
         raise ValueError(f"the zoo has no model {name!r}; it has {', '.join(RECIPES)}.")
     return shlex.split(RECIPES[name])
 
 
 def membership(name: str) -> dict[str, list[int]]:
-    """Rows of the data set under ``duplicated``, ``train`` (there once) and ``held_out``."""
+    """Rows of the data set by group: ``duplicated``, ``train`` (trained on once) and ``held_out``."""
     return read_json(folder(name) / "membership.json")
 
 
 def prompts(name: str) -> list[dict[str, Any]]:
-    """Of a model that reads text, each ``prompt`` with its ``kind`` and ``rows``; of others none."""
+    """The prompts of a model conditioned on text, each with its ``kind`` and ``rows``; none for other models."""
     file = folder(name) / "prompts.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []

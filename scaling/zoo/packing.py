@@ -1,4 +1,4 @@
-"""A trained run as a small folder to give away: weights in float16 where the outputs allow, and a model card."""
+"""A trained run as a small folder to distribute: weights in float16 if the outputs allow, and a model card."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from scaling.measures.copies import copy_share
 from scaling.study.examination import draw_samples, sample_conditions, sampled_prompts
 from scaling.training.captions import from_labels
 from scaling.training.corpus import GROUPS, Corpus
-from scaling.training.run import RECORD, TrainSpec, read_corpus, read_spec
+from scaling.training.run import RECORD, read_corpus, read_spec
+from scaling.training.spec import TrainSpec
 from sims.store.files import write_text
 
 __all__ = ["ETAS", "TOLERANCE", "pack"]
@@ -30,7 +31,7 @@ TOLERANCE = 1e-2
 
 SAMPLES, SAMPLER_STEPS, CHECKED = 200, 40, 32
 ETAS = {"copies": 0.0, "copies_with_fresh_noise": 1.0}
-"""Fresh noise of the samplers by the name of what is counted."""
+"""The samplers' shares of fresh noise, by the name of the count in the card."""
 
 
 def pack(trained: str | Path, out: str | Path, name: str, flags: Sequence[str]) -> Path:
@@ -42,12 +43,12 @@ def pack(trained: str | Path, out: str | Path, name: str, flags: Sequence[str]) 
     trained, out = Path(trained), Path(out)
     record = read_json(trained / RECORD)
     if record.get("trained") != record.get("steps"):
-        raise ValueError(f"{trained} is not trained to its end; run the same command again.")
+        raise ValueError(f"the training in {trained} is not finished; run the same command again.")
     spec = read_spec(trained)
     corpus, pipeline = read_corpus(spec), load_pipeline(trained)
     rounded = _rounded(pipeline)
     difference = _difference(pipeline, rounded, corpus)
-    kept = rounded if difference <= TOLERANCE else pipeline
+    packed = rounded if difference <= TOLERANCE else pipeline
     out.mkdir(parents=True, exist_ok=True)
     for part in ("tokenizer", "prompts.json", "membership.json"):
         source = trained / part
@@ -55,9 +56,9 @@ def pack(trained: str | Path, out: str | Path, name: str, flags: Sequence[str]) 
             shutil.copytree(source, out / part, dirs_exist_ok=True)
         elif source.exists():
             shutil.copyfile(source, out / part)
-    save_pipeline(kept, out)
-    facts = _facts(pipeline if kept is pipeline else load_pipeline(out, "float32"), spec, corpus)
-    facts["difference"] = difference if kept is not pipeline else 0.0
+    save_pipeline(packed, out)
+    facts = _facts(pipeline if packed is pipeline else load_pipeline(out, "float32"), spec, corpus)
+    facts["difference"] = difference if packed is not pipeline else 0.0
     facts["loss"] = record["loss"][-1][1]
     write_text(out / "card.json", json.dumps({"name": name, "flags": list(flags), **facts}, indent=1) + "\n")
     write_text(out / "README.md", _card(name, flags, spec, facts, read_json(out / "membership.json")))
@@ -74,7 +75,7 @@ def _rounded(pipeline: Pipeline) -> Pipeline:
 
 
 def _difference(exact: Pipeline, rounded: Pipeline, corpus: Corpus) -> float:
-    """Of the network's outputs, its weights rounded but computed in float32, relative to their root mean square."""
+    """Largest difference of outputs with rounded weights, computed in float32, relative to their root mean square."""
     count, steps = CHECKED, exact.schedule.num_train_timesteps
     images = jnp.asarray(corpus.images[np.arange(count) % len(corpus.images)])
     x = images + jax.random.normal(jax.random.key(0), images.shape, images.dtype)
@@ -91,17 +92,17 @@ def _difference(exact: Pipeline, rounded: Pipeline, corpus: Corpus) -> float:
 
 def _facts(pipeline: Pipeline, spec: TrainSpec, corpus: Corpus) -> dict[str, Any]:
     captions = from_labels(corpus) if pipeline.text_encoders else None
-    asked = {}
+    by_kind = {}
     if captions is not None:
         kinds = np.asarray(captions.kinds)[sampled_prompts(captions, SAMPLES)]
-        asked = {str(kind): kinds == kind for kind in np.unique(kinds)}
+        by_kind = {str(kind): kinds == kind for kind in np.unique(kinds)}
     shares = {}
     for name, eta in ETAS.items():
         _, copies = draw_samples(jax.random.key(1), pipeline, corpus, captions, SAMPLES, SAMPLER_STEPS, eta)
         of_repeated = int(np.sum(corpus.counts[copies.nearest[copies.is_copy]] > 1))
         shares[name] = {**copy_share(copies)._asdict(), "of_repeated": of_repeated}
-        if asked:
-            shares[name]["by_kind"] = {k: [int(copies.is_copy[at].sum()), int(at.sum())] for k, at in asked.items()}
+        if by_kind:
+            shares[name]["by_kind"] = {k: [int(copies.is_copy[at].sum()), int(at.sum())] for k, at in by_kind.items()}
     models = (pipeline.network, *pipeline.text_encoders)
     return {
         "parameters": sum(value.size for model in models for value in model.params.values()),
@@ -115,7 +116,7 @@ def _facts(pipeline: Pipeline, spec: TrainSpec, corpus: Corpus) -> dict[str, Any
 
 
 def _of_kinds(share: dict[str, Any]) -> str:
-    """Copies by the kind of prompt, where there are any."""
+    """Copies by the kind of prompt; empty for models without prompts."""
     counts = [f"{kind} {count} of {total}" for kind, (count, total) in share.get("by_kind", {}).items()]
     return f"; by kind of prompt: {', '.join(counts)}" if counts else ""
 

@@ -1,0 +1,94 @@
+"""Options that several commands share, and what they load."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from scaling.study.settings import ExaminationSetting
+from sims.flags import given
+
+if TYPE_CHECKING:
+    from scaling.bridge.loading import Pipeline
+
+__all__ = [
+    "add_condition",
+    "add_model",
+    "add_output",
+    "add_pipeline_run",
+    "add_series_run",
+    "examination_of",
+    "load",
+]
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the model and its revision."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder of a diffusers pipeline or of one network, or its name on the hub"
+    )
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub (default: its main branch)")
+
+
+def add_condition(parser: argparse.ArgumentParser) -> None:
+    """Add the prompt and the class."""
+    add = parser.add_argument_group("the condition").add_argument
+    add("--prompt", metavar="TEXT", help="prompt, for models conditioned on text (default: the empty prompt)")
+    add(
+        "--class-label",
+        type=int,
+        metavar="K",
+        help="class, an integer from 0, for models conditioned on classes (default: the null class of a DiT)",
+    )
+
+
+def add_pipeline_run(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
+    """Add what a run of a loaded pipeline takes: scheduler, precision, seed, batch size, folder."""
+    add = parser.add_argument_group("the run").add_argument
+    add("--scheduler", metavar="PATH", help="scheduler_config.json, or its folder, to use instead of the pipeline's")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="convert the weights to this type (default: as stored)",
+    )
+    add("--seed", type=int, default=0, metavar="S", help="seed >= 0 of all random numbers (default: 0)")
+    add(
+        "--batch-size",
+        type=int,
+        default=batch_size,
+        metavar="B",
+        help=f"images processed at a time, >= 1 (default: {batch_size})",
+    )
+    add_output(add)
+
+
+def add_series_run(parser: argparse.ArgumentParser) -> None:
+    """Add what a series of trainings takes: seeds, processes, folder."""
+    add = parser.add_argument_group("the run").add_argument
+    add(
+        "--seeds",
+        type=int,
+        default=3,
+        metavar="N",
+        help="trainings >= 1 of each kind, with other rows, initial weights and noise (default: 3)",
+    )
+    add("--workers", type=int, default=1, metavar="N", help="processes >= 1 that train in parallel (default: 1)")
+    add_output(add)
+
+
+def add_output(add: Any) -> None:
+    """Add the folder of a run and ``--quiet`` by ``add``, the ``add_argument`` of a parser or group."""
+    add("--out", metavar="DIR", required=True, help="folder of the results; the same command resumes an unfinished run")
+    add("--quiet", action="store_true", help="print neither progress nor summary")
+
+
+def examination_of(args: argparse.Namespace) -> ExaminationSetting:
+    """The setting that the command line gives."""
+    return ExaminationSetting(**given(args, ExaminationSetting))
+
+
+def load(args: argparse.Namespace) -> Pipeline:
+    """The pipeline that the command line names."""
+    from scaling.bridge.loading import load_pipeline
+
+    return load_pipeline(args.model, args.dtype, args.revision, scheduler=args.scheduler)

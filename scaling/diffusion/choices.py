@@ -1,0 +1,18 @@
+"""Names that configurations and command lines choose from; a module of its own, for ``--help`` imports no JAX."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias, get_args
+
+__all__ = ["BETA_SCHEDULES", "METHODS", "PREDICTIONS", "Method", "Prediction"]
+
+Method: TypeAlias = Literal["ddim", "ddpm", "pndm", "euler", "heun", "dpmsolver++"]
+METHODS: tuple[Method, ...] = get_args(Method)
+"""Samplers."""
+
+Prediction: TypeAlias = Literal["epsilon", "sample", "v_prediction"]
+PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
+"""What a network predicts: the noise, the clean image, or a mixture of both."""
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+"""How the betas of a noise schedule run from the first timestep to the last."""
