@@ -66,7 +66,7 @@ def room(tmp_path):
 
 
 def test_the_benchmark_s_network_is_the_published_one():
-    assert api.understand(bench.SD14) == api.understand(PUBLISHED)
+    assert api.parse_config(bench.SD14) == api.parse_config(PUBLISHED)
 
 
 @pytest.mark.slow

@@ -40,14 +40,14 @@ import numpy as np
 from absl import app, logging
 from absl.flags import argparse_flags
 
-from scaling.bridge import load_model, save_pretrained
 from scaling.backend import limit_blas_threads
 from scaling.bench import jacobian as bench_jacobian
 from scaling.bench import training as bench_training
 from scaling.bench import unet as bench_unet
 from scaling.bench.unet import QUICK, SD14, check_room, has_torch
+from scaling.bridge import load_model, save_pretrained
 from scaling.bridge.weights import read_header
-from scaling.models.model import Model, initialize, understand
+from scaling.models.model import Model, initialize, parse_config
 from sims.bench.timing import Row, apart, compare, peak_memory, row, seconds, table, write_json
 
 __all__ = ["DETECTOR_TAP", "ROWS", "SD14", "check_room", "main"]
@@ -236,7 +236,7 @@ def _write(folder: pathlib.Path, config: dict[str, Any]) -> None:
 
 
 def _inputs(config: dict[str, Any], seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    (x, _), more = understand(config).inputs(np.float32)
+    (x, _), more = parse_config(config).inputs(np.float32)
     random = np.random.default_rng(seed)
     image, context = (random.standard_normal(shape, np.float32) for shape in (x.shape, more["context"].shape))
     return image, np.asarray(random.integers(1000), np.float32), context
@@ -261,7 +261,7 @@ def _difference(ours: Any, theirs: np.ndarray) -> float:
 
 def _compile_seconds(config: dict[str, Any]) -> tuple[float, float]:
     jax.config.update("jax_enable_compilation_cache", False)
-    apply = understand(config)
+    apply = parse_config(config)
     params = apply.parameter_shapes(np.float32)
     inputs, more = apply.inputs(np.float32)
     start = time.perf_counter()

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from scaling.models.layers import QUERY_CHUNK, attention
-from scaling.models.model import understand
+from scaling.models.model import parse_config
 from sims.bench.timing import Row, compare, temporaries
 
 __all__ = ["QUICK", "SD14", "attention_memory", "check_room", "has_torch"]
@@ -64,7 +64,7 @@ def attention_memory(repeats: int) -> Row:
 
 def check_room(config: dict[str, Any]) -> None:
     """Raise ``ValueError`` if this machine lacks the disk or the memory for the network of ``config``."""
-    weights = 4 * sum(math.prod(spec.shape) for spec in understand(config).parameters().values())
+    weights = 4 * sum(math.prod(spec.shape) for spec in parse_config(config).parameters().values())
     needed, place = {"disk": weights, "memory": (4 if has_torch() else 3) * weights}, tempfile.gettempdir()
     free = {"disk": shutil.disk_usage(place).free, "memory": _available_memory()}
     for kind, size in needed.items():

@@ -30,7 +30,7 @@ from jaxtyping import Float
 from dae_theory.checks import check_integer
 from scaling.backend import limit_blas_threads
 from scaling.bridge.loading import load_pipeline
-from scaling.models.model import understand
+from scaling.models.model import parse_config
 from scaling.models.taps import check_names, check_order
 from scaling.study.examination import STANDARD, Setting, check, examine, variables
 from scaling.training import corpus as corpora
@@ -249,7 +249,7 @@ def _identity(command: str, member: TrainSpec, setting: Setting, corpus: corpora
     fixed = {k: v for k, v in dataclasses.asdict(member).items() if k not in (*PATHS, *VARIED)}
     if command == "transition":
         fixed["steps"] = member.steps
-    listed = understand(config_of(member, corpus)).taps(np.float32)
+    listed = parse_config(config_of(member, corpus)).taps(np.float32)
     check_names(listed, *setting.taps)
     check_order(listed, setting.source, setting.taps[0])
     spec = {"command": command, "train": fixed, "setting": setting._asdict(), "data": checksum(corpus.images)}
