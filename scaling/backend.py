@@ -1,4 +1,4 @@
-"""Options of the compiler, and of the linear algebra that it calls, where their defaults are slow."""
+"""Settings for JAX on CPUs, where the defaults of the compiler and of LAPACK are slow."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ import threadpoolctl
 
 __all__ = ["compiler_options", "cpu_aware", "limit_blas_threads"]
 
-# XLA's own fusions for CPUs run a convolution on one core (jaxlib 0.10); without them it takes all.
+# With XLA's own fusions for CPUs a convolution runs on one core (jaxlib 0.10); without them, on all.
 PARALLEL_CONVOLUTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
 def cpu_aware() -> bool:
-    """Whether to take the CPU's own routines: true if JAX computes on a CPU by default, else the plain ones serve."""
+    """Whether JAX computes on a CPU by default, and the routines written for CPUs should be used."""
     device = getattr(jax.config, "jax_default_device", None)
     return (getattr(device, "platform", device) or jax.default_backend()) == "cpu"
 
 
 def compiler_options() -> dict[str, str]:
-    """For ``jax.jit(function, compiler_options=...)``: what makes convolutions use every core of a CPU.
+    """Options for ``jax.jit(function, compiler_options=...)`` that make convolutions use every core of a CPU.
 
-    Empty on other devices, and where the installed compiler knows no such option.
+    Empty on other devices, and if the installed compiler does not know the option.
     """
     return dict(_known()) if cpu_aware() else {}
 
 
 def limit_blas_threads() -> None:
-    """For entry points, as it is of the whole process: LAPACK on CPUs takes one thread.
+    """Limit LAPACK on CPUs to one thread, in the whole process; call it from entry points only.
 
-    OpenBLAS's other threads wait for its next call by spinning, some 40 ms, in which XLA has one core less: between
-    convolutions a factorization that takes 1 ms costs 40. In a program of your own, setting
-    ``OPENBLAS_THREAD_TIMEOUT=4`` before Python starts does the same.
+    OpenBLAS's other threads spin for some 40 ms while they wait for its next call, and take a core from XLA meanwhile:
+    between convolutions, a factorization of 1 ms costs 40 ms. In your own programs, setting
+    ``OPENBLAS_THREAD_TIMEOUT=4`` before Python starts has the same effect.
     """
-    # What JAX calls on CPUs; only what is loaded can be told.
+    # JAX calls this library on CPUs; the limit applies only to libraries that are already loaded.
     import scipy.linalg.cython_lapack  # noqa: F401
 
     threadpoolctl.threadpool_limits(limits=1, user_api="blas")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from scaling import Edit, load_model
-from scaling.bench.__main__ import COMPILATION, DETECTOR_TAP
+from scaling.bench.unet import COMPILATION, DETECTOR_TAP
 from sims.bench.timing import peak_memory
 
 

@@ -12,12 +12,12 @@ sys.path.insert(0, str(Path(__file__).parent / "golden"))
 from cases import parameter
 
 from scaling.models.config import to_jax
-from scaling.models.model import Model, from_config, understand
+from scaling.models.model import Model, from_config, parse_config
 
 
 def network(config, dtype="float32") -> Model:
     """The model of a configuration; its weights depend on their names alone."""
-    specs = understand(config).parameters()
+    specs = parse_config(config).parameters()
     return from_config(
         config,
         {name: jnp.asarray(to_jax(spec.kind, parameter(name, spec.shape)), dtype) for name, spec in specs.items()},

@@ -92,7 +92,7 @@ UNET = {
 def tiny_model(config=UNET):
     """A network with fixed random weights."""
     params = {}
-    for name, spec in api.understand(config).parameters().items():
+    for name, spec in api.parse_config(config).parameters().items():
         weights = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(spec.shape)
         scale = np.prod(spec.shape[1:]) ** -0.5 if len(spec.shape) > 1 else 0.2
         params[name] = jnp.asarray(to_jax(spec.kind, scale * weights), jnp.float32)

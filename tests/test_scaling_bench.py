@@ -11,20 +11,21 @@ from networks import network
 
 from scaling import save_pretrained
 from scaling.bench import __main__ as bench
-from scaling.bench import unet as bench_unet
+from scaling.bench import setting, unet
+from scaling.bench.setting import QUICK, SD14, Bench, check_room
 from scaling.bridge.weights import read_header
 from scaling.models.layers import QUERY_CHUNK
 
 FIELDS = ["name", "ours_s", "rival_s", "ratio_median", "ratio_min", "ratio_max", "notes"]
 
 
-def command(*arguments):
+def command(*arguments, **variables):
     plain = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     return subprocess.run(
         [sys.executable, "-m", "scaling.bench", *arguments],
         capture_output=True,
         text=True,
-        env=plain | {"JAX_PLATFORMS": "cpu"},
+        env=plain | {"JAX_PLATFORMS": "cpu"} | variables,
     )
 
 
@@ -62,30 +63,44 @@ def test_rows_of_small_networks_run_without_the_rival(tmp_path):
 
 
 def test_loading_does_no_less_than_its_rival(tmp_path):
-    model = network(bench.QUICK)
+    model = network(QUICK)
     path = save_pretrained(model, tmp_path) / "diffusion_pytorch_model.safetensors"
-    assert bench.load(bench.Bench(tmp_path, bench.QUICK, 1)).notes["file_bytes"] == path.stat().st_size
+    assert unet.load(Bench(tmp_path, QUICK, 1)).notes["file_bytes"] == path.stat().st_size
     # The rival, too, ends with every parameter in JAX's layout.
-    kept = bench._read_and_transpose(path)
+    arrays = unet._read_and_transpose(path)
     names = sorted(read_header(path).items(), key=lambda item: item[1].start)
-    for array, (name, _) in zip(kept, names, strict=True):
+    for array, (name, _) in zip(arrays, names, strict=True):
         np.testing.assert_array_equal(array, model.params[name])
 
 
-@pytest.mark.slow
-def test_bad_flags_are_refused():
-    done = command("--quick", "--repeats", "0")
+def test_bad_flags_are_refused_and_help_is_printed_without_jax(tmp_path):
+    # Any import of jax would fail.
+    (tmp_path / "jax.py").write_text("raise ImportError('jax is imported')")
+    environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    done = command("--quick", "--repeats", "0", **environment)
     assert done.returncode == 2
     assert "--repeats must be at least 1, got 0" in done.stderr
-    assert command("--only", "sd15").returncode != 0
+    done = command("--only", "sd15", **environment)
+    assert done.returncode == 2
+    assert "invalid choice: 'sd15'" in done.stderr
+    done = command("--help", **environment)
+    assert done.returncode == 0
+    assert all(row in done.stdout for row in bench.ROWS)
+    assert "jax is imported" in command("--quick", "--only", "attention_memory", **environment).stderr
+
+
+def test_every_row_names_its_function():
+    for row in bench.ROWS:
+        assert callable(bench._function(row))
+    assert bench.ROWS.keys() > bench.WITHOUT_WEIGHTS > bench.SMALL
 
 
 @pytest.mark.parametrize("kind", ["disk", "memory"])
-def test_a_machine_without_room_is_told_so(kind, monkeypatch):
-    bench.check_room(bench.QUICK)
+def test_a_machine_without_room_is_refused(kind, monkeypatch):
+    check_room(QUICK)
     if kind == "disk":
-        monkeypatch.setattr(bench_unet.shutil, "disk_usage", lambda _: type("", (), {"free": 1e9}))
+        monkeypatch.setattr(setting.shutil, "disk_usage", lambda _: type("", (), {"free": 1e9}))
     else:
-        monkeypatch.setattr(bench_unet, "_available_memory", lambda: 1e9)
+        monkeypatch.setattr(setting, "_available_memory", lambda: 1e9)
     with pytest.raises(ValueError, match=rf"needs 1?\d\.\d GB of {kind} .*there are 1\.0; try --quick"):
-        bench.check_room(bench.SD14)
+        check_room(SD14)

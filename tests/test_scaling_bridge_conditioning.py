@@ -107,12 +107,12 @@ def test_what_a_network_does_not_take_is_refused(pipelines):
         condition_on(pipelines["latent"], class_label=1)
     with pytest.raises(ValueError, match="unconditional, so it cannot be guided"):
         null_condition(pipelines["pixel"])
-    with pytest.raises(ValueError, match="no text encoder here"):
+    with pytest.raises(ValueError, match="there is no text encoder"):
         condition_on(alone(LATENT), "a cat")
     refiner = alone(SDXL | {"projection_class_embeddings_input_dim": 5 * 16 + 12})
     assert json.loads(refiner.network.source)["addition_time_embed_dim"] == 16
     text = pipelines["xl"]._replace(network=refiner.network)
-    with pytest.raises(ValueError, match="told of more than sizes"):
+    with pytest.raises(ValueError, match="more numbers than SDXL.s six sizes"):
         condition_on(text, "a cat")
 
 

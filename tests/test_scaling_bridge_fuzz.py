@@ -22,7 +22,7 @@ from scaling import load_model, save_pretrained
 from scaling.bridge import weights
 from scaling.diffusion import schedules
 from scaling.models.config import ParamSpec
-from scaling.models.model import understand
+from scaling.models.model import parse_config
 
 UNET = {
     "_class_name": "UNet2DModel",
@@ -112,7 +112,7 @@ def test_bytes_changed_anywhere(tmp_path, data):
     written(tmp_path, saved() | {WEIGHTS: bytes(changed)})
     model = refuses_or_loads(lambda: load_model(tmp_path))
     # A byte of a number or of metadata can change without harm to the file; then every parameter is there.
-    assert model is None or model.params.keys() == understand(UNET).parameters().keys()
+    assert model is None or model.params.keys() == parse_config(UNET).parameters().keys()
 
 
 @many
@@ -192,7 +192,7 @@ def test_configurations_that_say_anything(data):
             config[name] = data.draw(JSON)
 
     def shapes():
-        apply = understand(config)
+        apply = parse_config(config)
         inputs, more = apply.inputs(jnp.float32)
         specs = apply.parameters()
         assert all(isinstance(spec, ParamSpec) and all(n > 0 for n in spec.shape) for spec in specs.values())

@@ -162,7 +162,7 @@ UNET = {
 def test_guided_sampling_of_a_network(method, fields, key):
     module = randomize(diffusers.UNet2DConditionModel(**{k: v for k, v in UNET.items() if k[0] != "_"}), "float32")
     config = {name: list(value) if isinstance(value, tuple) else value for name, value in UNET.items()}
-    apply = api.understand(config)
+    apply = api.parse_config(config)
     params = to_params(module.state_dict(), apply.parameters(), getattr(apply.module, "rename", lambda name: name))
     model = api.from_config(config, params)
     context = np.random.RandomState(0).standard_normal((2, 2, 5, 12)).astype(np.float32)

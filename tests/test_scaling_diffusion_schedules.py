@@ -113,13 +113,13 @@ def test_other_classes_lend_their_noise_schedule():
 @pytest.mark.parametrize(
     ("config", "method", "message"),
     [
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "euler", r"FlowMatchEuler.*known are DDIMScheduler"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "euler", r"FlowMatchEuler.*supported are DDIMScheduler"),
         ({"_class_name": "GaussianDDPMScheduler", "timesteps": 1000}, None, "'GaussianDDPMScheduler' is not supported"),
         ({"_class_name": ["DDIMScheduler"]}, None, "is not supported"),
         ({}, None, "no _class_name"),
         ({}, "unipc", "method 'unipc' is not known; choose from ddim"),
-        ({"betas": 3}, "ddim", "betas = 3: this field is not understood"),
-        ({"beta_schedule": "sigmoid"}, "ddim", "beta_schedule = 'sigmoid': understood are 'linear'"),
+        ({"betas": 3}, "ddim", "betas = 3: this field is not supported"),
+        ({"beta_schedule": "sigmoid"}, "ddim", "beta_schedule = 'sigmoid': supported are 'linear'"),
         ({"prediction_type": "flow_prediction"}, "ddim", "prediction_type = 'flow_prediction'"),
         ({"timestep_spacing": "even"}, "ddim", "timestep_spacing = 'even'"),
         ({"variance_type": "learned_range"}, "ddpm", "variance_type = 'learned_range'"),
@@ -145,7 +145,7 @@ def test_other_classes_lend_their_noise_schedule():
         ({"beta_start": object()}, "ddim", "plain JSON"),
     ],
 )
-def test_what_is_not_understood_is_refused_by_name(config, method, message):
+def test_what_is_not_supported_is_refused_by_name(config, method, message):
     with pytest.raises(ValueError, match=message):
         from_config(config, method)
 

@@ -12,7 +12,7 @@ import pytest
 from networks import check_derivative, check_half_precision, check_lowering, network
 
 from scaling.models import clip_text
-from scaling.models.model import encode_text, understand
+from scaling.models.model import encode_text, parse_config
 from scaling.models.taps import Edit, Tap, names
 
 PUBLISHED = json.loads((Path(__file__).parent / "published_configs.json").read_text())
@@ -43,7 +43,7 @@ IDS = jnp.array([[48, 3, 40, 1, 1], [48, 40, 40, 40, 7]])
     ],
 )
 def test_published_configurations_have_their_parameters(repository, part, count):
-    apply = understand({"architectures": ["CLIPTextModel"]} | PUBLISHED[repository][part])
+    apply = parse_config({"architectures": ["CLIPTextModel"]} | PUBLISHED[repository][part])
     assert sum(math.prod(spec.shape) for spec in apply.parameters().values()) == count
 
 
@@ -176,6 +176,6 @@ def test_keys_of_both_kinds_of_checkpoint(key, name):
         {"architectures": ["CLIPTextModel", "CLIPTextModelWithProjection"]},
     ],
 )
-def test_what_is_not_understood_is_refused_by_name(fields):
+def test_what_is_not_supported_is_refused_by_name(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         clip_text.parse(TINY | fields)

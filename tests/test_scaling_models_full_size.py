@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from scaling.bench import __main__ as bench
+from scaling.bench import setting as bench
 from scaling.models import model as api
 
 HERE = pathlib.Path(__file__).parent
@@ -17,7 +17,7 @@ PUBLISHED = json.loads((HERE / "published_configs.json").read_text())["CompVis/s
 WRITE = """
 import sys, jax
 from scaling import initialize, save_pretrained
-from scaling.bench.__main__ import SD14
+from scaling.bench.setting import SD14
 save_pretrained(initialize(jax.random.key(0), SD14), sys.argv[1])
 """
 
@@ -66,7 +66,7 @@ def room(tmp_path):
 
 
 def test_the_benchmark_s_network_is_the_published_one():
-    assert api.understand(bench.SD14) == api.understand(PUBLISHED)
+    assert api.parse_config(bench.SD14) == api.parse_config(PUBLISHED)
 
 
 @pytest.mark.slow

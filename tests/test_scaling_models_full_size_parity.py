@@ -9,7 +9,7 @@ diffusers = pytest.importorskip("diffusers")
 from test_scaling_models_full_size import PUBLISHED, check_measures, inputs, measured, room  # noqa: E402, F401
 from torch_side import TOLERANCE, difference  # noqa: E402
 
-from scaling.bench.__main__ import DETECTOR_TAP  # noqa: E402
+from scaling.bench.unet import DETECTOR_TAP  # noqa: E402
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent / "golden"))
 from cases import CASES, parameter
 
 from scaling.models.config import to_jax
-from scaling.models.model import understand
+from scaling.models.model import parse_config
 
 # Float32 rounding through some hundred layers, as a fraction of the largest value.
 TOLERANCE = 2e-5
@@ -23,7 +23,7 @@ TOLERANCE = 2e-5
 def test_outputs_and_taps_are_those_of_pytorch(name):
     case = CASES[name]
     golden = load_file(case.path(name))
-    apply = understand(case.config)
+    apply = parse_config(case.config)
     params = {
         key: jnp.asarray(to_jax(spec.kind, parameter(key, spec.shape))) for key, spec in apply.parameters().items()
     }

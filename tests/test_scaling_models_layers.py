@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from scaling.models import blocks_resnet, layers
+from scaling.models import blocks_resnet, cpu_convolution, layers
 from scaling.models.config import ParamSpec, jax_shape, to_jax, to_torch
 from scaling.models.taps import Tap
 
@@ -20,24 +20,15 @@ def draw(key, *shape, dtype="float64"):
 
 @pytest.fixture
 def plain(monkeypatch):
-    """Runs a function with the plain routines."""
+    """Runs a function with the routines of other devices."""
 
     def run(function, *args):
         with monkeypatch.context() as context:
-            context.setattr(layers, "cpu_aware", lambda: False)
+            for module in (layers, cpu_convolution):
+                context.setattr(module, "cpu_aware", lambda: False)
             return function(*args)
 
     return run
-
-
-def test_the_cpu_gets_its_own_routines_and_others_the_plain_ones(monkeypatch):
-    assert layers.cpu_aware()
-    for backend in ("gpu", "tpu"):
-        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-        assert not layers.cpu_aware()
-        # Unless the user computes on the CPU beside it.
-        with jax.default_device(jax.devices("cpu")[0]):
-            assert layers.cpu_aware()
 
 
 @pytest.mark.parametrize(
@@ -104,7 +95,7 @@ def test_attention_never_holds_more_than_a_chunk_of_the_matrix(derivative):
     assert memory < 0.2 * heads * tokens**2 * 4
 
 
-ROUTES = layers._ROUTES
+ROUTES = cpu_convolution.ROUTES
 
 
 @pytest.mark.parametrize("route", ["product", "product_derivatives"])
@@ -171,8 +162,8 @@ def test_derivatives_are_products_even_where_values_are_not(key):
     ],
 )
 def test_the_route_of_a_convolution_goes_by_its_shapes(x, weight, route, plain, monkeypatch):
-    assert layers.conv_route(x, weight, 1, (1, 1)) == route
-    assert plain(layers.conv_route, x, weight, 1, (1, 1)) == "native"
+    assert cpu_convolution.conv_route(x, weight, 1, (1, 1)) == route
+    assert plain(cpu_convolution.conv_route, x, weight, 1, (1, 1)) == "native"
 
     def run(x, weight):
         return layers.conv({"a.weight": weight}, Tap(), "a", x)

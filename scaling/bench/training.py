@@ -1,9 +1,9 @@
 r"""The row ``train_step``: one step of training a small UNet on 8x8 images, beside PyTorch's from the same weights.
 
-A step is drawing rows, timesteps and noise, adding the noise, the loss of ε and its gradient, Adam, and the running
-average. Ours takes many steps in one program, whose memory is allocated once (:func:`scaling.training.advance`): at one
-call a step a fifth of the time goes to the pages of 140 MB. PyTorch is eager, on its default number of threads, with
-diffusers' model and scheduler, ``torch.optim.Adam`` and one fused call for the average.
+A step draws rows, timesteps and noise, adds the noise, computes the loss of ε and its gradient, and updates Adam and
+the running average. Ours takes many steps in one program (:func:`scaling.training.steps.advance`), which allocates its
+memory once: with one call per step, a fifth of the time goes to page faults on 140 MB. PyTorch is eager, on its default
+number of threads, with diffusers' model and scheduler, ``torch.optim.Adam`` and one fused call for the average.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import functools
 import pathlib
 import tempfile
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scaling.bench.setting import Bench, has_torch
 from scaling.bridge.export import save_pretrained
 from scaling.diffusion.schedules import from_config
 from scaling.models.model import Model, initialize
@@ -34,7 +35,7 @@ from scaling.training.steps import (
 )
 from sims.bench.timing import Row, compare, per_unit
 
-__all__ = ["NETWORK", "RECIPE", "SCHEDULER", "Rival", "Twin", "training_step"]
+__all__ = ["NETWORK", "RECIPE", "SCHEDULER", "train_step"]
 
 NETWORK: dict[str, Any] = {
     "_class_name": "UNet2DModel",
@@ -53,22 +54,18 @@ RECIPE = TrainSpec().recipe()
 IMAGES, STEPS, QUICK_STEPS = 1024, 20, 2
 
 
-class Twin(NamedTuple):
-    """The same elsewhere."""
+class _Twin(NamedTuple):
+    """The same training in PyTorch."""
 
     run: Callable[[], object]
-    """So many steps in a row."""
+    """Take as many steps as ours."""
     loss: Callable[[np.ndarray, np.ndarray, np.ndarray], float]
-    """Of given images, timesteps and noise."""
+    """The loss of given images, timesteps and noise."""
 
 
-Rival: TypeAlias = Callable[[pathlib.Path, np.ndarray, int], Twin | None]
-"""From the folder of the network, the images and the number of steps to the twin, if there is one."""
-
-
-def training_step(rival: Rival, repeats: int, quick: bool) -> Row:
-    """Seconds a step, each the mean over ``STEPS`` in a row; ``difference`` is that of the losses of one batch."""
-    steps = QUICK_STEPS if quick else STEPS
+def train_step(bench: Bench) -> Row:
+    """Seconds per step, each the mean over ``STEPS`` in a row; ``difference`` is that of the losses of one batch."""
+    steps = QUICK_STEPS if bench.quick else STEPS
     model = initial_weights(initialize(jax.random.key(0), NETWORK))
     networks = Networks(model.apply, None, from_config(SCHEDULER))
     images = np.random.default_rng(0).uniform(-1, 1, (IMAGES, *model.apply.inputs(np.float32)[0][0].shape[1:]))
@@ -78,18 +75,18 @@ def training_step(rival: Rival, repeats: int, quick: bool) -> Row:
     notes["parameters"] = sum(param.size for param in model.params.values())
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, folder)
-        twin = rival(pathlib.Path(folder), np.asarray(examples.images), steps)
+        twin = _torch_twin(pathlib.Path(folder), np.asarray(examples.images), steps) if has_torch() else None
     if twin is not None:
         batch = _batch(examples)
         expected = twin.loss(*map(np.asarray, batch[:3]))
-        found = float(jax.jit(denoising_loss, static_argnums=1)({"network": model.params}, networks, batch))
-        notes |= {"rival": "diffusers", "difference": abs(found - expected) / expected}
-    found = compare("train_step", ours, None if twin is None else twin.run, repeats, notes=notes)
-    return per_unit(found, steps, steps)
+        loss = float(jax.jit(denoising_loss, static_argnums=1)({"network": model.params}, networks, batch))
+        notes |= {"rival": "diffusers", "difference": abs(loss - expected) / expected}
+    measured = compare("train_step", ours, None if twin is None else twin.run, bench.repeats, notes=notes)
+    return per_unit(measured, steps, steps)
 
 
 class _Ours:
-    """Steps in a row; every call goes on where the last ended."""
+    """Training steps; every call continues where the last one ended."""
 
     def __init__(self, model: Model, examples: Examples, networks: Networks, steps: int) -> None:
         self.state = start({"network": model}, RECIPE)
@@ -115,3 +112,40 @@ def _batch(examples: Examples) -> Batch:
     times = random.integers(0, SCHEDULER["num_train_timesteps"], RECIPE.batch_size, np.int32)
     noise = random.standard_normal(images.shape, np.float32)
     return Batch(images, jnp.asarray(times), jnp.asarray(noise), None)
+
+
+def _torch_twin(folder: pathlib.Path, images: np.ndarray, steps: int) -> _Twin:
+    import diffusers
+    import torch  # pyright: ignore[reportMissingImports]
+
+    network, noising = (getattr(diffusers, config["_class_name"]) for config in (NETWORK, SCHEDULER))
+    module = network.from_pretrained(folder, low_cpu_mem_usage=False).train()
+    scheduler, data = noising.from_config(SCHEDULER), torch.from_numpy(images.copy())
+    params = list(module.parameters())
+    average = [param.detach().clone() for param in params]
+    optimizer = torch.optim.Adam(params, lr=RECIPE.learning_rate)
+
+    def loss(images: Any, times: Any, noise: Any) -> Any:
+        out = module(scheduler.add_noise(images, noise, times), times).sample
+        return torch.nn.functional.mse_loss(out, noise)
+
+    def run() -> float:
+        value = torch.tensor(0.0)
+        for _ in range(steps):
+            rows = torch.randint(len(data), (RECIPE.batch_size,))
+            times = torch.randint(SCHEDULER["num_train_timesteps"], (RECIPE.batch_size,))
+            batch = data[rows]
+            value = loss(batch, times, torch.randn_like(batch))
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            with torch.no_grad():
+                torch._foreach_lerp_(average, params, 1 - RECIPE.ema)
+        return float(value.detach())
+
+    def of_arrays(images: np.ndarray, times: np.ndarray, noise: np.ndarray) -> float:
+        with torch.no_grad():
+            tensors = [torch.from_numpy(np.array(part)) for part in (images, times.astype(np.int64), noise)]
+            return float(loss(*tensors))
+
+    return _Twin(run, of_arrays)

@@ -1,7 +1,7 @@
-"""What a pipeline is conditioned on, from a prompt or a class: :class:`scaling.diffusion.samplers.Condition`, a batch of one.
+"""Prompts and class labels as a :class:`scaling.models.model.Condition`, a batch of one.
 
-As in diffusers: Stable Diffusion 1 and 2 read the last hidden state of their text encoder; XL reads the states before
-the last layer of both of its own, side by side, and adds the pooled text and the sizes of the image.
+As in diffusers: Stable Diffusion 1 and 2 attend to the last hidden state of their text encoder; SDXL attends to the
+concatenated penultimate states of its two text encoders, and takes the pooled text and the image's sizes beside them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from scaling.models.model import Condition, Model, encode_text
 __all__ = ["condition_on", "null_condition", "pixel_size"]
 
 SIZES = 6
-"""Numbers that SDXL takes: height and width of the original, top and left of the crop, height and width of the
-target."""
+"""Numbers that SDXL takes: height and width of the original, top and left of the crop, and the target's height and
+width."""
 
 
 def condition_on(
@@ -31,28 +31,29 @@ def condition_on(
     *,
     size: tuple[int, int] | None = None,
 ) -> Condition:
-    """The condition of a ``prompt`` or of a ``class_label``, whichever the network takes.
+    """The condition of a ``prompt`` or a ``class_label``, whichever the network takes.
 
-    None is the empty prompt, and the null class of a DiT; a UNet with classes has none. Prompts are cut where the text
-    encoder ends, at 77 tokens in the released ones. ``size`` is the image's (H, W) in pixels, for networks that are
-    told of it; None is the network's own. ``ValueError`` for what the network does not take, for a class beyond its
-    own, and for a network that reads a text where the pipeline has no text encoder.
+    None means the empty prompt, or the null class of a DiT; UNets with classes have no null class. Prompts are
+    truncated to the text encoder's length, 77 tokens in the released ones. ``size`` is the image's (H, W) in pixels,
+    for networks that take it as an input (SDXL); None means the network's own size. Raises ``ValueError`` for an input
+    that the network does not take, for a class out of range, and if the network needs a text encoder and the pipeline
+    has none.
     """
     takes = _inputs(pipeline.network)
     if prompt and "context" not in takes:
-        raise ValueError("the network reads no text: leave the prompt out.")
+        raise ValueError("the network reads no text; leave the prompt out.")
     label = None
     if "class_labels" in takes:
         label = _label(pipeline.network, takes["class_labels"], class_label)
     elif class_label is not None:
-        raise ValueError("the network has no classes: leave the class label out.")
+        raise ValueError("the network has no classes; leave the class label out.")
     if "context" not in takes:
         return Condition(class_labels=label)
     context, pooled = _encoded(pipeline, prompt or "", penultimate="added" in takes)
     if "added" not in takes:
         return Condition(context, label)
     if takes["added"]["time_ids"].shape != (1, SIZES):
-        raise ValueError("the network is told of more than sizes; make its Condition in Python.")
+        raise ValueError("the network takes more numbers than SDXL's six sizes; make its Condition in Python.")
     height, width = size or pixel_size(pipeline)
     sizes = jnp.asarray([[height, width, 0, 0, height, width]], context.dtype)
     return Condition(context, label, {"text_embeds": pooled, "time_ids": sizes})
@@ -61,10 +62,10 @@ def condition_on(
 def null_condition(
     pipeline: Pipeline, negative_prompt: str | None = None, *, size: tuple[int, int] | None = None
 ) -> Condition:
-    """The other half of classifier-free guidance: a prompt to avoid, or the null class of a DiT.
+    """The unconditional half of classifier-free guidance: a negative prompt, or the null class of a DiT.
 
-    Without ``negative_prompt`` it is the empty prompt, or zeros in the pipelines that say so
-    (``force_zeros_for_empty_prompt``). ``ValueError`` for a network without a null class.
+    Without ``negative_prompt`` it is the empty prompt, or zeros where the pipeline asks for them
+    (``force_zeros_for_empty_prompt``). Raises ``ValueError`` for a network without a null class.
     """
     takes = _inputs(pipeline.network)
     if "class_labels" in takes:
@@ -81,14 +82,14 @@ def null_condition(
 
 
 def pixel_size(pipeline: Pipeline) -> tuple[int, int]:
-    """Height and width, in pixels, of the images that the network was made for."""
+    """Height and width in pixels of the images that the network was trained on."""
     (x, *_), _ = pipeline.network.apply.inputs(jnp.float32)
     factor = 1 if pipeline.vae is None else 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
     return factor * x.shape[2], factor * x.shape[3]
 
 
 def _inputs(network: Model) -> dict[str, Any]:
-    """Shapes of what a network takes beside image and time, by name."""
+    """Shapes of a network's inputs other than image and timestep, by name."""
     return network.apply.inputs(jnp.float32)[1]
 
 
@@ -99,7 +100,7 @@ def _null_class(network: Model) -> int | None:
 def _label(network: Model, shape: jax.ShapeDtypeStruct, label: int | None) -> Array:
     if shape.ndim != 1:
         raise ValueError("the classes of this network are vectors, not numbers; make its Condition in Python.")
-    # A DiT has its null class after the others; a UNet's table has a row for each; timesteps have no end.
+    # A DiT has its null class after the others, a UNet's table has a row per class, and timesteps have no upper end.
     null = _null_class(network)
     table = network.params.get("class_embedding.weight")
     last = null if null is not None else None if table is None else table.shape[0] - 1
@@ -112,9 +113,9 @@ def _label(network: Model, shape: jax.ShapeDtypeStruct, label: int | None) -> Ar
 def _encoded(
     pipeline: Pipeline, prompt: str, *, penultimate: bool
 ) -> tuple[Float[Array, "1 t c"], Float[Array, "1 p"]]:
-    """States of all encoders, side by side, and the pooled vector of the last one."""
+    """States of all encoders, concatenated, and the pooled vector of the last one."""
     if not pipeline.text_encoders:
-        raise ValueError("the network reads a text, and there is no text encoder here: name the pipeline's folder.")
+        raise ValueError("the network takes a prompt, but there is no text encoder; load the whole pipeline's folder.")
     states, pooled = [], None
     for encoder, tokenizer in zip(pipeline.text_encoders, pipeline.tokenizers, strict=True):
         length = min(tokenizer.model_max_length, encoder.config.positions)

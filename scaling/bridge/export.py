@@ -1,4 +1,4 @@
-"""Models and pipelines back as folders that PyTorch's diffusers and transformers open."""
+"""Save models and pipelines as folders that PyTorch's diffusers and transformers load."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from sims.store.files import write_text
 __all__ = ["save_pipeline", "save_pretrained"]
 
 PIPELINES = {"unet2d": "DDIMPipeline", "unet2d_condition": "StableDiffusionPipeline", "dit": "DiTPipeline"}
-"""The class of diffusers that a network is the heart of."""
+"""The pipeline class of diffusers for each architecture."""
 
 
 def save_pretrained(model: Model, folder: str | Path) -> Path:
-    """Write config.json and the parameters as one safetensors file into ``folder``, made if need be; returns it.
+    """Write config.json and the parameters, as one safetensors file, to ``folder``, which is created; returns it.
 
-    ``from_pretrained(folder)`` of the class that config.json names then gives equal outputs, and so does
-    ``load_model(folder)``. Raises ``ValueError`` if the parameters are not those of the configuration.
+    ``from_pretrained(folder)`` of the class that config.json names loads the same network in PyTorch, and
+    ``load_model(folder)`` loads it again here. Raises ``ValueError`` if the parameters do not fit the configuration.
     """
     specs = model.apply.parameters()
     shapes = {name: param.shape for name, param in model.params.items()}
-    wanted = {name: jax_shape(spec) for name, spec in specs.items()}
-    if shapes != wanted:
-        wrong = sorted(name for name in shapes | wanted if shapes.get(name) != wanted.get(name))
+    expected = {name: jax_shape(spec) for name, spec in specs.items()}
+    if shapes != expected:
+        wrong = sorted(name for name in shapes | expected if shapes.get(name) != expected.get(name))
         raise ValueError(f"the parameters do not fit the configuration: {', '.join(wrong[:5])}.")
     config = json.loads(model.source)
     folder = Path(folder)
@@ -45,13 +45,13 @@ def save_pretrained(model: Model, folder: str | Path) -> Path:
 
 
 def save_pipeline(pipeline: Pipeline, folder: str | Path) -> Path:
-    """Write model_index.json, the scheduler and each network into ``folder``; returns it.
+    """Write model_index.json, the scheduler and each network to ``folder``; returns it.
 
-    ``load_pipeline(folder)`` gives the pipeline again, and so does ``from_pretrained(folder)`` of the class of
-    diffusers that is written down, with ``vae=None`` where that class has an autoencoder and the pipeline none: it then
-    gives its samples as latents. Tokenizers must be in ``folder`` already, under ``tokenizer`` and
-    ``tokenizer_2``: their files are not written. Raises ``ValueError`` if they are not, and as
-    :func:`save_pretrained`.
+    ``load_pipeline(folder)`` loads the pipeline again, and so does ``from_pretrained(folder)`` of the diffusers class
+    that model_index.json names; give it ``vae=None`` if that class has an autoencoder and this pipeline has none, and
+    it returns its samples as latents. Tokenizer files are not written: they must already be in ``folder``, under
+    ``tokenizer`` and ``tokenizer_2``. Raises ``ValueError`` if they are missing, or if a network's parameters do not
+    fit its configuration.
     """
     folder, config = Path(folder), json.loads(pipeline.network.source)
     architecture = pipeline.network.apply.architecture

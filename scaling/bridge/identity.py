@@ -1,4 +1,4 @@
-"""What a pipeline is, as JSON: the part of a run's identity that weights and schedule make, not the paths they lie at."""
+"""The identity of a pipeline as JSON, from its weights and its schedule, wherever their files are."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["identify"]
 
 
 def identify(pipeline: Pipeline) -> dict[str, Any]:
-    """The parts of a pipeline as JSON: of a network its architecture, dtype and digest, of the schedule its fields."""
+    """Each network's architecture, dtype and digest by component, and the fields of the schedule; plain JSON values."""
     parts = {"network": pipeline.network} | ({"vae": pipeline.vae} if pipeline.vae is not None else {})
     parts |= {f"text_encoder_{i}": encoder for i, encoder in enumerate(pipeline.text_encoders, 1)}
     return {name: _identity(model) for name, model in parts.items()} | {"scheduler": pipeline.schedule.config}

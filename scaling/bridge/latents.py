@@ -1,4 +1,4 @@
-"""Images to the latents that a diffusion model sees, and back: the autoencoder together with its scaling."""
+"""Images to the scaled latents of a diffusion model, and back."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["from_latents", "to_latents"]
 def to_latents(
     vae: Model, images: Float[Array, "b c h w"], noise: Float[Array, "b z h2 w2"] | None = None
 ) -> Float[Array, "b z h2 w2"]:
-    r"""Scaled latents of images in [-1, 1]: the mean of :math:`q(z \mid x)`, or with unit ``noise`` the draw of it."""
+    r"""Scaled latents of images in [-1, 1]: the mean of :math:`q(z \mid x)`, or a sample of it given unit ``noise``."""
     mean, logvar = vae_encode(_wide(vae), images)
     z = mean if noise is None else mean + jnp.exp(logvar / 2) * noise
     return autoencoder_kl.scale(vae.config, z)
 
 
 def from_latents(vae: Model, latents: Float[Array, "b z h2 w2"]) -> Float[Array, "b c h w"]:
-    """Images, clipped to [-1, 1], of scaled latents."""
+    """Images of scaled latents, clipped to [-1, 1]."""
     return jnp.clip(vae_decode(_wide(vae), autoencoder_kl.unscale(vae.config, latents)), -1, 1)
 
 

@@ -1,7 +1,8 @@
-"""Pretrained weights of diffusers and transformers as JAX models: resolve, read the configuration, check, convert.
+"""Load pretrained weights of diffusers and transformers as JAX models: find the files, read and check them, convert.
 
-Strict: a configuration that is not understood, a missing, extra or misshapen tensor, and any file but safetensors is a
-``ValueError`` that names it, raised before a parameter is allocated. Tensors are converted one at a time.
+Loading is strict: an unsupported configuration field, a missing, unexpected or misshapen tensor, and weights that are
+not safetensors raise ``ValueError``, which names the culprit, before any parameter is allocated. Few tensors are
+converted at a time, so that the peak of memory stays near the size of the model.
 """
 
 from __future__ import annotations
@@ -20,23 +21,22 @@ import numpy as np
 from scaling.bridge.weights import FLOATS, Tensor, read_header, read_index, read_json
 from scaling.diffusion import schedules
 from scaling.models.config import ParamSpec, to_jax
-from scaling.models.model import Apply, Model, from_config, understand
+from scaling.models.model import Apply, Model, from_config, parse_config
 
 __all__ = ["Checkpoint", "Pipeline", "load_model", "load_pipeline", "read_checkpoints"]
 
 Fetch: TypeAlias = Callable[[str], Path | None]
-"""From a file's name, with forward slashes, to where it lies on this machine; None if there is no such file."""
+"""From a file's name, with forward slashes, to its path on this machine; None if there is no such file."""
 
 DENOISERS = ("unet2d", "unet2d_condition", "dit")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json", "tokenizer.json")
-# Copies of one tensor that are in progress at a time; numpy releases the interpreter while it copies.
+# Tensors that are copied at a time; NumPy releases the GIL while it copies.
 WORKERS = 2
 
 
 class Pipeline(NamedTuple):
-    """The parts of a diffusers pipeline; those that it lacks are None or empty."""
+    """The components of a diffusers pipeline; those that it lacks are None or empty."""
 
     network: Model
     """The UNet or the transformer."""
@@ -46,32 +46,32 @@ class Pipeline(NamedTuple):
     tokenizers: tuple[Any, ...]
     """A ``transformers.CLIPTokenizer`` per text encoder."""
     settings: Mapping[str, Any]
-    """What model_index.json says beside the parts, for example ``force_zeros_for_empty_prompt``."""
+    """Entries of model_index.json other than components, for example ``force_zeros_for_empty_prompt``."""
 
 
 class Checkpoint(NamedTuple):
-    """A network's files, read up to the weights and found to fit its configuration: nothing is allocated yet."""
+    """A network's files, checked against its configuration, with the weights not yet read."""
 
     place: str
     config: dict[str, Any]
     """The fields of config.json."""
     apply: Apply
     stored: dict[str, Tensor]
-    """Where each parameter lies."""
+    """Each parameter's place in the files."""
 
     @property
     def dtypes(self) -> list[str]:
-        """Names of the dtypes of the weights, as NumPy has them."""
+        """NumPy's names of the dtypes of the weights."""
         return sorted({np.dtype(FLOATS[tensor.dtype]).name for tensor in self.stored.values()})
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers the network has."""
+        """Number of parameters, counted as scalars."""
         return sum(math.prod(tensor.shape) for tensor in self.stored.values())
 
     @property
     def num_bytes(self) -> int:
-        """What they take on disk."""
+        """Size of the parameters on disk."""
         return sum(tensor.stop - tensor.start for tensor in self.stored.values())
 
     def taps(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -85,10 +85,11 @@ def load_model(
     """Load one network.
 
     ``path_or_hub_id`` is a folder with config.json and weights (one safetensors file, or shards and their index), or
-    such a weights file, or a repository on the Hugging Face hub, whose ``revision`` is fetched into huggingface_hub's
-    cache, or found there without a connection (``HF_HUB_OFFLINE=1``). ``dtype`` converts the parameters to float32,
-    bfloat16 or float16; None keeps the file's. Of weights in two precisions the half one is taken if ``dtype`` is
-    float16. Raises ``ValueError`` for whatever is not exactly understood.
+    the weights file in such a folder, or a repository on the Hugging Face hub; its ``revision`` is downloaded to
+    huggingface_hub's cache, or read from there without a connection (``HF_HUB_OFFLINE=1``). ``dtype`` converts the
+    parameters to float32, bfloat16, float16 or float64; None keeps the file's. If the folder holds the weights in two
+    precisions, the float16 files are read if ``dtype`` is float16, else the others. Raises ``ValueError`` for anything
+    that cannot be reproduced exactly.
     """
     dtype = _checked_dtype(dtype)
     fetch, origin, weights = _located(path_or_hub_id, revision)
@@ -104,9 +105,9 @@ def load_pipeline(
 ) -> Pipeline:
     """Load the UNet or transformer, autoencoder, text encoders, tokenizers and scheduler that model_index.json lists.
 
-    ``scheduler`` is a scheduler_config.json, or a folder with one, to take in place of the pipeline's own. With it a
-    network without a pipeline is one of that network alone. Safety checkers and feature extractors are left out. See
-    :func:`load_model` for the other arguments.
+    ``scheduler`` is a scheduler_config.json, or a folder with one, that replaces the pipeline's own; with it, a network
+    without a pipeline loads as a pipeline of that network alone. Safety checkers and feature extractors are not loaded.
+    See :func:`load_model` for the other arguments.
     """
     dtype = _checked_dtype(dtype)
     fetch, origin, weights = _located(path_or_hub_id, revision)
@@ -114,7 +115,7 @@ def load_pipeline(
     config = _scheduler(fetch, scheduler)
     if config is None:
         raise ValueError(
-            f"{origin}: no scheduler_config.json, so the meaning of its timesteps is unknown; name one (scheduler=)."
+            f"{origin}: no scheduler_config.json, so the meaning of its timesteps is unknown; give one with scheduler=."
         )
     schedule = schedules.from_config(read_json(config))
 
@@ -124,7 +125,7 @@ def load_pipeline(
     network = load(next(iter(parts)))
     if network.apply.architecture not in DENOISERS:
         raise ValueError(
-            f"{origin}: a {network.apply.architecture} model removes no noise; name a UNet or a transformer."
+            f"{origin}: a {network.apply.architecture} model removes no noise; give a UNet or a transformer."
         )
     encoders = [part for part in parts if part.startswith("text_encoder")]
     return Pipeline(
@@ -138,9 +139,9 @@ def load_pipeline(
 
 
 def read_checkpoints(path_or_hub_id: str | Path, revision: str | None = None) -> dict[str, Checkpoint]:
-    """The networks of a pipeline by the names of their parts, the UNet or transformer first; or one network, ``model``.
+    """Checkpoints of a pipeline's networks by component, the UNet or transformer first; of a single network, ``model``.
 
-    All is checked as when loading, but no weights are read. See :func:`load_model` for the arguments.
+    Checks everything that loading checks but reads no weights. See :func:`load_model` for the arguments.
     """
     fetch, origin, weights = _located(path_or_hub_id, revision)
     parts = _parts(fetch, origin)[1]
@@ -148,7 +149,7 @@ def read_checkpoints(path_or_hub_id: str | Path, revision: str | None = None) ->
 
 
 def _parts(fetch: Fetch, origin: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """What model_index.json says, and the folder of every network in it; without one, the network at the root."""
+    """The content of model_index.json and the folder of each network; without that file, the network at the root."""
     path = fetch("model_index.json")
     if path is None:
         return {}, {"model": ""}
@@ -171,7 +172,7 @@ def _scheduler(fetch: Fetch, given: str | Path | None) -> Path | None:
 
 
 def _located(path_or_hub_id: str | Path, revision: str | None) -> tuple[Fetch, str, list[str] | None]:
-    """How to get at files, what to call their place, and the file of weights, if it was named."""
+    """How to fetch files, what to call their location in messages, and the weights file if the path names one."""
     single = Path(path_or_hub_id)
     if not single.is_file():
         return _source(path_or_hub_id, revision), str(path_or_hub_id), None
@@ -190,9 +191,9 @@ def _checkpoint(
     place = _join(origin, folder)
     config_path = fetch(_join(folder, "config.json"))
     if config_path is None:
-        raise ValueError(f"{place}: no config.json here, or not in the cache; give subfolder= if the model is in one.")
+        raise ValueError(f"{place}: no config.json here, nor in the cache; give subfolder= if the model is in one.")
     config = read_json(config_path)
-    apply = understand(config)
+    apply = parse_config(config)
     stored = _by_parameter(apply, _stored(fetch, place, folder, config, dtype, weights))
     _check(place, apply.parameters(), stored)
     return Checkpoint(place, config, apply, stored)
@@ -205,7 +206,7 @@ def _load(checkpoint: Checkpoint, dtype: np.dtype | None) -> Model:
     def converted(name: str) -> np.ndarray:
         return to_jax(specs[name].kind, stored[name].read(), target)
 
-    # In the order of the files, which reads them from front to back.
+    # In the order of the files, so that each is read from front to back.
     order = sorted(stored, key=lambda name: (str(stored[name].path), stored[name].start))
     with ThreadPoolExecutor(WORKERS) as pool:
         arrays = zip(order, pool.map(converted, order), strict=True)
@@ -221,19 +222,19 @@ def _stored(
         whole = [f"{stem}.safetensors", f"{stem}.safetensors.index.json"]
         half = [f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json"]
         weights = half + whole if dtype == np.float16 else whole + half
-    found = next((path for name in weights if (path := fetch(_join(folder, name)))), None)
-    if found is None:
+    first = next((path for name in weights if (path := fetch(_join(folder, name)))), None)
+    if first is None:
         raise ValueError(_pickle_refusal(f"{place} without {' or '.join(weights)}", place, config))
-    if found.suffix == ".safetensors":
-        return read_header(found)
+    if first.suffix == ".safetensors":
+        return read_header(first)
     stored: dict[str, Tensor] = {}
-    for file, names in read_index(found).items():
+    for file, names in read_index(first).items():
         path = fetch(_join(folder, file))
         if path is None:
-            raise ValueError(f"{found}: its shard {file} is missing.")
+            raise ValueError(f"{first}: its shard {file} is missing.")
         header = read_header(path)
         if set(header) != set(names):
-            raise ValueError(f"{path}: it and the index differ in {_some(set(header) ^ set(names))}.")
+            raise ValueError(f"{path}: its tensors and the index's differ in {_some(set(header) ^ set(names))}.")
         stored |= header
     return stored
 
@@ -244,7 +245,7 @@ def _by_parameter(apply: Apply, stored: Mapping[str, Tensor]) -> dict[str, Tenso
     for key, tensor in stored.items():
         name = rename(key)
         if name in renamed:
-            raise ValueError(f"{tensor.path}: {key!r} and another tensor are both the parameter {name!r}.")
+            raise ValueError(f"{tensor.path}: {key!r} and another tensor both name the parameter {name!r}.")
         if name is not None:
             renamed[name] = tensor
     return renamed
@@ -253,18 +254,18 @@ def _by_parameter(apply: Apply, stored: Mapping[str, Tensor]) -> dict[str, Tenso
 def _check(place: str, specs: Mapping[str, ParamSpec], stored: Mapping[str, Tensor]) -> None:
     problems = []
     if missing := set(specs) - set(stored):
-        problems.append(f"missing are {_some(missing)}")
+        problems.append(f"missing: {_some(missing)}")
     if extra := set(stored) - set(specs):
-        problems.append(f"not understood are {_some(extra)}")
+        problems.append(f"unexpected: {_some(extra)}")
     both = set(specs) & set(stored)
     if shapes := {
         f"{name} {stored[name].shape}, not {specs[name].shape}"
         for name in both
         if stored[name].shape != specs[name].shape
     }:
-        problems.append(f"misshapen are {_some(shapes)}")
+        problems.append(f"misshapen: {_some(shapes)}")
     if kinds := {f"{name} {stored[name].dtype}" for name in both if stored[name].dtype not in FLOATS}:
-        problems.append(f"not floating point are {_some(kinds)}")
+        problems.append(f"not floating point: {_some(kinds)}")
     if problems:
         raise ValueError(f"{place}: the weights do not fit the configuration: {'; '.join(problems)}.")
 
@@ -272,7 +273,7 @@ def _check(place: str, specs: Mapping[str, ParamSpec], stored: Mapping[str, Tens
 def _target_dtype(place: str, stored: Mapping[str, Tensor], dtype: np.dtype | None) -> np.dtype:
     kinds = {tensor.dtype for tensor in stored.values()}
     if dtype is None and len(kinds) > 1:
-        raise ValueError(f"{place}: the weights are of {', '.join(sorted(kinds))}; choose one with dtype=.")
+        raise ValueError(f"{place}: the weights have dtypes {', '.join(sorted(kinds))}; choose one with dtype=.")
     target = dtype or _checked_dtype(FLOATS[kinds.pop()])
     assert target is not None
     return target
@@ -337,10 +338,10 @@ def _hub(repository: str, revision: str | None) -> Fetch:
 def _tokenizer(fetch: Fetch, origin: str, folder: str) -> Any:
     from transformers import CLIPTokenizer
 
-    found = [path for name in TOKENIZER_FILES if (path := fetch(f"{folder}/{name}"))]
-    if not found:
+    files = [path for name in TOKENIZER_FILES if (path := fetch(f"{folder}/{name}"))]
+    if not files:
         raise ValueError(f"{_join(origin, folder)}: no vocab.json and merges.txt of a CLIP tokenizer.")
-    return CLIPTokenizer.from_pretrained(found[0].parent, local_files_only=True)
+    return CLIPTokenizer.from_pretrained(files[0].parent, local_files_only=True)
 
 
 def _pickle_refusal(what: str, place: str, config: Mapping[str, Any] | None) -> str:

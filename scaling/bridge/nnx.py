@@ -1,4 +1,4 @@
-"""Models as Flax NNX modules, for those who want objects: same parameters, same names, same ``apply``."""
+"""Models as Flax NNX modules: the same parameters, names and ``apply``."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ __all__ = ["Network", "from_nnx", "to_nnx"]
 
 
 class Network(nnx.Module):
-    """A model whose parameters are ``nnx.Param`` at ``params[name]``, ``name`` as in PyTorch; else as the model.
+    """A model as a module: its parameters are ``nnx.Param`` at ``params[name]``, ``name`` as in PyTorch.
 
-    Call it as :meth:`scaling.models.model.Apply.__call__` without the parameters. Layouts are JAX's, as in the model.
+    Call it like :meth:`scaling.models.model.Apply.__call__`, without the parameters. Layouts are JAX's, as in the
+    model.
     """
 
     def __init__(self, model: Model) -> None:
@@ -32,11 +33,11 @@ class Network(nnx.Module):
 
 
 def to_nnx(model: Model) -> Network:
-    """The model as a module of its own: training it leaves ``model`` as it is."""
+    """The model as a module; training the module does not change ``model``."""
     return Network(model)
 
 
 def from_nnx(network: Network) -> Model:
-    """The model with the parameters that the module has now: the inverse of :func:`to_nnx`."""
+    """The model with the module's present parameters: the inverse of :func:`to_nnx`."""
     params = {name: parameter[...] for name, parameter in network.params.items()}
     return Model(network.config, params, network.apply, network.source)

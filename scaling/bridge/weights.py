@@ -1,8 +1,12 @@
-"""Reading safetensors files that may be damaged or hostile.
+"""Read safetensors files that may be damaged or hostile, and write them.
 
-The header is checked by our own code, whole, before any tensor is touched: every tensor's extent must agree with its
-shape and dtype, and together they must cover the file exactly. Tensors are then mapped, not read, so that one is copied
-at a time. Format: https://huggingface.co/docs/safetensors.
+The whole header is checked before any tensor is touched: every tensor's byte range must agree with its shape and dtype,
+and together the ranges must cover the file exactly. Tensors are then memory-mapped, so that loading copies each value
+once, into JAX's layout. Format: https://huggingface.co/docs/safetensors.
+
+The safetensors package has a reader, ``safe_open(framework="numpy")``, which does not replace this one (version 0.8):
+it copies a tensor before it returns it, so that a converted tensor is in memory twice; of a name that occurs twice in
+the header it silently takes the last, and it ignores unknown fields; and releases before 0.8 have no bfloat16 in NumPy.
 """
 
 from __future__ import annotations
@@ -36,11 +40,11 @@ _DTYPES: dict[str, Any] = {
     "BOOL": np.bool_,
 }
 FLOATS = {name: _DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}
-"""The dtypes that a parameter may have, by their names in a header."""
+"""Dtypes that a parameter may have, by their names in a header."""
 
 
 class Tensor(NamedTuple):
-    """A tensor in a file, not yet read: it is at bytes [start, stop)."""
+    """A tensor in a file, not yet read: its values are the bytes [start, stop)."""
 
     path: Path
     dtype: str
@@ -49,7 +53,7 @@ class Tensor(NamedTuple):
     stop: int
 
     def read(self) -> np.ndarray:
-        """Map it: a read-only view of the file; copy what you keep."""
+        """A read-only view of the memory-mapped file; copy it to keep the values."""
         if self.start == self.stop:
             return np.zeros(self.shape, _DTYPES[self.dtype])
         mapped = np.memmap(self.path, np.uint8, mode="r", offset=self.start, shape=(self.stop - self.start,))
@@ -57,11 +61,11 @@ class Tensor(NamedTuple):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of at most MAX_JSON bytes; ``ValueError`` for anything else, doubled keys too."""
+    """A JSON object from a file of at most MAX_JSON bytes; ``ValueError`` for anything else, and for repeated keys."""
     if not path.is_file():
-        raise ValueError(f"{path}: there is no such file.")
+        raise ValueError(f"{path}: no such file.")
     if path.stat().st_size > MAX_JSON:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes are too many for a configuration.")
+        raise ValueError(f"{path}: {path.stat().st_size} bytes are too many for a configuration (limit {MAX_JSON}).")
     return _json_object(path.read_bytes(), str(path))
 
 
@@ -72,9 +76,9 @@ def read_header(path: Path) -> dict[str, Tensor]:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > size - 8:
-            raise ValueError(f"{path}: truncated, or no safetensors file: {size} bytes, a header of {length}.")
+            raise ValueError(f"{path}: truncated, or not a safetensors file: {size} bytes, with a header of {length}.")
         if length > MAX_HEADER:
-            raise ValueError(f"{path}: a header of {length} bytes is beyond the limit of {MAX_HEADER}.")
+            raise ValueError(f"{path}: a header of {length} bytes exceeds the limit of {MAX_HEADER}.")
         header = _json_object(file.read(length), f"{path} (header)")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict):
@@ -83,18 +87,20 @@ def read_header(path: Path) -> dict[str, Tensor]:
     end = 8 + length
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if tensor.start != end:
-            raise ValueError(f"{path}: tensor {name!r} begins at byte {tensor.start}, not where the last ended, {end}.")
+            raise ValueError(
+                f"{path}: tensor {name!r} begins at byte {tensor.start}, not where the last one ended, {end}."
+            )
         end = tensor.stop
     if end != size:
-        raise ValueError(f"{path}: the tensors end at byte {end}, the file at {size}; it is truncated or damaged.")
+        raise ValueError(f"{path}: the tensors end at byte {end}, but the file at {size}; it is truncated or damaged.")
     return tensors
 
 
 def read_index(path: Path) -> dict[str, list[str]]:
-    """Files named by a shard index, with the tensors it puts in each; names with folders in them are refused."""
+    """The files that a shard index names, with the tensors in each; ``ValueError`` for a name with a folder in it."""
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{path}: weight_map must be an object from tensors to files.")
+        raise ValueError(f"{path}: weight_map must be an object that maps tensors to files.")
     files: dict[str, list[str]] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or not re.fullmatch(r"[\w][\w.-]*\.safetensors", file):
@@ -106,9 +112,10 @@ def read_index(path: Path) -> dict[str, list[str]]:
 
 
 def write_tensors(path: Path, shapes: Mapping[str, tuple[Any, tuple[int, ...]]], arrays: Iterable[np.ndarray]) -> None:
-    """Write a safetensors file, one tensor at a time: ``shapes`` has dtype and shape by name, ``arrays`` that order.
+    """Write a safetensors file, one tensor at a time.
 
-    The file appears under its name only when it is complete.
+    ``shapes`` has dtype and shape by name, and ``arrays`` yields the values in the same order. The file appears under
+    its name only when it is complete.
     """
     names = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -128,14 +135,14 @@ def write_tensors(path: Path, shapes: Mapping[str, tuple[Any, tuple[int, ...]]],
 
 
 def _json_object(text: bytes, origin: str) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
             raise ValueError("a key appears twice")
-        return found
+        return fields
 
     try:
-        value = json.loads(text.decode(), object_pairs_hook=once)
+        value = json.loads(text.decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{origin}: not valid JSON: {error}.") from None
     if not isinstance(value, dict):
@@ -149,9 +156,9 @@ def _tensor(path: Path, name: str, value: Any, data: int) -> Tensor:
         raise ValueError(f"{origin}: must have dtype, shape and data_offsets and nothing else.")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise ValueError(f"{origin}: unknown dtype {dtype!r}; known are {', '.join(_DTYPES)}.")
+        raise ValueError(f"{origin}: unknown dtype {dtype!r}; supported are {', '.join(_DTYPES)}.")
     if not _naturals(shape) or not _naturals(offsets) or len(shape) > MAX_RANK or len(offsets) != 2:
-        raise ValueError(f"{origin}: shape and data_offsets must be lists of integers from 0, the latter of two.")
+        raise ValueError(f"{origin}: shape and data_offsets must be lists of integers from 0, data_offsets of two.")
     start, stop = offsets
     if stop - start != math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize:
         raise ValueError(f"{origin}: {stop - start} bytes do not hold {dtype} of shape {shape}.")

@@ -1,7 +1,7 @@
-r"""Models as denoisers, and denoisers as models: variance preserving to variance exploding and back.
+r"""Models as denoisers and denoisers as models: between variance-preserving and variance-exploding noise.
 
-A network of a :class:`scaling.diffusion.schedules.Schedule` sees ``x = α x₀ + σ̃ ε`` with ``α² + σ̃² = 1`` and predicts one of
-three things. ``dae_theory``'s :class:`~dae_theory.types.Denoiser` sees ``y = x/α = x₀ + σ ε``, ``σ = σ̃/α``, and returns
+A network trained under a :class:`scaling.diffusion.schedules.Schedule` sees ``x = α x₀ + σ̃ ε`` with ``α² + σ̃² = 1``
+and predicts ε, x₀ or v. A :class:`dae_theory.types.Denoiser` sees ``y = x/α = x₀ + σ ε`` with ``σ = σ̃/α`` and returns
 ``x̂₀``. Functions take one example of any shape; batch them with ``jax.vmap``.
 """
 
@@ -36,12 +36,12 @@ Network: TypeAlias = Callable[[Array, Array], Array]
 
 
 def clean_weights(prediction: Prediction, alpha: Any, sigma: Any) -> tuple[Any, Any]:
-    r"""Weights (a, b) of the clean sample ``x̂₀ = a x + b output`` for ``x = α x₀ + σ ε``, ``α² + σ² = 1``.
+    r"""Weights (a, b) with which ``x̂₀ = a x + b output``, for ``x = α x₀ + σ ε`` and ``α² + σ² = 1``.
 
     .. math:: \text{epsilon: } \frac{x - \sigma o}{\alpha}, \qquad \text{sample: } o, \qquad
               \text{v\_prediction: } \alpha x - \sigma o
 
-    where :math:`v = \alpha \epsilon - \sigma x_0` :cite:`salimans22`. For numbers and for arrays of either library.
+    where :math:`v = \alpha \epsilon - \sigma x_0` :cite:`salimans22`. Takes numbers, NumPy arrays and JAX arrays.
     """
     match prediction:
         case "epsilon":
@@ -53,7 +53,7 @@ def clean_weights(prediction: Prediction, alpha: Any, sigma: Any) -> tuple[Any, 
 
 
 def noise_weights(prediction: Prediction, alpha: Any, sigma: Any) -> tuple[Any, Any]:
-    r"""Weights (a, b) of the noise ``ε̂ = a x + b output``, as :func:`clean_weights`.
+    r"""Weights (a, b) with which ``ε̂ = a x + b output``, see :func:`clean_weights`.
 
     .. math:: \text{epsilon: } o, \qquad \text{sample: } \frac{x - \alpha o}{\sigma}, \qquad
               \text{v\_prediction: } \sigma x + \alpha o
@@ -73,8 +73,9 @@ def to_denoiser(network: Network, schedule: Schedule) -> Denoiser:
     .. math:: D(y, \sigma) = \hat x_0\left(\alpha y, \; \mathrm{network}(\alpha y, t(\sigma))\right), \qquad
               \alpha = (1 + \sigma^2)^{-1/2}
 
-    Between timesteps the network is given a fractional one, see :func:`sigma_to_timestep`; below σ_0 and above σ_{T−1}
-    the nearest one, while y is still scaled by the true σ. ``network(x, t)`` takes one example of any shape.
+    The timestep t(σ) is fractional between the schedule's noise levels, see :func:`sigma_to_timestep`. Below σ_0 and
+    above σ_{T−1} it is the first or the last one, while α still follows σ. ``network(x, t)`` takes one example of any
+    shape.
     """
 
     def denoiser(y: Float[Array, " ..."], sigma: Scalar, /) -> Float[Array, " ..."]:
@@ -89,9 +90,9 @@ def to_denoiser(network: Network, schedule: Schedule) -> Denoiser:
 
 
 def from_denoiser(denoiser: Denoiser, schedule: Schedule) -> Network:
-    """The network that a denoiser would be under ``schedule``: the inverse of :func:`to_denoiser`.
+    """The network under ``schedule`` that corresponds to a denoiser: the inverse of :func:`to_denoiser`.
 
-    So a closed form can be sampled like a model: batched by ``jax.vmap``, by every method of ``scaling.diffusion.samplers``.
+    Batched by ``jax.vmap``, it lets :func:`scaling.diffusion.samplers.reverse` sample from a closed form by any method.
     """
 
     def network(x: Float[Array, " ..."], t: ArrayLike) -> Float[Array, " ..."]:
@@ -114,11 +115,11 @@ def as_denoiser(
     class_labels: ArrayLike | None = None,
     added: Any = None,
 ) -> Denoiser:
-    """The denoiser ``D(y, σ)`` of a loaded model, see :func:`to_denoiser`; one example, batched by ``jax.vmap``.
+    """The denoiser ``D(y, σ)`` of a model, see :func:`to_denoiser`, for one example; batch it with ``jax.vmap``.
 
-    ``y`` is an image (C, H, W), or a flat vector (d,) of one in the model's own size, as ``dae_theory`` has it. The
-    conditions are those of one example, without a batch axis: ``context`` (T, C), ``class_labels`` a number. Of a model
-    that also returns a variance, the prediction is taken.
+    ``y`` is an image (C, H, W), or, as in ``dae_theory``, the flat vector (d,) of an image of the model's own size. The
+    conditions are those of one example, without a batch axis: ``context`` is (T, C) and ``class_labels`` a number. If
+    the model also returns a variance, it is dropped.
     """
     (example, *_), _ = model.apply.inputs(jnp.float32)
     context, class_labels, added = jax.tree.map(lambda value: jnp.asarray(value)[None], (context, class_labels, added))
@@ -132,7 +133,7 @@ def as_denoiser(
 
 
 class Preconditioning(NamedTuple):
-    """Scales around a raw network F: ``D(y, σ) = c_skip y + c_out F(c_in y, c_noise)``."""
+    """Coefficients of a denoiser around a raw network F: ``D(y, σ) = c_skip y + c_out F(c_in y, c_noise)``."""
 
     c_skip: Float[Array, ""]
     c_out: Float[Array, ""]
@@ -141,13 +142,13 @@ class Preconditioning(NamedTuple):
 
 
 def edm_preconditioning(sigma: Scalar, sigma_data: Scalar = 0.5) -> Preconditioning:
-    r"""Unit variance of the network's input and target at every noise level :cite:`karras22`, table 1.
+    r"""Coefficients with which the network's input and target have unit variance at every σ :cite:`karras22`, table 1.
 
     .. math:: c_\text{skip} = \frac{\sigma_d^2}{\sigma^2 + \sigma_d^2}, \quad
               c_\text{out} = \frac{\sigma \sigma_d}{\sqrt{\sigma^2 + \sigma_d^2}}, \quad
               c_\text{in} = \frac{1}{\sqrt{\sigma^2 + \sigma_d^2}}, \quad c_\text{noise} = \tfrac14 \ln \sigma
 
-    σ > 0, and σ_d > 0 the standard deviation of the data.
+    ``sigma_data``, σ_d, is the standard deviation of the data. Both arguments must be positive.
     """
     check_positive("sigma", sigma)
     check_positive("sigma_data", sigma_data)

@@ -1,6 +1,6 @@
-"""Which timesteps and noise levels a sampler visits: ``timestep_spacing``, ``steps_offset``, Karras' levels.
+"""The timesteps and noise levels that a sampler visits: ``timestep_spacing``, ``steps_offset``, Karras' noise levels.
 
-Float64 NumPy arrays on the host, rounded where diffusers rounds.
+They are float64 NumPy arrays, computed on the host and rounded where diffusers rounds them.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ __all__ = ["sigma_grid", "timestep_grid"]
 
 
 def timestep_grid(schedule: Schedule, num_steps: int) -> np.ndarray:
-    """Falling integer timesteps (num_steps,) of the methods that walk on them: DDIM, DDPM, PNDM.
+    """Decreasing integer timesteps (num_steps,) of the methods that step in t: DDIM, DDPM and PNDM.
 
-    ``leading`` counts multiples of ⌊T/num_steps⌋ up from ``steps_offset``, ``trailing`` those of T/num_steps down from
-    T − 1, ``linspace`` divides [0, T − 1] evenly. ``ValueError`` where the offset leads past T − 1.
+    ``leading`` takes multiples of ⌊T/num_steps⌋ up from ``steps_offset``, ``trailing`` multiples of T/num_steps down
+    from T − 1, and ``linspace`` divides [0, T − 1] evenly. ``ValueError`` if the offset leads past T − 1.
     """
     return _spaced(schedule, num_steps, last=schedule.num_train_timesteps).round().astype(np.int64)
 
 
 def sigma_grid(schedule: Schedule, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
-    r"""Timesteps (num_steps,) and falling noise levels (num_steps + 1,) of the methods that walk in σ.
+    r"""Timesteps (num_steps,) and decreasing noise levels (num_steps + 1,) of the methods that step in σ.
 
-    Levels are linear in t between the schedule's timesteps; or spaced evenly in :math:`\sigma^{1/7}`
-    (``use_karras_sigmas``) :cite:`karras22`, eq. (5), or in :math:`\log \sigma` (``use_exponential_sigmas``), and then
-    the timesteps follow from them, linear in :math:`\log \sigma`. DPM-Solver++ rounds its timesteps. The last level
-    is 0, or σ_0 with ``final_sigmas_type`` ``sigma_min``. ``ValueError`` for more steps than there are timesteps to
-    stand on, and for what diffusers leaves undefined.
+    Noise levels are interpolated linearly in t between the schedule's. Or they are spaced evenly in
+    :math:`\sigma^{1/7}` (``use_karras_sigmas``) :cite:`karras22`, eq. (5), or in :math:`\log \sigma`
+    (``use_exponential_sigmas``), and timesteps are interpolated linearly in :math:`\log \sigma`. DPM-Solver++ rounds
+    its timesteps. The last noise level is 0, or σ_0 if ``final_sigmas_type`` is ``sigma_min``. ``ValueError`` if two
+    steps fall on one timestep, and for settings under which diffusers' timesteps depend on rounding errors.
     """
     table = schedule.sigmas
     grid, log_table = np.arange(table.size), np.log(table)
@@ -37,12 +37,14 @@ def sigma_grid(schedule: Schedule, num_steps: int) -> tuple[np.ndarray, np.ndarr
     if multistep and (schedule.use_exponential_sigmas or (schedule.use_karras_sigmas and cosine)):
         raise ValueError(
             "dpmsolver++ with use_exponential_sigmas, or with use_karras_sigmas on squaredcos_cap_v2, cuts timesteps "
-            "like 998.9999 to integers in diffusers, so that rounding errors decide them; choose other levels."
+            "like 998.9999 to integers in diffusers, so that rounding errors decide them; choose other noise levels."
         )
-    # λ = −log σ: what is clipped are the noisiest timesteps.
+    # λ = −log σ: clipping removes the noisiest timesteps.
     last = int(np.sum(-log_table >= schedule.lambda_min_clipped))
     if last < table.size and schedule.timestep_spacing == "trailing":
-        raise ValueError("lambda_min_clipped with timestep_spacing trailing gives fewer steps than asked; drop one.")
+        raise ValueError(
+            "lambda_min_clipped with timestep_spacing trailing gives fewer steps than num_steps; drop one of them."
+        )
     t = _spaced(schedule, num_steps, last=last, dropped=int(multistep))
     t = t.round() if multistep else t
     sigmas = np.interp(t, grid, table)

@@ -1,4 +1,4 @@
-"""The noise of an item: a function of the key, the item's number and the call, whatever the batch it is drawn in."""
+"""The noise of an item depends on the key, the item's number and the call, not on the batch."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ __all__ = ["noise_at"]
 
 
 def noise_at(key: PRNGKey, item: ArrayLike, call: ArrayLike, shape: Sequence[int], dtype: DTypeLike) -> Array:
-    """Item ``item``'s unit noise at the start (``call`` 0) or after the s-th call of the model (``call`` s + 1)."""
+    """Unit noise of item ``item``, at the start (``call`` 0) or after call s of the model (``call`` s + 1)."""
     return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, item), call), tuple(shape), dtype)

@@ -1,7 +1,7 @@
-r"""Sampling: one ``lax.scan`` down a solver's table, with guidance and with edits that change from step to step.
+r"""Sampling: one ``lax.scan`` over a solver's table, with guidance, and edits that change from step to step.
 
-:func:`reverse` runs any model ``(x, t, step) -> output``, :func:`sample` a loaded one. Both take a batch, whose item i
-draws all its noise from ``fold_in(key, i)``: a larger batch extends a smaller one, and batches may be cut anywhere.
+:func:`reverse` runs any function ``(x, t, step) -> output``, :func:`sample` a loaded model. Item i of a batch draws all
+its noise from ``fold_in(key, i)``: a larger batch extends a smaller one, and batches may be split anywhere.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from scaling.models.taps import Edit, Edits
 __all__ = ["ModelFn", "Samples", "guided", "reverse", "sample"]
 
 ModelFn: TypeAlias = Callable[[Array, Array, Array], Any]
-"""``(x, t, step) -> output``: x a batch, t its timestep, step in [0, num_steps) to look up what changes by step."""
+"""``(x, t, step) -> output`` for a batch x at timestep t; ``step`` in [0, num_steps) indexes what varies by step."""
 
 
 class Samples(NamedTuple):
-    """What sampling returns. ``states`` and ``taps`` have one entry per call of the model (``solver.calls.step`` says
-    of which step), and are None and empty unless asked for.
+    """Samples, and what was recorded on the way.
+
+    ``states`` and ``taps`` have one entry per call of the model (``solver.calls.step`` has the step of each call);
+    unless asked for, ``states`` is None and ``taps`` is empty.
     """
 
     x: Float[Array, "n ..."]
@@ -52,15 +54,23 @@ def reverse(
     has_aux: bool = False,
     dtype: DTypeLike = jnp.float32,
 ) -> Samples:
-    r"""Carry noise of ``shape`` (n, ...) to samples along ``solver``; traceable, so wrap it in ``jax.jit``.
+    r"""Run the reverse process of ``solver`` from noise to samples; wrap it in ``jax.jit``.
 
-    ``model_fn(x, t, step)`` sees the variance-preserving x, whatever the solver walks in, and returns an output of x's
-    shape; with ``has_aux`` also a pytree, stacked over calls as ``taps``. With ``guidance``, a number or one per step,
-    it is called on 2n examples, the unconditional half first, see :func:`guided`.
+    Under differentiation, calls of the model are recomputed in the backward pass, so memory grows by one state per
+    call.
 
-    ``init``, unit noise, replaces the draw at the start. Item i is number ``first + i``, and draws from
-    ``noise_at(key, first + i, call)``, 0 being the start. ``trajectory`` keeps the state after every call. Where
-    gradients are taken, calls are recomputed in the backward pass, so memory grows by one state per call.
+    Args:
+        key: item i draws its noise from ``noise_at(key, first + i, call)``, ``call`` 0 being the start.
+        model_fn: takes the variance-preserving x, whatever the solver's convention, and returns an output of x's shape.
+        solver: from :func:`scaling.diffusion.solvers.make_solver`.
+        shape: of the samples, (n, ...).
+        guidance: a number or one per step; ``model_fn`` is then called on 2n examples, the unconditional half first,
+            see :func:`guided`.
+        init: unit noise of ``shape`` that replaces the draw at the start.
+        first: number of the first item.
+        trajectory: whether to return the state after every call.
+        has_aux: whether ``model_fn`` also returns a pytree, which is stacked over calls as ``taps``.
+        dtype: of the states and the noise.
     """
     shape = tuple(shape)
     solver = jax.tree.map(lambda table: _cast(table, dtype), solver)
@@ -82,34 +92,34 @@ def reverse(
         if out.shape != shape:
             raise ValueError(f"the model must return outputs of its input's shape, {shape}, got {out.shape}.")
         out = out.astype(dtype)
-        kept = _bounded(now.kept[0] * states[0] + now.kept[1] * out, solver.bound)
-        history = (kept, *history)
+        stored = _bounded(now.stored[0] * states[0] + now.stored[1] * out, solver.bound)
+        history = (stored, *history)
         x = _weighted(now.states, states) + _weighted(now.history, history) + now.output * out
         if solver.stochastic:
             x = x + now.noise * draw(number)
         return ((x, *states[:-1]), history[:-1]), (x if trajectory else None, aux)
 
     blank = jnp.zeros(shape, dtype)
-    past_states, past_kept = (table.shape[1] - 1 for table in (solver.calls.states, solver.calls.history))
-    carry = ((start, *[blank] * past_states), (blank,) * past_kept)
+    past_states, past_stored = (table.shape[1] - 1 for table in (solver.calls.states, solver.calls.history))
+    carry = ((start, *[blank] * past_states), (blank,) * past_stored)
     numbers = 1 + jnp.arange(solver.calls.t.size)
     ((x, *_), _), (states, taps) = jax.lax.scan(jax.checkpoint(call, prevent_cse=False), carry, (numbers, solver.calls))
     return Samples(x, states, taps)
 
 
 def guided(model_fn: ModelFn, guidance: Array, *, has_aux: bool = False) -> ModelFn:
-    r"""Classifier-free guidance :cite:`ho22`: one call on both halves, ``[unconditional; conditional]``.
+    r"""Classifier-free guidance :cite:`ho22`, by one call on both halves, ``[unconditional; conditional]``.
 
     .. math:: o = o_\text{uncond} + g \, (o_\text{cond} - o_\text{uncond})
 
-    ``guidance`` g has shape () or (steps,); 0 is unconditional, 1 conditional. ``model_fn`` takes 2n examples, each x
-    twice; what it returns beside its output (``has_aux``) keeps both halves.
+    ``guidance`` g has shape () or (steps,); 0 is unconditional, 1 conditional. ``model_fn`` is called on 2n examples,
+    each x twice; the pytree that it also returns (``has_aux``) covers both halves.
     """
 
     def model(x: Array, t: Array, step: Array) -> Any:
         result = model_fn(jnp.concatenate([x, x]), t, step)
         out, aux = result if has_aux else (result, None)
-        # A difference of halves in half precision would lose what guidance multiplies.
+        # In half precision, the difference of the halves would lose the digits that guidance amplifies.
         unconditional, conditional = jnp.split(out.astype(x.dtype), 2)
         g = (guidance if guidance.ndim == 0 else guidance[step]).astype(x.dtype)
         combined = unconditional + g * (conditional - unconditional)
@@ -137,20 +147,31 @@ def sample(
     first: ArrayLike = 0,
     trajectory: bool = False,
 ) -> Samples:
-    """``num`` samples (num, C, H, W) of a loaded model, float32; latents, of a latent model.
+    """Samples (num, C, H, W) of a model, in float32; latents if it is a latent model.
 
-    ``method`` and ``eta`` choose the solver, see :func:`scaling.diffusion.schedules.with_method` and
-    :func:`scaling.diffusion.solvers.make_solver`. Images have the model's own size unless ``size`` (H, W) says otherwise. With
-    ``guidance``, a number or one per step, both conditions are used, each of batch size ``num`` or 1.
+    Compiles once per model architecture, shapes, number of calls and set of taps; other keys, schedules, conditions,
+    guidance, and values and strengths of edits do not recompile. Raises ``ValueError`` if only one of ``guidance`` and
+    ``unconditional`` is given, and for a strength whose length is not ``num_steps``.
 
-    ``edits`` act at the model's taps; there a strength of rank r > 0 has the steps first: (steps,), or (steps, ...)
-    with what ``Edit`` admits behind, so that windows and ramps are strengths. With ``guidance`` the model sees the
-    unconditional half first: a strength (steps, 2 num) tells the halves apart. ``capture`` returns activations per
-    call, as edited, of both halves.
-
-    Compiled once per model architecture, shape, number of calls and set of taps: new keys, schedules, conditions,
-    guidance, values and strengths do not recompile. ``ValueError`` for a guidance without ``unconditional`` or the
-    other way round, and for strengths of another length than ``num_steps``.
+    Args:
+        key: item i draws its noise from ``fold_in(key, first + i)``.
+        model: a denoising network.
+        schedule: its noise schedule, with the method's settings.
+        num: number of samples.
+        num_steps: number of steps of the solver.
+        method: see :func:`scaling.diffusion.schedules.with_method`; by default the schedule's own.
+        eta: see :func:`scaling.diffusion.solvers.make_solver`.
+        condition: what the samples are conditioned on, of batch size ``num`` or 1.
+        unconditional: the other half of guidance, of batch size ``num`` or 1.
+        guidance: scale of classifier-free guidance, a number or one per step.
+        edits: act at the model's taps. A strength is a number or has the steps as its first axis, (steps,) or
+            (steps, ...) followed by what ``Edit`` takes, so that windows and ramps in time are strengths. With
+            ``guidance`` the unconditional half of the batch comes first: a strength (steps, 2 num) addresses each half.
+        capture: taps whose activations are returned for every call, after edits, and for both halves.
+        size: height and width of the images; by default the model's own.
+        init: unit noise (num, C, H, W) that replaces the draw at the start.
+        first: number of the first item.
+        trajectory: whether to return the state after every call.
     """
     solver = make_solver(with_method(schedule, method), num_steps, eta=eta)
     check_integer("num", num, minimum=1)
@@ -183,7 +204,7 @@ def _sample(
     def model_fn(x: Array, t: Array, step: Array) -> tuple[Array, dict[str, Array]]:
         now = {name: tuple(_at(edit, step) for edit in several) for name, several in edits.items()}
         out, taps = model.apply(model.params, x, t, **condition._asdict(), capture=capture, edits=now)
-        # A model that also returns a variance has it in its last channels.
+        # Models that also return a variance have it in their last channels.
         return out[:, : shape[1]], taps
 
     return reverse(
@@ -231,7 +252,7 @@ def _image_shape(model: Model, size: tuple[int, int] | None) -> tuple[int, int, 
 def _joined(halves: tuple[Condition, ...], num: int) -> Condition:
     if len({jax.tree.structure(half) for half in halves}) > 1:
         raise ValueError(
-            "condition and unconditional must give the same inputs; one of them lacks some of the other's."
+            "condition and unconditional must give the same inputs; one of them lacks an input of the other."
         )
 
     def join(*values: ArrayLike) -> Array:
@@ -249,7 +270,7 @@ def _strengths(name: str, edits: Edit | Sequence[Edit], num_steps: int) -> tuple
 
 
 def _each_step(name: str, edit: Edit, num_steps: int) -> Edit:
-    # One dtype, or a Python number and an array would compile twice.
+    # Always one dtype: otherwise a Python number and an array would compile separately.
     strength = jnp.asarray(edit.strength).astype(jnp.float32)
     if strength.ndim and strength.shape[0] != num_steps:
         raise ValueError(

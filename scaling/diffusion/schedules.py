@@ -1,16 +1,17 @@
-r"""Noise schedules: what a scheduler_config.json means.
+r"""Noise schedules, as described by a scheduler_config.json.
 
 A model of T timesteps sees variance-preserving noise,
 
 .. math:: x_t = \sqrt{\bar\alpha_t} \, x_0 + \sqrt{1 - \bar\alpha_t} \, \epsilon, \qquad
           \bar\alpha_t = \prod_{u \le t} (1 - \beta_u)
 
-Divided by :math:`\sqrt{\bar\alpha_t}` it is variance exploding, :math:`y = x_0 + \sigma \epsilon`, the convention of
-``dae_theory``, with :math:`\sigma_t = \sqrt{(1 - \bar\alpha_t)/\bar\alpha_t}`. Tables are float64 NumPy arrays of shape
-(T,), made once on the host; what is computed from them under ``jit`` is in the dtype of the data.
+Division by :math:`\sqrt{\bar\alpha_t}` gives variance-exploding noise, :math:`y = x_0 + \sigma_t \epsilon`, the
+convention of ``dae_theory``, with :math:`\sigma_t = \sqrt{(1 - \bar\alpha_t)/\bar\alpha_t}`. Tables are float64 NumPy
+arrays of shape (T,), computed once on the host; computations with them under ``jit`` have the dtype of the data.
 
-The β are evenly spaced :cite:`ho20`, or their roots are (Stable Diffusion), or :math:`\bar\alpha` is a squared cosine
-:cite:`nichol21`; a zero-SNR rescaling shifts :math:`\sqrt{\bar\alpha}` so that it ends at 0 :cite:`lin24`, Algorithm 1.
+The β are evenly spaced :cite:`ho20`, or their square roots are (Stable Diffusion), or :math:`\bar\alpha` is a squared
+cosine :cite:`nichol21`; zero-SNR rescaling shifts :math:`\sqrt{\bar\alpha}` so that it ends at 0 :cite:`lin24`,
+Algorithm 1.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ CLASSES: dict[str, Method] = {
     "HeunDiscreteScheduler": "heun",
     "DPMSolverMultistepScheduler": "dpmsolver++",
 }
-"""The scheduler classes whose steps are reproduced, each with its method."""
+"""Methods by diffusers' scheduler class, for those whose steps are reproduced."""
 
 OTHER_CLASSES = (
     "DEISMultistepScheduler",
@@ -65,20 +66,20 @@ OTHER_CLASSES = (
     "LMSDiscreteScheduler",
     "UniPCMultistepScheduler",
 )
-"""Classes of the same noise schedules and other steps: their models can be sampled by any method here."""
+"""Classes with the same noise schedules but other steps; their models can be sampled by any method of METHODS."""
 
 MAX_TIMESTEPS = 1_000_000
-# What stands for ᾱ = 0, where σ would be infinite; diffusers' own value.
+# diffusers' substitute for ᾱ = 0, where σ would be infinite.
 TINY_ALPHA_BAR = 2.0**-24
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A scheduler_config.json read: a noise schedule, and how its method walks down it.
+    """A parsed scheduler_config.json: a noise schedule, and the settings of a sampling method.
 
-    Static and hashable: a pytree without leaves. The fields have the names of the file; where the method does not know
-    a field it has the inert value below. ``source`` is the file's content, unread fields included.
+    Static and hashable, a pytree without leaves. Fields have the names of the file; a field that the method does not
+    use has the default below, which has no effect. ``source`` is the file's content, unused fields included.
     """
 
     method: Method
@@ -114,7 +115,7 @@ class Schedule:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The file's content, as it was given to :func:`from_config`."""
+        """The file's content, as given to :func:`from_config`."""
         return json.loads(self.source)
 
     @functools.cached_property
@@ -147,7 +148,7 @@ _SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_bet
 _ENDS = {"sigma_min": None, "sigma_max": None}
 _LEADING, _LINSPACE = {"timestep_spacing": "leading"}, {"timestep_spacing": "linspace"}
 
-# diffusers' defaults of every field that the method knows.
+# diffusers' defaults for the fields of each method's class.
 _DEFAULTS: dict[Method, dict[str, Any]] = {
     "ddim": _NOISE | _LEADING | _CLIP | _THRESHOLD | {"set_alpha_to_one": True},
     "ddpm": _NOISE | _LEADING | _CLIP | _THRESHOLD | {"variance_type": "fixed_small"},
@@ -176,7 +177,7 @@ _DEFAULTS: dict[Method, dict[str, Any]] = {
         "use_dynamic_shifting": False,
     },
 }
-# Betas belong to the model, not to the method that samples it: their defaults go by the class of the file.
+# Betas belong to the model, not to the sampling method, so their defaults depend on the file's class.
 _BETAS_OF_KARRAS = {"beta_start": 0.00085, "beta_end": 0.012}
 _NOISE_OF_CLASS = {
     "HeunDiscreteScheduler": _BETAS_OF_KARRAS,
@@ -199,7 +200,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "use_flow_sigmas": (False,),
     "use_dynamic_shifting": (False,),
 }
-# Fields of old files and of OTHER_CLASSES that no method here reads.
+# Fields of old files and of OTHER_CLASSES that no method uses.
 _IGNORED = frozenset(
     {"disable_corrector", "flow_shift", "predict_x0", "shift_terminal", "solver_p", "tensor_format", "time_shift_type"}
 )
@@ -209,13 +210,12 @@ _KNOWN = frozenset().union(*_DEFAULTS.values()) | _IGNORED
 def from_config(config: Mapping[str, Any], method: str | None = None) -> Schedule:
     """Read a scheduler_config.json.
 
-    ``method`` (one of :data:`METHODS`) overrides the one that the file's ``_class_name`` names, as
-    ``OtherScheduler.from_config(scheduler.config)`` does in diffusers: fields that the file lacks take the defaults
-    of the new method's class; but those of the betas stay with the file's class, and a zero-SNR rescaling is never
-    dropped, for they belong to the model.
+    ``method`` (one of :data:`METHODS`) overrides the method of the file's ``_class_name``, like
+    ``OtherScheduler.from_config(scheduler.config)`` in diffusers: fields that the file lacks take the defaults of the
+    new method's class. Unlike in diffusers, the betas' defaults are still those of the file's class, and zero-SNR
+    rescaling is never dropped, because both belong to the model.
 
-    ``ValueError`` for a class that is not known, a field that is not understood, or a value that is not supported:
-    the message names it and lists the known ones.
+    ``ValueError`` names an unsupported class, field or value, and lists the supported ones.
     """
     fields = Fields("scheduler", config)
     name = fields.raw("_class_name")
@@ -226,7 +226,9 @@ def from_config(config: Mapping[str, Any], method: str | None = None) -> Schedul
         raise ValueError(f"{fields.owner} config: it must hold plain JSON values; {error}.") from error
     for field, value in config.items():
         if not (field in _KNOWN or field.startswith("_")):
-            raise fields.refusal(field, value, f"this field is not understood; known are {', '.join(sorted(_KNOWN))}")
+            raise fields.refusal(
+                field, value, f"this field is not supported; supported are {', '.join(sorted(_KNOWN))}"
+            )
     owner = name or next(known for known, walked in CLASSES.items() if walked == method)
     defaults = _DEFAULTS[method] | _NOISE_OF_CLASS.get(owner, {})
     values = {field: _value(fields, field, default) for field, default in defaults.items()}
@@ -241,15 +243,17 @@ def from_config(config: Mapping[str, Any], method: str | None = None) -> Schedul
 
 
 def with_method(schedule: Schedule, method: str | None) -> Schedule:
-    """The same noise schedule walked by another method; None leaves it as it is."""
+    """The same noise schedule with another sampling method; None keeps the method."""
     return schedule if method in (None, schedule.method) else from_config(schedule.config, method)
 
 
 def add_noise(
     schedule: Schedule, x: Float[Array, "n ..."], noise: Float[Array, "n ..."], t: ArrayLike
 ) -> Float[Array, "n ..."]:
-    r"""The noisy batch :math:`\sqrt{\bar\alpha_t} \, x + \sqrt{1 - \bar\alpha_t} \, \epsilon` at integer timesteps, one
-    or one per example. A concrete t outside [0, T) is a ``ValueError``; a traced one is clipped.
+    r"""The noisy batch :math:`\sqrt{\bar\alpha_t} \, x + \sqrt{1 - \bar\alpha_t} \, \epsilon`.
+
+    ``t`` is one integer timestep or one per example. If it is outside of [0, T), a concrete value raises
+    ``ValueError``, and a traced one is clipped.
     """
     alpha, sigma = _levels(schedule, x, t)
     return alpha * x + sigma * noise
@@ -258,13 +262,13 @@ def add_noise(
 def target(
     schedule: Schedule, x: Float[Array, "n ..."], noise: Float[Array, "n ..."], t: ArrayLike
 ) -> Float[Array, "n ..."]:
-    r"""What the network should return on :func:`add_noise`: ε, x or :math:`v = \alpha \epsilon - \sigma x`."""
+    r"""The network's target for the batch of :func:`add_noise`: ε, x or :math:`v = \alpha \epsilon - \sigma x`."""
     alpha, sigma = _levels(schedule, x, t)
     return {"epsilon": noise, "sample": x, "v_prediction": alpha * noise - sigma * x}[schedule.prediction_type]
 
 
 def sigma_to_timestep(schedule: Schedule, sigma: Scalar) -> Float[Array, ""]:
-    """The fractional timestep of a noise level: linear in log σ between timesteps, clipped to [0, T − 1]."""
+    """The fractional timestep of a noise level, interpolated linearly in log σ and clipped to [0, T − 1]."""
     sigma = jnp.asarray(sigma, jnp.result_type(float, sigma))
     log_sigmas = jnp.asarray(np.log(schedule.sigmas), sigma.dtype)
     return jnp.interp(jnp.log(sigma), log_sigmas, jnp.arange(log_sigmas.size, dtype=sigma.dtype))
@@ -285,9 +289,9 @@ def _method(name: object, method: str | None) -> Method:
     if name is None or (isinstance(name, str) and name in OTHER_CLASSES):
         if method is not None:
             return method
-        found = "the config has no _class_name" if name is None else f"the steps of {name} are not supported"
-        raise ValueError(f"{found}; sample its noise schedule by another: method= one of {', '.join(METHODS)}.")
-    raise ValueError(f"scheduler {name!r} is not supported; known are {', '.join((*CLASSES, *OTHER_CLASSES))}.")
+        problem = "the config has no _class_name" if name is None else f"the steps of {name} are not supported"
+        raise ValueError(f"{problem}; choose how to sample its noise schedule: method= one of {', '.join(METHODS)}.")
+    raise ValueError(f"scheduler {name!r} is not supported; supported are {', '.join((*CLASSES, *OTHER_CLASSES))}.")
 
 
 def _value(fields: Fields, name: str, default: Any) -> Any:
@@ -299,7 +303,7 @@ def _value(fields: Fields, name: str, default: Any) -> Any:
     if name == "trained_betas":
         return None if value is None else _betas(fields, value)
     if isinstance(default, bool):
-        # diffusers takes null for false, whatever the default.
+        # diffusers reads null as false, whatever the default.
         return fields.boolean(name, default) if value is not None else False
     if isinstance(default, int):
         return fields.integer(name, default, minimum=int(name != "steps_offset"), maximum=MAX_TIMESTEPS)
@@ -350,7 +354,7 @@ def _check_alpha_bar(fields: Fields, schedule: Schedule) -> None:
         raise fields.refusal(
             "beta_schedule",
             schedule.beta_schedule,
-            "its signal power must fall strictly from below 1 and stay above 0; every beta must lie in (0, 1)",
+            "its signal power must decrease strictly, start below 1 and stay above 0; every beta must lie in (0, 1)",
         )
 
 
@@ -362,7 +366,7 @@ def _read_only(table: Float64[np.ndarray, " T"]) -> Float64[np.ndarray, " T"]:
 def _levels(schedule: Schedule, x: Float[Array, "n ..."], t: ArrayLike) -> tuple[Array, Array]:
     t = jnp.asarray(t)
     if not jnp.issubdtype(t.dtype, jnp.integer) or t.shape not in ((), x.shape[:1]):
-        raise ValueError(f"t must be an integer timestep or one per example, got {t.dtype} of shape {t.shape}.")
+        raise ValueError(f"t must be one integer timestep or one per example, got {t.dtype} of shape {t.shape}.")
     if is_concrete(t) and not np.all((np.asarray(t) >= 0) & (np.asarray(t) < schedule.num_train_timesteps)):
         raise ValueError(f"t must lie in [0, {schedule.num_train_timesteps}), got {t}.")
     powers = (schedule.alpha_bar, 1 - schedule.alpha_bar)

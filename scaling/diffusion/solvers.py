@@ -1,14 +1,14 @@
-r"""Every sampler as one table: a linear multistep method with a row of coefficients per call of the model.
+r"""Every sampler as a table: a linear multistep method with one row of coefficients per call of the model.
 
-With x_s the state before call s, o_s the model's output there and q_s the quantity that the method keeps,
+With x_s the state before call s, o_s the model's output and q_s the quantity that the method stores for later calls,
 
 .. math:: o_s = \mathrm{model}(\text{scale}_s x_s, t_s), \qquad
           q_s = \mathrm{bound}\left(k_{s0} x_s + k_{s1} o_s\right), \qquad
           x_{s+1} = \sum_j A_{sj} x_{s-j} + \sum_j B_{sj} q_{s-j} + g_s o_s + c_s \epsilon_s
 
-and x_0 = ``start`` ε. DDIM, DDPM, PNDM and DPM-Solver++ walk in the variance-preserving convention, Euler and Heun in
-the variance-exploding one, as diffusers does; q is the clean sample x̂₀ (PNDM: the output). Coefficients are computed
-in float64 on the host. Below, ``r = σ'/σ`` is the ratio of the next noise level to the present one.
+and x_0 = ``start`` ε. As in diffusers, states of DDIM, DDPM, PNDM and DPM-Solver++ are variance preserving, and those
+of Euler and Heun variance exploding; q is the clean sample x̂₀ (PNDM: the output). Coefficients are computed in float64
+on the host. Below, ``r = σ'/σ`` is the ratio of the next noise level to the present one.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ from scaling.diffusion.schedules import Method, Schedule
 __all__ = ["Bound", "Calls", "Solver", "make_solver"]
 
 Table: TypeAlias = Any
-"""An array of either library: made as NumPy's, traced as JAX's."""
+"""A NumPy array when a solver is made, and a JAX array when it is traced."""
 
 
 class Calls(NamedTuple):
-    """The rows of a solver, one per call of the model, in the letters above; J and K are as small as the method allows.
+    """The rows of a solver's table, one per call of the model; ``stored`` is k above, ``states`` A, ``history`` B.
 
-    ``step`` in [0, num_steps) is the step that a call belongs to: Heun calls twice a step, PNDM twice in its first one,
-    or four times in each of its first three.
+    ``output`` is g, and ``noise`` c. J and K are as small as the method allows. ``step`` in [0, num_steps) is the step
+    that a call belongs to: Heun calls the model twice per step; PNDM twice in its first step, or four times in each of
+    its first three.
     """
 
-    t: Table  # (calls,), integers where the grid has integers only
+    t: Table  # (calls,), integers if all timesteps are
     step: Table  # (calls,)
     scale: Table  # (calls,)
-    kept: Table  # (calls, 2)
+    stored: Table  # (calls, 2)
     states: Table  # (calls, J)
     history: Table  # (calls, K)
     output: Table  # (calls,)
@@ -49,8 +50,10 @@ class Calls(NamedTuple):
 
 
 class Bound(NamedTuple):
-    """How x̂₀ is bounded: to ±``limit``; with a ``quantile``, to that quantile s of its magnitude, per example, s
-    within [1, ``limit``], and then divided by s :cite:`saharia22`, section 2.3.
+    """How x̂₀ is bounded: it is clipped to ±``limit``.
+
+    With a ``quantile`` it is clipped to ±s and divided by s, where s is that quantile of its magnitude, per example,
+    clipped to [1, ``limit``] :cite:`saharia22`, section 2.3.
     """
 
     limit: float
@@ -59,7 +62,7 @@ class Bound(NamedTuple):
 
 @struct.dataclass
 class Solver:
-    """A reverse process of ``num_steps`` steps; its arrays are traced, so solvers of one shape share a compilation."""
+    """A reverse process of ``num_steps`` steps; arrays are traced, so that solvers with equal shapes compile once."""
 
     calls: Calls
     start: Table  # ()
@@ -69,11 +72,12 @@ class Solver:
 
 
 def make_solver(schedule: Schedule, num_steps: int, *, eta: float = 0.0) -> Solver:
-    r"""The solver of ``schedule.method`` in ``num_steps`` steps, from 1 to T.
+    r"""The solver of ``schedule.method`` with ``num_steps`` steps, from 1 to T.
 
-    ``eta`` in [0, 1] is DDIM's share of fresh noise: 0 none, 1 that of DDPM. ``ValueError`` where the schedule does not
-    admit the method: ε cannot be predicted from, nor PNDM start at, a signal power of 0; DDIM alone takes ``eta``; a
-    ``steps_offset`` may lead past the last timestep; PNDM's Runge-Kutta start needs four steps.
+    ``eta`` in [0, 1] is DDIM's amount of fresh noise: 0 is none, 1 that of DDPM; for other methods it must be 0.
+    Raises ``ValueError`` where the schedule does not allow the method: no clean sample follows from a predicted ε, and
+    PNDM cannot start, at a signal power of 0; a ``steps_offset`` can lead past the last timestep; PNDM's Runge-Kutta
+    start needs four steps.
     """
     check_integer("num_steps", num_steps, minimum=1, maximum=schedule.num_train_timesteps)
     check_nonnegative("eta", eta)
@@ -99,7 +103,7 @@ def _ddim(schedule: Schedule, num_steps: int, eta: float) -> Solver:
     return _solver(
         schedule,
         t,
-        kept=_clean(schedule, alpha, sigma),
+        stored=_clean(schedule, alpha, sigma),
         states=along * of_state,
         history=np.sqrt(to),
         output=along * of_output,
@@ -119,12 +123,12 @@ def _ddpm(schedule: Schedule, num_steps: int, eta: float) -> Solver:
     now = schedule.alpha_bar[t]
     to = np.append(now[1:], 1.0)
     beta = 1 - now / to
-    # The floor is diffusers' own.
+    # The lower limit of the variance is diffusers' own.
     variance = beta if schedule.variance_type == "fixed_large" else np.maximum((1 - to) / (1 - now) * beta, 1e-20)
     return _solver(
         schedule,
         t,
-        kept=_clean(schedule, np.sqrt(now), np.sqrt(1 - now)),
+        stored=_clean(schedule, np.sqrt(now), np.sqrt(1 - now)),
         states=np.sqrt(now / to) * (1 - to) / (1 - now),
         history=np.sqrt(to) * beta / (1 - now),
         noise=np.where(t > 0, np.sqrt(variance), 0.0),
@@ -132,13 +136,13 @@ def _ddpm(schedule: Schedule, num_steps: int, eta: float) -> Solver:
 
 
 def _pndm(schedule: Schedule, num_steps: int, eta: float) -> Solver:
-    r"""PNDM :cite:`liu22`: the transfer of eq. (11) along a weighted output :math:`\hat o = \sum_j w_j o_{s-j}`.
+    r"""PNDM :cite:`liu22`: the transfer of eq. (11) with a weighted output :math:`\hat o = \sum_j w_j o_{s-j}`.
 
     .. math:: x' = \sqrt{\frac{\bar\alpha'}{\bar\alpha}} x - \frac{(\bar\alpha' - \bar\alpha) \, \hat\epsilon}{
               \bar\alpha \sqrt{1 - \bar\alpha'} + \sqrt{\bar\alpha (1 - \bar\alpha) \bar\alpha'}}
 
-    The weights are those of Adams-Bashforth once four outputs are known; before that of lower orders
-    (``skip_prk_steps``, Stable Diffusion's choice), or of Runge-Kutta steps of four calls each.
+    The weights are those of Adams-Bashforth as soon as four outputs are known. Before, they are those of lower orders
+    (``skip_prk_steps``, as in Stable Diffusion), or of Runge-Kutta steps with four calls each.
     """
     del eta
     if schedule.prediction_type == "sample":
@@ -160,7 +164,7 @@ def _pndm(schedule: Schedule, num_steps: int, eta: float) -> Solver:
         for lag, weight in move.weights.items():
             history[s, lag] = along[s] * of_output[s] * weight
     t, step = (np.asarray([getattr(move, name) for move in moves]) for name in ("t", "step"))
-    return _solver(schedule, t, step=step, kept=(0.0, 1.0), states=states, history=history)
+    return _solver(schedule, t, step=step, stored=(0.0, 1.0), states=states, history=history)
 
 
 def _euler(schedule: Schedule, num_steps: int, eta: float) -> Solver:
@@ -176,7 +180,7 @@ def _euler(schedule: Schedule, num_steps: int, eta: float) -> Solver:
         schedule,
         t,
         scale=alpha,
-        kept=_clean(schedule, alpha, sigma, scale=alpha),
+        stored=_clean(schedule, alpha, sigma, scale=alpha),
         states=ratio,
         history=1 - ratio,
         start=_start(schedule, sigmas[0]),
@@ -184,12 +188,12 @@ def _euler(schedule: Schedule, num_steps: int, eta: float) -> Solver:
 
 
 def _heun(schedule: Schedule, num_steps: int, eta: float) -> Solver:
-    r"""Heun steps :cite:`karras22`, Algorithm 1: an Euler call to x̃ at σ', and there a correcting one.
+    r"""Heun steps :cite:`karras22`, Algorithm 1: an Euler step to x̃ at σ', then a correction with a call at x̃.
 
     .. math:: x' = x + \frac{\sigma' - \sigma}{2} \left(\frac{x - \hat x_0(x)}{\sigma}
               + \frac{\tilde x - \hat x_0(\tilde x)}{\sigma'}\right)
 
-    The last step, to σ' = 0, is Euler's alone.
+    The last step, to σ' = 0, is an Euler step.
     """
     del eta
     t, sigmas = sigma_grid(schedule, num_steps)
@@ -206,7 +210,7 @@ def _heun(schedule: Schedule, num_steps: int, eta: float) -> Solver:
         t[step + corrects],
         step=step,
         scale=alpha,
-        kept=_clean(schedule, alpha, sigma, scale=alpha),
+        stored=_clean(schedule, alpha, sigma, scale=alpha),
         states=np.where(second, corrected, euler),
         history=np.where(second, from_kept, euler_kept),
         start=_start(schedule, sigmas[0]),
@@ -220,8 +224,8 @@ def _dpm_solver(schedule: Schedule, num_steps: int, eta: float) -> Solver:
               \left(\hat x_0 - \hat x_0^{\text{before}}\right), \qquad
               b = \frac{\alpha' (1 - r)}{2} \;\; \text{or} \;\; \alpha' \left(1 - \frac{1 - r}{h}\right)
 
-    for the solver types ``midpoint`` and ``heun``; first order (b = 0) in the first step, in the last one as the file
-    says, and wherever ``solver_order`` is 1.
+    for the solver types ``midpoint`` and ``heun``. It is of first order (b = 0) in the first step, in the last step
+    depending on the configuration, and everywhere if ``solver_order`` is 1.
     """
     del eta
     t, sigmas = sigma_grid(schedule, num_steps)
@@ -238,8 +242,8 @@ def _dpm_solver(schedule: Schedule, num_steps: int, eta: float) -> Solver:
     mean = (1 - ratio) / 2 if schedule.solver_type == "midpoint" else 1 - (1 - ratio) / h
     bend = np.where(lower, 0.0, alpha[1:] * mean * np.where(lower, 1.0, h) / np.where(lower, 1.0, before))
     history = np.stack([alpha[1:] * (1 - ratio) + bend, -bend], axis=1)
-    kept = _clean(schedule, alpha[:-1], sigma[:-1])
-    return _solver(schedule, t, kept=kept, states=sigma[1:] / sigma[:-1], history=history)
+    stored = _clean(schedule, alpha[:-1], sigma[:-1])
+    return _solver(schedule, t, stored=stored, states=sigma[1:] / sigma[:-1], history=history)
 
 
 _SOLVERS: dict[Method, Callable[[Schedule, int, float], Solver]] = {
@@ -253,7 +257,7 @@ _SOLVERS: dict[Method, Callable[[Schedule, int, float], Solver]] = {
 
 
 class _Move(NamedTuple):
-    """One call of PNDM: the model at ``t``, then from ``now`` to ``to``, starting at the state ``base`` calls ago."""
+    """One call of PNDM, at ``t``; it moves the state of ``base`` calls ago from timestep ``now`` to ``to``."""
 
     t: int
     step: int
@@ -287,7 +291,7 @@ def _runge_kutta(ts: list[int], stride: int) -> list[_Move]:
 
 
 def _adams_bashforth(ts: list[int], stride: int, first: int, before: list[_Move], known: list[int]) -> list[_Move]:
-    # `known` are the calls whose outputs count as past ones: one a step.
+    # `known` are the calls whose outputs the multistep formula uses, one per step.
     moves = []
     for step in range(first, len(ts)):
         call = len(before) + len(moves)
@@ -320,7 +324,7 @@ def _clean(
 
 
 def _start(schedule: Schedule, sigma: float) -> float:
-    # diffusers' pipelines draw the start so, by the spacing.
+    # In diffusers, the scale of the initial noise depends on the spacing.
     return math.hypot(sigma, 1.0) if schedule.timestep_spacing == "leading" else float(sigma)
 
 
@@ -328,7 +332,7 @@ def _solver(
     schedule: Schedule,
     t: np.ndarray,
     *,
-    kept: tuple[np.ndarray | float, np.ndarray | float],
+    stored: tuple[np.ndarray | float, np.ndarray | float],
     states: np.ndarray,
     history: np.ndarray,
     step: np.ndarray | None = None,
@@ -342,7 +346,7 @@ def _solver(
         t=t.astype(np.int32 if np.all(t == np.rint(t)) else np.float64),
         step=step.astype(np.int32),
         scale=_column(scale, t),
-        kept=np.stack([_column(weight, t) for weight in kept], axis=1),
+        stored=np.stack([_column(weight, t) for weight in stored], axis=1),
         states=states.reshape(len(t), -1),
         history=history.reshape(len(t), -1),
         output=_column(output, t),

@@ -1,7 +1,8 @@
 r"""``AutoencoderKL`` of diffusers: the variational autoencoder of latent diffusion :cite:`rombach22`.
 
-Images x are (B, C, H, W) in [-1, 1]. :func:`encode` gives mean and log variance of the Gaussian :math:`q(z \mid x)`,
-:func:`decode` maps z back. Diffusion models live on *scaled* latents: :func:`scale` and :func:`unscale` convert.
+Images x are (B, C, H, W) in [-1, 1]. :func:`encode` returns mean and log variance of the Gaussian
+:math:`q(z \mid x)`, and :func:`decode` maps z to images. Diffusion models are trained on *scaled* latents:
+:func:`scale` and :func:`unscale` convert.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ LOGVAR_RANGE = (-30.0, 20.0)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Fields of ``AutoencoderKL`` that matter; latents of ``shift`` and ``scale`` are the diffusion model's."""
+    """The fields of ``AutoencoderKL`` that matter; ``shift`` and ``scale`` turn latents into the diffusion model's."""
 
     in_channels: int
     out_channels: int
@@ -70,16 +71,16 @@ class Config:
 
 
 class AutoencoderOutput(NamedTuple):
-    """An image through the bottleneck."""
+    """Images encoded and decoded."""
 
     sample: Float[Array, "b c h w"]
-    """Decoded from the mean."""
+    """The image decoded from the mean."""
     mean: Float[Array, "b z h2 w2"]
     logvar: Float[Array, "b z h2 w2"]
 
 
 def parse(config: Mapping[str, Any]) -> Config:
-    """Read a config.json; ``ValueError`` names what is not understood."""
+    """Read a config.json; ``ValueError`` names an unsupported field and its value."""
     fields = Fields("AutoencoderKL", config)
     blocks = fields.integers("block_out_channels", (64,))
     for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
@@ -140,7 +141,7 @@ def parameters(config: Config) -> Specs:
 
 
 def rename(key: str) -> str | None:
-    """The present name of a key: the attention of 2022's checkpoints had other names."""
+    """The present name of a key; checkpoints of 2022 have other names in attention."""
     return modern_attention_key(key)
 
 
@@ -150,7 +151,7 @@ def inputs(config: Config, dtype: DTypeLike) -> tuple[tuple[Any, ...], dict[str,
 
 
 def apply(config: Config, params: Params, tap: Tap, images: Float[Array, "b c h w"]) -> AutoencoderOutput:
-    """Encode, then decode the mean: every tap of both halves."""
+    """Encode, then decode the mean; has the taps of both halves."""
     mean, logvar = encode(config, params, tap, images)
     return AutoencoderOutput(decode(config, params, tap, mean), mean, logvar)
 
@@ -158,9 +159,9 @@ def apply(config: Config, params: Params, tap: Tap, images: Float[Array, "b c h 
 def encode(
     config: Config, params: Params, tap: Tap, images: Float[Array, "b c h w"]
 ) -> tuple[Float[Array, "b z h2 w2"], Float[Array, "b z h2 w2"]]:
-    r"""Mean and log variance of :math:`q(z \mid x)`, not scaled; the log variance clipped to [-30, 20].
+    r"""Mean and log variance of the unscaled :math:`q(z \mid x)`, the log variance clipped to [-30, 20].
 
-    Sizes are divided by :math:`2^{\mathrm{blocks} - 1}`, 8 for the released models.
+    Height and width are divided by :math:`2^{\mathrm{blocks} - 1}`, 8 for the released models.
     """
     _check_channels("images", images, config.in_channels)
     x = to_nhwc(images).astype(params["encoder.conv_in.weight"].dtype)
@@ -180,7 +181,7 @@ def encode(
 
 
 def decode(config: Config, params: Params, tap: Tap, latents: Float[Array, "b z h2 w2"]) -> Float[Array, "b c h w"]:
-    """Images from latents that are not scaled; about [-1, 1], not clipped."""
+    """Images from unscaled latents, roughly in [-1, 1], not clipped."""
     _check_channels("latents", latents, config.latent_channels)
     x = to_nhwc(latents).astype(params["decoder.conv_in.weight"].dtype)
     if config.post_quant_conv:
@@ -197,7 +198,7 @@ def decode(config: Config, params: Params, tap: Tap, latents: Float[Array, "b z 
 
 
 def sample(key: PRNGKey, mean: Float[Array, "b z h w"], logvar: Float[Array, "b z h w"]) -> Float[Array, "b z h w"]:
-    r"""One draw of each :math:`q(z \mid x)`; example i draws from ``fold_in(key, i)``.
+    r"""One sample of each :math:`q(z \mid x)`; example i uses ``fold_in(key, i)``.
 
     .. math:: z = \mu + e^{\ell / 2} \epsilon, \quad \epsilon \sim N(0, I)
     """
@@ -207,17 +208,18 @@ def sample(key: PRNGKey, mean: Float[Array, "b z h w"], logvar: Float[Array, "b 
 
 
 def scale(config: Config, latents: Float[Array, "b z h w"]) -> Float[Array, "b z h w"]:
-    r"""From the autoencoder's latents to the diffusion model's, of about unit variance.
+    r"""From the autoencoder's latents to the diffusion model's, of roughly unit variance.
 
     .. math:: z' = (z - \mathrm{shift}) \, \mathrm{scale}
 
-    The scale is ``scaling_factor``, over ``latents_std`` where given; the shift ``shift_factor`` or ``latents_mean``.
+    The scale is ``scaling_factor``, divided by ``latents_std`` if given; the shift is ``shift_factor`` or
+    ``latents_mean``.
     """
     return (latents - _channelwise(config.shift, latents)) * _channelwise(config.scale, latents)
 
 
 def unscale(config: Config, latents: Float[Array, "b z h w"]) -> Float[Array, "b z h w"]:
-    r"""From the diffusion model's latents to what :func:`decode` takes: the inverse of :func:`scale`."""
+    r"""From the diffusion model's latents to the autoencoder's: the inverse of :func:`scale`."""
     return latents / _channelwise(config.scale, latents) + _channelwise(config.shift, latents)
 
 
@@ -225,7 +227,9 @@ def _latent_statistics(fields: Fields, channels: int) -> tuple[tuple[float, ...]
     factor = fields.number("scaling_factor", 0.18215)
     mean, std, shift = (fields.raw(name) for name in ("latents_mean", "latents_std", "shift_factor"))
     if (mean is None) != (std is None):
-        raise fields.refusal("latents_mean", mean, f"it needs latents_std beside it, which is {std!r}")
+        raise fields.refusal(
+            "latents_mean", mean, f"latents_mean and latents_std must be given together, and latents_std is {std!r}"
+        )
     if mean is None:
         return _reals(fields, "shift_factor", [shift or 0.0], 1) * channels, (factor,) * channels
     if shift is not None:
@@ -263,7 +267,7 @@ def _mid(config: Config, params: Params, tap: Tap, name: str, x: Float[Array, "b
 
 def _out(config: Config, params: Params, tap: Tap, name: str, x: Float[Array, "b h w c"]) -> Float[Array, "b h w o"]:
     x = group_norm(params, tap, f"{name}.conv_norm_out", x, groups=config.style.groups, eps=EPS)
-    # SiLU whatever act_fn says, as in PyTorch's class.
+    # SiLU whatever act_fn is, as in PyTorch's class.
     x = activation(tap, f"{name}.conv_act", "silu", x)
     return conv(params, tap, f"{name}.conv_out", x)
 

@@ -1,7 +1,7 @@
-"""The body of every UNet here: a plan made of stages, the parameters it needs, and its forward pass.
+"""The body of both UNets: a plan that consists of stages, its parameters, and its forward pass.
 
-A stage is one resolution: residual blocks, each followed by an attention if the stage has one, then a sampler. The
-unconditional and the conditional UNet differ in their configurations and embeddings alone.
+A stage is one resolution: residual blocks, each followed by an attention if the stage has one, then a downsampler or an
+upsampler. The unconditional and the conditional UNet differ only in their configurations and embeddings.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ __all__ = [
 
 
 class ImageAttention(NamedTuple):
-    """Self-attention among pixels; ``groups`` of the norm before it, None for no norm."""
+    """Self-attention among pixels; ``groups`` are those of the norm before it, None for no norm."""
 
     heads: int
     groups: int | None
 
 
 class ImageTransformer(NamedTuple):
-    """Transformers with cross-attention to ``context`` channels; ``depth`` blocks after each residual block."""
+    """Transformers with cross-attention to ``context`` channels, of ``depth[i]`` blocks after residual block i."""
 
     heads: int
     depth: tuple[int, ...]
@@ -64,7 +64,7 @@ Sampler: TypeAlias = Literal["conv", "resnet"]
 
 
 class Stage(NamedTuple):
-    """One resolution: the input width of each residual block, their output width, attention, and what comes after."""
+    """One resolution: input widths and output width of its residual blocks, their attention, and the last sampler."""
 
     name: str
     widths_in: tuple[int, ...]
@@ -74,7 +74,7 @@ class Stage(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A whole UNet behind its embeddings. ``time`` is the width of the embedding that the residual blocks take."""
+    """A UNet without its embeddings; ``time`` is the width of the embedding that the residual blocks take."""
 
     width_in: int
     width_out: int
@@ -110,10 +110,10 @@ def mid_stage(width: int, attention: Attention, *, layers: int = 2) -> Stage:
 def up_stages(
     widths: Sequence[int], layers: Sequence[int], attentions: Sequence[Attention], samplers: Sequence[Sampler]
 ) -> tuple[Stage, ...]:
-    """Stages on the way up, from the lowest, of ``layers`` residual blocks each; the last has no sampler.
+    """Stages on the way up, from the lowest resolution, of ``layers`` residual blocks each; the last has no sampler.
 
-    Each block takes what comes from below concatenated with a skip connection; the last skip of a stage comes from the
-    stage above it on the way down. All arguments are in the order of the stages, ``widths`` too.
+    Each block takes the previous output concatenated with a skip connection; the last skip of a stage comes from the
+    next higher stage on the way down. All arguments, ``widths`` included, are in the order of these stages.
     """
     stages = []
     for i, width in enumerate(widths):
@@ -126,7 +126,7 @@ def up_stages(
 
 
 def check_plan(fields: Fields, plan: Plan) -> None:
-    """Refuse a configuration whose widths its norms or heads do not divide."""
+    """Refuse a configuration whose widths are not divisible by the groups of its norms, or by its heads."""
     for stage in _stages(plan):
         norms = [("norm_num_groups", width, plan.style.groups) for width in (*stage.widths_in, stage.width)]
         if isinstance(stage.attention, ImageAttention) and stage.attention.groups:
@@ -169,7 +169,7 @@ def unet(
     emb: Float[Array, "b e"],
     context: Float[Array, "b s k"] | None = None,
 ) -> Float[Array, "b h w o"]:
-    """From the image and its embedding to the output; upsampled sizes follow the skip connections."""
+    """The output for an image and the embedding of its conditions; upsampling matches the skip connections' sizes."""
     style = plan.style
     x = conv(params, tap, "conv_in", x)
     skips = [x]
@@ -219,7 +219,7 @@ def _stages(plan: Plan) -> tuple[Stage, ...]:
 def _attentions(stage: Stage) -> int:
     if stage.attention is None:
         return 0
-    # Between the residual blocks in the middle, after each elsewhere.
+    # In the middle between the residual blocks, elsewhere after each.
     return len(stage.widths_in) - (stage.name == "mid_block")
 
 

@@ -18,7 +18,7 @@ __all__ = ["ClipStyle", "clip_encoder", "clip_encoder_specs", "clip_key", "clip_
 
 
 class ClipStyle(NamedTuple):
-    """What all layers of an encoder share."""
+    """The hyperparameters that all layers of an encoder share."""
 
     channels: int
     hidden: int
@@ -29,7 +29,7 @@ class ClipStyle(NamedTuple):
 
 
 def clip_style(fields: Fields, *, channels: int, hidden: int, heads: int) -> ClipStyle:
-    """Read the encoder's fields; the arguments are the defaults of its kind."""
+    """Read the encoder's fields; the arguments are the defaults, which differ between texts and images."""
     fields.only("pruned_heads", {}, None)
     style = ClipStyle(
         channels=fields.integer("hidden_size", channels),
@@ -60,7 +60,7 @@ def clip_encoder_specs(name: str, style: ClipStyle) -> Specs:
 def clip_encoder(
     params: Params, tap: Tap, name: str, x: Float[Array, "b t c"], *, style: ClipStyle, causal: bool
 ) -> tuple[Float[Array, "b t c"], ...]:
-    """The input and every layer's output, in order: ``hidden_states`` of PyTorch, before any last norm."""
+    """The input and the output of every layer, in order: PyTorch's ``hidden_states``, before any final norm."""
     states = [x]
     for i in range(style.layers):
         layer = f"{name}.layers.{i}"
@@ -76,10 +76,10 @@ def clip_encoder(
 
 
 def clip_key(key: str, prefix: str, heads: tuple[str, ...]) -> str | None:
-    """The name in published checkpoints of a key of any: with ``prefix``, which present transformers may leave out.
+    """A checkpoint's key with ``prefix``, as in published checkpoints; checkpoints of transformers 5 may lack it.
 
-    ``heads`` are the modules outside of the prefix. Older checkpoints store ``position_ids``, the integers from 0 to
-    the length, a constant: None.
+    ``heads`` are the modules outside of the prefix. Returns None for ``position_ids``, a constant that older
+    checkpoints store: the integers from 0.
     """
     name = key if key.startswith((f"{prefix}.", *(f"{head}." for head in heads))) else f"{prefix}.{key}"
     return None if name == f"{prefix}.embeddings.position_ids" else name

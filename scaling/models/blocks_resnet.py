@@ -1,4 +1,4 @@
-r"""Residual blocks of convolutions, and the samplers between resolutions. Images are (B, H, W, C)."""
+r"""Convolutional residual blocks, image attention, and down- and upsampling. Images are (B, H, W, C)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = [
 
 
 class ResnetStyle(NamedTuple):
-    """What all residual blocks of a model share."""
+    """The hyperparameters that all residual blocks of a model share."""
 
     groups: int
     eps: float
@@ -65,13 +65,23 @@ def resnet(
     scale: float = 1.0,
     sampler: Literal["up", "down"] | None = None,
 ) -> Float[Array, "b h2 w2 o"]:
-    r"""A residual block: twice norm, nonlinearity, convolution, with the time embedding between; over ``scale``.
+    r"""A residual block: norm, nonlinearity and convolution, twice, with the time embedding in between.
 
     .. math:: y = \big(S x + W_2 * \phi(N_2(W_1 * \phi(N_1 x) + P \phi(e)))\big) / \mathrm{scale}
 
-    The embedding is added before the second norm (``default``) or scales and shifts after it (``scale_shift``).
-    ``sampler`` doubles or halves the size before the first convolution. The tap ``name + ".nonlinearity"`` is the one
-    after the second norm: PyTorch's module is called several times, and that is its last call.
+    The tap ``name + ".nonlinearity"`` follows the second norm: PyTorch's module is called several times, and this is
+    its last call.
+
+    Args:
+        params: all parameters.
+        tap: called after each module.
+        name: of the module.
+        x: the image.
+        emb: the embedding of time and conditions; None for a block without one. It is added before the second norm, or
+            scales and shifts its output, as ``style.time_scale_shift`` says.
+        style: hyperparameters shared by all blocks.
+        scale: divides the output.
+        sampler: doubles or halves the size before the first convolution.
     """
     act = ACTIVATIONS[style.act_fn]
     h = act(group_norm(params, tap, f"{name}.norm1", x, groups=style.groups, eps=style.eps))
@@ -102,7 +112,7 @@ def resnet(
 def downsample_conv(
     params: Params, tap: Tap, name: str, x: Float[Array, "b h w c"], *, padding: int
 ) -> Float[Array, "b h2 w2 c"]:
-    """A 3x3 convolution of stride 2; padding 0 means one row below and one column to the right, as in PyTorch's."""
+    """A 3x3 convolution of stride 2; ``padding`` 0 pads one row below and one column to the right, as in diffusers."""
     pad = (0, 1) if padding == 0 else (padding, padding)
     return tap(name, conv(params, tap, f"{name}.conv", x, stride=2, padding=pad))
 
@@ -110,12 +120,12 @@ def downsample_conv(
 def upsample_conv(
     params: Params, tap: Tap, name: str, x: Float[Array, "b h w c"], *, size: tuple[int, int] | None = None
 ) -> Float[Array, "b h2 w2 c"]:
-    """Nearest-neighbor upsampling to ``size``, by default twice the size, and a 3x3 convolution."""
+    """Nearest-neighbor upsampling to ``size``, by default twice the size, then a 3x3 convolution."""
     return tap(name, conv(params, tap, f"{name}.conv", upsample_nearest(x, size)))
 
 
 def upsample_nearest(x: Float[Array, "b h w c"], size: tuple[int, int] | None = None) -> Float[Array, "b h2 w2 c"]:
-    """Each pixel of the result is the input's pixel at the same fraction of the size, rounded down."""
+    """Nearest-neighbor upsampling: each pixel is the input's at the same fraction of the size, rounded down."""
     batch, height, width, channels = x.shape
     if size in (None, (2 * height, 2 * width)):
         x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
@@ -144,10 +154,21 @@ def image_attention(
     eps: float,
     scale: float = 1.0,
 ) -> Float[Array, "b h w c"]:
-    """Self-attention among the pixels after a group norm (if it has parameters), plus its input; over ``scale``."""
+    """Group norm (if it has parameters) and self-attention among the pixels, plus the input.
+
+    Args:
+        params: all parameters.
+        tap: called after each module.
+        name: of the module.
+        x: the image.
+        heads: number of heads.
+        groups: number of groups of the norm.
+        eps: of the norm.
+        scale: divides the output.
+    """
     tokens = x.reshape(x.shape[0], -1, x.shape[-1])
     if f"{name}.group_norm.weight" in params:
-        # PyTorch's module sees (B, C, T) here, no shape of a tap, so this norm has none.
+        # PyTorch's module sees (B, C, T) here, which is no layout of taps, so this norm has no tap.
         tokens = group_norm(params, Tap(), f"{name}.group_norm", tokens, groups=groups, eps=eps)
     q, k, v = (linear(params, tap, f"{name}.{part}", tokens) for part in ("to_q", "to_k", "to_v"))
     mixed = linear(params, tap, f"{name}.to_out.0", attention(q, k, v, heads=heads))
@@ -155,7 +176,7 @@ def image_attention(
 
 
 def modern_attention_key(key: str) -> str:
-    """The present name of a parameter of :func:`image_attention`: in 2022 it was ``query``, not ``to_q``, and so on."""
+    """The present name of a parameter of :func:`image_attention`; in 2022, ``to_q`` was ``query``, and so on."""
     module, _, leaf = key.rpartition(".")
     parent, _, part = module.rpartition(".")
     modern = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

@@ -1,4 +1,4 @@
-"""Transformers on an image's pixels, with cross-attention to a context. Images are (B, H, W, C), tokens (B, T, C)."""
+"""Transformers over an image's pixels, with cross-attention to a context. Images are (B, H, W, C), tokens (B, T, C)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["cross_attention", "cross_attention_specs", "image_transformer", "ima
 def image_transformer_specs(
     name: str, channels: int, *, depth: int, context: int, linear_projection: bool, only_cross: bool
 ) -> Specs:
-    """Parameters of :func:`image_transformer`; ``context`` is the width of its tokens."""
+    """Parameters of :func:`image_transformer`; ``context`` is the width of the context's tokens."""
     specs = norm_specs(f"{name}.norm", channels)
     for part in ("proj_in", "proj_out"):
         if linear_projection:
@@ -56,9 +56,18 @@ def image_transformer(
     groups: int,
     only_cross: bool,
 ) -> Float[Array, "b h w c"]:
-    """Group norm, projection, ``depth`` transformer blocks on the pixels, projection, plus the input.
+    """Group norm, projection, transformer blocks over the pixels, projection, plus the input.
 
-    With ``only_cross`` the first attention of each block also looks at the context and not at the pixels.
+    Args:
+        params: all parameters.
+        tap: called after each module.
+        name: of the module.
+        x: the image.
+        context: tokens to attend to.
+        depth: number of transformer blocks.
+        heads: number of heads.
+        groups: number of groups of the norm.
+        only_cross: whether the first attention of each block attends to the context too, instead of to the pixels.
     """
     y = group_norm(params, tap, f"{name}.norm", x, groups=groups, eps=1e-6)
     tokens = (x.shape[0], -1, x.shape[-1])
@@ -77,7 +86,7 @@ def image_transformer(
 
 
 def cross_attention_specs(name: str, channels: int, context: int) -> Specs:
-    """Parameters of :func:`cross_attention`; ``context`` is the width of what it looks at."""
+    """Parameters of :func:`cross_attention`; ``context`` is the width of the tokens it attends to."""
     specs = linear_specs(f"{name}.to_q", channels, channels, bias=False)
     for part in ("to_k", "to_v"):
         specs |= linear_specs(f"{name}.{part}", context, channels, bias=False)
@@ -87,7 +96,7 @@ def cross_attention_specs(name: str, channels: int, context: int) -> Specs:
 def cross_attention(
     params: Params, tap: Tap, name: str, x: Float[Array, "b t c"], context: Float[Array, "b s k"], *, heads: int
 ) -> Float[Array, "b t c"]:
-    """Attention of the tokens ``x`` to ``context``, which is ``x`` itself for self-attention."""
+    """Attention of the tokens ``x`` to ``context``; pass ``x`` as the context for self-attention."""
     q = linear(params, tap, f"{name}.to_q", x)
     k, v = (linear(params, tap, f"{name}.{part}", context) for part in ("to_k", "to_v"))
     return tap(name, linear(params, tap, f"{name}.to_out.0", attention(q, k, v, heads=heads)))

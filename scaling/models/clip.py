@@ -1,8 +1,8 @@
 r"""Both halves of CLIP :cite:`radford21` in one checkpoint: ``CLIPModel`` of transformers.
 
-Texts and images become vectors of one space; the cosine between them, times the learned :math:`e^s`, is the logit of
-"this text describes this image". ``model.apply.of("encode_text")`` and ``model.apply.of("encode_image")`` are one half
-alone; :mod:`scaling.models.clip_text` and :mod:`scaling.models.clip_vision` describe them.
+Texts and images become vectors of one space; the cosine between two of them, times the learned :math:`e^s`, is the
+logit of "this text describes this image". ``model.apply.of("encode_text")`` and ``model.apply.of("encode_image")`` run
+one half, see :mod:`scaling.models.clip_text` and :mod:`scaling.models.clip_vision`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Config:
 
 
 class ClipOutput(NamedTuple):
-    """Texts and images compared."""
+    """Every image compared with every text."""
 
     logits: Float[Array, "images texts"]
     """Cosines of the vectors times the learned factor, about 100 in the released models (``logits_per_image``)."""
@@ -51,9 +51,9 @@ class ClipOutput(NamedTuple):
 
 
 def parse(config: Mapping[str, Any]) -> Config:
-    """Read a config.json, whose two parts may also be called ``text_config_dict`` and ``vision_config_dict``.
+    """Read a config.json; its halves may also be called ``text_config_dict`` and ``vision_config_dict``.
 
-    Where both names occur transformers lets those win. ``ValueError`` names what is not understood.
+    Where both names occur, these take precedence, as in transformers. ``ValueError`` names an unsupported field.
     """
     fields = Fields("CLIPModel", config)
     fields.only("model_type", "clip")
@@ -93,12 +93,12 @@ def apply(
 
 
 def encode_text(config: Config, params: Params, tap: Tap, ids: Int[Array, "b t"]) -> clip_text.TextOutput:
-    """The text half alone; its ``pooled`` is the projected vector, not normalized."""
+    """The text half; its ``pooled`` is the projected vector, not normalized."""
     return clip_text.apply(config.text, params, tap, ids)
 
 
 def encode_image(config: Config, params: Params, tap: Tap, images: Float[Array, "b c h w"]) -> clip_vision.VisionOutput:
-    """The image half alone; its ``pooled`` is the projected vector, not normalized."""
+    """The image half; its ``pooled`` is the projected vector, not normalized."""
     return clip_vision.apply(config.vision, params, tap, images)
 
 

@@ -1,11 +1,11 @@
 r"""CLIP's text encoder :cite:`radford21`: ``CLIPTextModel`` and ``CLIPTextModelWithProjection`` of transformers.
 
-A causal transformer over token ids (B, T), T at most ``max_position_embeddings``. Stable Diffusion reads its last
-hidden state, SDXL the last but one, and the pooled vector is the state at the end-of-text token. Padding on the right
-needs no mask: no state up to the end of the text sees it.
+A causal transformer over token ids (B, T), T at most ``max_position_embeddings``. Stable Diffusion attends to its last
+hidden state, SDXL to the one before; the pooled vector is the state at the end-of-text token. Padding on the right
+needs no mask, since no state up to the end of the text sees it.
 
-Published checkpoints and transformers 4 name everything under ``text_model.``; transformers 5 saves a ``CLIPTextModel``
-that it made itself without that prefix. Parameters and taps have the prefix always; :func:`rename` adds it.
+Keys of published checkpoints, and of those saved by transformers 4, begin with ``text_model.``; transformers 5 saves a
+newly made ``CLIPTextModel`` without that prefix. Parameters and taps always have it; :func:`rename` adds it.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ __all__ = ["Config", "TextOutput", "apply", "inputs", "parameters", "parse", "po
 
 PREFIX = "text_model"
 MAX_VOCABULARY = 1 << 20
-# Released configurations say 2, which is not the id of any end of text: the library then takes the largest id.
+# In released configurations eos_token_id is 2, which ends no text: transformers then takes the largest id of a text.
 LEGACY_EOS = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Fields of ``CLIPTextConfig`` that matter; ``projection`` is None without the projection."""
+    """The fields of ``CLIPTextConfig`` that matter; ``projection`` is None for a model without one."""
 
     style: ClipStyle
     vocabulary: int
@@ -46,18 +46,21 @@ class Config:
 
 
 class TextOutput(NamedTuple):
-    """What the encoder knows about a text."""
+    """The encoder's outputs for a batch of texts."""
 
     hidden: Float[Array, "b t c"]
-    """Last hidden state, after the last norm: the context of Stable Diffusion 1 and 2."""
+    """Last hidden state, after the final norm: the context of Stable Diffusion 1 and 2."""
     penultimate: Float[Array, "b t c"]
-    """Output of the last layer but one, not normalized (``hidden_states[-2]``): the context of SDXL."""
+    """Output of the next-to-last layer, not normalized (``hidden_states[-2]``): the context of SDXL."""
     pooled: Float[Array, "b p"]
-    """State at the end of the text: projected (``text_embeds``) if the model has a projection (``pooler_output``)."""
+    """State at the end of the text: ``text_embeds`` if the model has a projection, else ``pooler_output``."""
 
 
 def parse(config: Mapping[str, Any]) -> Config:
-    """Read a config.json; ``ValueError`` names what is not understood. ``architectures`` tells about the projection."""
+    """Read a config.json, whose ``architectures`` says whether there is a projection.
+
+    ``ValueError`` names an unsupported field and its value.
+    """
     fields = Fields("CLIPTextModel", config)
     architecture = fields.choice(
         "architectures", ["CLIPTextModel"], (["CLIPTextModel"], ["CLIPTextModelWithProjection"], None)
@@ -67,7 +70,7 @@ def parse(config: Mapping[str, Any]) -> Config:
 
 
 def read(fields: Fields, *, projection: int | None) -> Config:
-    """The configuration from its fields, with a head of ``projection`` channels."""
+    """The configuration from its fields, with a projection to ``projection`` channels, or None."""
     fields.only("model_type", "clip_text_model")
     for name in ("bos_token_id", "pad_token_id"):
         fields.optional_integer(name, minimum=-1, maximum=MAX_VOCABULARY)
@@ -96,18 +99,18 @@ def parameters(config: Config) -> Specs:
 
 
 def rename(key: str) -> str | None:
-    """The parameter's name for a checkpoint's key: the prefix added where it is missing; None for ``position_ids``."""
+    """The parameter's name for a checkpoint's key, with the prefix; None for ``position_ids``."""
     return clip_key(key, PREFIX, ("text_projection",))
 
 
 def inputs(config: Config, dtype: DTypeLike) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Shape of one full line of token ids."""
+    """Shape of the token ids of one text of full length."""
     del dtype
     return (jax.ShapeDtypeStruct((1, config.positions), jnp.int32),), {}
 
 
 def apply(config: Config, params: Params, tap: Tap, ids: Int[Array, "b t"]) -> TextOutput:
-    """Encode token ids, each from 0 to ``vocab_size`` - 1, else ``ValueError``; under a trace such an id gives NaN."""
+    """Encode token ids in [0, ``vocab_size``); others raise ``ValueError``, or give NaN under a trace."""
     if ids.shape[1] > config.positions:
         raise ValueError(
             f"ids have {ids.shape[1]} tokens, the model has positions for {config.positions}; truncate the text."
@@ -115,7 +118,7 @@ def apply(config: Config, params: Params, tap: Tap, ids: Int[Array, "b t"]) -> T
     if is_concrete(ids) and not np.all((np.asarray(ids) >= 0) & (np.asarray(ids) < config.vocabulary)):
         raise ValueError(f"ids must lie in [0, {config.vocabulary}), the vocabulary; tokenize with this model's own.")
     tokens = params[f"{PREFIX}.embeddings.token_embedding.weight"]
-    # Else a negative id would count from the end.
+    # Otherwise a negative id would count from the end.
     ids_or_out = jnp.where(ids < 0, config.vocabulary, ids)
     x = tap(f"{PREFIX}.embeddings.token_embedding", tokens.at[ids_or_out].get(mode="fill", fill_value=jnp.nan))
     positions = params[f"{PREFIX}.embeddings.position_embedding.weight"][: ids.shape[1]]
@@ -129,9 +132,9 @@ def apply(config: Config, params: Params, tap: Tap, ids: Int[Array, "b t"]) -> T
 
 
 def pooled_position(config: Config, ids: Int[Array, "b t"]) -> Int[Array, " b"]:
-    """Where each text ends: the first ``eos_token_id``, or the first of the largest ids if that field is the legacy 2.
+    """The position where each text ends, that of its first ``eos_token_id``; 0 for a text without.
 
-    0 if a text has no end.
+    If ``eos_token_id`` is the legacy value 2, it is the position of the first of the text's largest ids.
     """
     scores = ids if config.eos_token_id == LEGACY_EOS else (ids == config.eos_token_id).astype(jnp.int32)
     return jnp.argmax(scores, axis=-1)

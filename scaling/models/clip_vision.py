@@ -1,11 +1,11 @@
 r"""CLIP's image encoder :cite:`radford21`: ``CLIPVisionModelWithProjection`` and ``CLIPVisionModel`` of transformers.
 
-A vision transformer: patches and one class token, whose last state is the image's vector. Images are (B, C, H, W), of
-the configuration's size, normalized by :data:`IMAGE_MEAN` and :data:`IMAGE_STD`. Cosines between the projected vectors
-of images and of texts are concept scores.
+A vision transformer over patches and one class token, whose final state is the image's vector. Images are (B, C, H, W)
+of the configured size, normalized by :data:`IMAGE_MEAN` and :data:`IMAGE_STD`. Cosines between the projected vectors of
+images and texts are concept scores.
 
-The names ``vision_model.pre_layrnorm`` and so on are the checkpoints' own. Parameters and taps have the prefix
-``vision_model.`` always; :func:`rename` adds it where transformers 5 saved a ``CLIPVisionModel`` without.
+Names such as ``vision_model.pre_layrnorm`` are spelled as in the checkpoints. Parameters and taps always have the
+prefix ``vision_model.``; :func:`rename` adds it to keys of a ``CLIPVisionModel`` that transformers 5 saved without it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Fields of ``CLIPVisionConfig`` that matter; ``projection`` is None without the projection."""
+    """The fields of ``CLIPVisionConfig`` that matter; ``projection`` is None for a model without one."""
 
     style: ClipStyle
     image_channels: int
@@ -55,16 +55,19 @@ class Config:
 
 
 class VisionOutput(NamedTuple):
-    """What the encoder knows about an image."""
+    """The encoder's outputs for a batch of images."""
 
     hidden: Float[Array, "b t c"]
     """Last hidden state, not normalized: the class token, then the patches row by row."""
     pooled: Float[Array, "b p"]
-    """The class token, normalized (``pooler_output``); projected (``image_embeds``) if the model has a projection."""
+    """The normalized class token: ``image_embeds`` if the model has a projection, else ``pooler_output``."""
 
 
 def parse(config: Mapping[str, Any]) -> Config:
-    """Read a config.json; ``ValueError`` names what is not understood. ``architectures`` tells about the projection."""
+    """Read a config.json, whose ``architectures`` says whether there is a projection.
+
+    ``ValueError`` names an unsupported field and its value.
+    """
     fields = Fields("CLIPVisionModel", config)
     architecture = fields.choice(
         "architectures",
@@ -76,7 +79,7 @@ def parse(config: Mapping[str, Any]) -> Config:
 
 
 def read(fields: Fields, *, projection: int | None) -> Config:
-    """The configuration from its fields, with a head of ``projection`` channels."""
+    """The configuration from its fields, with a projection to ``projection`` channels, or None."""
     fields.only("model_type", "clip_vision_model")
     fields.optional_integer("projection_dim")
     result = Config(
@@ -112,7 +115,7 @@ def parameters(config: Config) -> Specs:
 
 
 def rename(key: str) -> str | None:
-    """The parameter's name for a checkpoint's key: the prefix added where it is missing; None for ``position_ids``."""
+    """The parameter's name for a checkpoint's key, with the prefix; None for ``position_ids``."""
     return clip_key(key, PREFIX, ("visual_projection",))
 
 
@@ -122,7 +125,7 @@ def inputs(config: Config, dtype: DTypeLike) -> tuple[tuple[Any, ...], dict[str,
 
 
 def apply(config: Config, params: Params, tap: Tap, images: Float[Array, "b c h w"]) -> VisionOutput:
-    """Encode normalized images; ``ValueError`` unless they have the configuration's channels and size."""
+    """Encode normalized images; ``ValueError`` unless they have the configured channels and size."""
     size = (config.image_channels, config.image_size, config.image_size)
     if images.shape[1:] != size:
         raise ValueError(f"images have shape {images.shape}, the model takes (B, {', '.join(map(str, size))}).")

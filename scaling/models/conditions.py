@@ -1,4 +1,4 @@
-"""What enters a UNet beside the image: the time, class labels and their checks."""
+"""Inputs of a UNet other than the image, timesteps and class labels, and checks of the image."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from scaling.models.taps import Tap
 __all__ = ["LabelKind", "batch_of_times", "check_image", "embed_labels", "label_inputs", "label_kind", "label_specs"]
 
 LabelKind: TypeAlias = Literal["table", "timestep", "identity", "projection", "simple_projection"]
-"""How class labels become a vector: a row of a table, as a timestep, as they are, or projected."""
+"""How class labels become a vector: by a table, as timesteps, as they are, or by a projection."""
 
 
 def batch_of_times(t: ArrayLike, batch: int) -> Float[Array, " b"]:
-    """Timesteps (B,) in float32 from a scalar or (B,)."""
+    """Timesteps (B,) in float32, from a scalar or (B,)."""
     t = jnp.asarray(t).astype(jnp.float32)
     if t.shape not in ((), (1,), (batch,)):
         raise ValueError(f"timesteps must be a scalar or ({batch},), one per image; got shape {t.shape}.")
@@ -46,13 +46,13 @@ def check_image(owner: str, x: Array, channels: int, *, multiple: int = 1) -> No
 
 
 def label_kind(fields: Fields, kinds: tuple[str | None, ...]) -> LabelKind | None:
-    """How the configuration wants class labels, None if it has none."""
+    """The configuration's kind of class labels, None if it has no classes."""
     kind = fields.choice("class_embed_type", None, kinds)
     return kind or ("table" if fields.optional_integer("num_class_embeds") is not None else None)  # type: ignore
 
 
 def label_specs(kind: LabelKind | None, *, count: int | None, width: int, projected: int | None, time: int) -> Specs:
-    """Parameters of :func:`embed_labels`, to ``time`` channels from what its kind takes."""
+    """Parameters of :func:`embed_labels`; ``time`` is the width of the embedding."""
     match kind:
         case "table":
             return embedding_specs("class_embedding", count or 0, time)
@@ -75,16 +75,23 @@ def embed_labels(
     *,
     act_fn: str = "silu",
 ) -> Float[Array, "b e"] | None:
-    """The embedding of class ``labels``, of the batch and dtype of ``like``; None for a model without classes.
+    """The embedding of class labels; None for a model without classes.
 
-    Labels are (B,) for a table or timesteps, else (B, C).
+    Args:
+        params: all parameters.
+        tap: called after each module.
+        kind: how labels become a vector; None for a model without classes.
+        labels: (B,) for a table or timesteps, else (B, C).
+        like: gives the batch size and the dtype.
+        sinusoids: the model's sinusoidal embedding, of labels that are timesteps.
+        act_fn: the nonlinearity of the embedding of timesteps.
     """
     if kind is None:
         if labels is not None:
-            raise ValueError("the model has no classes: leave out class_labels.")
+            raise ValueError("the model has no classes; leave class_labels out.")
         return None
     if labels is None:
-        raise ValueError("the model is conditioned on classes: give class_labels, one per image.")
+        raise ValueError("the model is conditioned on classes; give class_labels, one per image.")
     labels = jnp.asarray(labels)
     if labels.ndim != (1 if kind in ("table", "timestep") else 2) or labels.shape[0] != like.shape[0]:
         raise ValueError(
@@ -92,7 +99,7 @@ def embed_labels(
         )
     match kind:
         case "table":
-            # A label beyond the table gives NaN, not the last class.
+            # A label out of range gives NaN, not the last class.
             rows = jnp.take(params["class_embedding.weight"], labels, axis=0, mode="fill", fill_value=jnp.nan)
             return tap("class_embedding", rows)
         case "timestep":
@@ -106,7 +113,7 @@ def embed_labels(
 
 
 def label_inputs(kind: LabelKind | None, *, projected: int | None, time: int, dtype: Any) -> dict[str, Any]:
-    """Shape of ``class_labels`` for one example, as an argument by name."""
+    """Shape of ``class_labels`` for one example, as a keyword argument."""
     match kind:
         case None:
             return {}

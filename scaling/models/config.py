@@ -1,6 +1,6 @@
-"""What a config.json says: each field is understood, known to have no effect, or refused by name and value.
+"""Strict reading of config.json: each field is used, known to have no effect, or refused by name and value.
 
-Also the layout of parameters: PyTorch's on disk, JAX's in memory.
+Also the layouts of parameters: PyTorch's on disk, JAX's in memory.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ Layout: TypeAlias = Literal["conv", "linear", "embedding", "vector"]
 
 
 class ParamSpec(NamedTuple):
-    """One parameter as the checkpoint holds it: its PyTorch shape and its layout.
+    """A parameter's shape in PyTorch, and its layout.
 
-    ``conv`` is (out, in, height, width) on disk and (height, width, in, out) in memory, ``linear`` (out, in) and
-    (in, out); ``embedding`` and ``vector`` are alike in both.
+    ``conv`` is (out, in, height, width) on disk and (height, width, in, out) in memory, ``linear`` (out, in) on disk
+    and (in, out) in memory; ``embedding`` and ``vector`` are the same in both.
     """
 
     shape: tuple[int, ...]
@@ -40,19 +40,19 @@ def jax_shape(spec: ParamSpec) -> tuple[int, ...]:
 
 
 def to_jax(kind: Layout, array: np.ndarray, dtype: Any = None) -> np.ndarray:
-    """A copy in JAX's layout, from PyTorch's; of ``dtype``, if given. ``jax.device_put`` can take it over on a CPU."""
+    """A copy of a parameter in JAX's layout, optionally converted to ``dtype``; on a CPU, JAX can use its memory."""
     out = _aligned(jax_shape(ParamSpec(array.shape, kind)), np.dtype(dtype or array.dtype))
     if kind not in _TO_JAX:
         out[...] = array
     else:
-        # In blocks of the outer axis, which becomes the inner one, so that reads and writes both stay in the cache.
+        # In blocks of the outer axis, which becomes the inner one, so that both reads and writes stay in the cache.
         for i in range(0, array.shape[0], _BLOCK):
             out[..., i : i + _BLOCK] = array[i : i + _BLOCK].transpose(_TO_JAX[kind])
     return out
 
 
 def to_torch(kind: Layout, array: np.ndarray) -> np.ndarray:
-    """A copy in PyTorch's layout, from JAX's: the inverse of :func:`to_jax`."""
+    """A copy of a parameter in PyTorch's layout: the inverse of :func:`to_jax`."""
     if kind not in _TO_TORCH:
         return array.copy()
     out = np.empty([array.shape[i] for i in _TO_TORCH[kind]], array.dtype)
@@ -62,14 +62,14 @@ def to_torch(kind: Layout, array: np.ndarray) -> np.ndarray:
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    # JAX uses memory of numpy without a copy only at a multiple of 64 bytes.
+    # JAX can use NumPy's memory without a copy only if it is aligned to 64 bytes.
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-# Fields that cannot change the forward pass at inference, whatever their value, for the variants we accept.
+# Fields that, for the supported variants, cannot change the forward pass at inference, whatever their value.
 _TRANSFORMERS = """
 add_cross_attention architectures attention_dropout bad_words_ids begin_suppress_tokens chunk_size_feed_forward
 cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dropout dtype early_stopping
@@ -86,9 +86,9 @@ NO_EFFECT: dict[str, frozenset[str]] = {
     "UNet2DConditionModel": frozenset(
         {
             "dropout",
-            # Softmax is always float32 here.
+            # Softmax is always computed in float32 here.
             "upcast_attention",
-            # These reach only block and embedding types that are refused.
+            # These affect only block and embedding types that are refused.
             "addition_embed_type_num_heads",
             "cross_attention_norm",
             "mid_block_only_cross_attention",
@@ -97,13 +97,13 @@ NO_EFFECT: dict[str, frozenset[str]] = {
         }
     ),
     "DiTTransformer2DModel": frozenset({"dropout", "norm_num_groups", "upcast_attention"}),
-    # The caller scales latents; sample_size matters to tiling alone.
+    # The caller scales latents; sample_size affects tiling only.
     "AutoencoderKL": frozenset({"force_upcast", "sample_size"}),
     "CLIPModel": frozenset({*_TRANSFORMERS.split(), "logit_scale_init_value"}),
     "CLIPTextModel": frozenset(_TRANSFORMERS.split()),
     "CLIPVisionModel": frozenset(_TRANSFORMERS.split()),
 }
-"""By architecture, the fields that have no effect on what we compute. Keys that begin with ``_`` have none anywhere."""
+"""Fields without effect on the output, by class; those that begin with ``_`` have none in any class."""
 
 MAX_CHANNELS = 1 << 16
 MAX_LAYERS = 256
@@ -111,10 +111,10 @@ MAX_BLOCKS = 16
 
 
 class Fields:
-    """Reads the fields of one config: each getter checks type and range and notes the field as understood.
+    """Reads the fields of one config.json; each getter checks type and range, and records that the field was read.
 
     A field that is absent, or null where that means the same, takes the default. After the last getter call
-    :meth:`finish`, which refuses what was never read.
+    :meth:`finish`, which refuses fields that were never read.
     """
 
     def __init__(self, owner: str, config: Mapping[str, Any]) -> None:
@@ -125,7 +125,7 @@ class Fields:
         self.read: set[str] = set()
 
     def raw(self, name: str, default: Any = None) -> Any:
-        """The field as it is."""
+        """The field's value, unchecked."""
         self.read.add(name)
         return self.config.get(name, default)
 
@@ -167,7 +167,7 @@ class Fields:
         return tuple(self._choice(name, item, choices) for item in self._list(name, self.raw(name, default)))
 
     def block_types(self, name: str, default: Sequence[str], choices: Sequence[str], count: int) -> tuple[str, ...]:
-        """The types of ``count`` blocks; a prefix of 2022, ``UNetRes``, is dropped."""
+        """The types of ``count`` blocks, without the prefix ``UNetRes`` that configurations of 2022 have."""
         items = self._list(name, self.raw(name, default))
         if len(items) != count:
             raise self.refusal(name, list(items), f"it must have {count} entries, as block_out_channels has")
@@ -175,27 +175,27 @@ class Fields:
         return tuple(self._choice(name, item, choices) for item in plain)
 
     def only(self, name: str, *values: Any) -> None:
-        """A field that is understood at these values alone; the first is the default."""
+        """A field that is supported at these values only; the first is the default."""
         self.choice(name, values[0], values)
 
     def sample_size(self, default: int) -> tuple[int, int]:
-        """Height and width of the model's images: an integer, two, or null for ``default``."""
+        """Height and width of the model's images, from one integer or two; null means ``default``."""
         value = self.raw("sample_size")
         value = default if value is None else value
         pair = list(value) if isinstance(value, list | tuple) else [value, value]
         if len(pair) != 2:
-            raise self.refusal("sample_size", value, "it must be an integer or two")
+            raise self.refusal("sample_size", value, "it must be one integer or two")
         height, width = (self._integer("sample_size", item, 1, MAX_CHANNELS) for item in pair)
         return height, width
 
     def finish(self) -> None:
-        """Refuse every field that was neither read nor known to have no effect."""
+        """Refuse fields that were not read and are not known to have no effect."""
         for name, value in self.config.items():
             if not (name in self.read or name in NO_EFFECT[self.owner] or name.startswith("_")):
-                raise self.refusal(name, value, "this field is not understood, so the result could be wrong")
+                raise self.refusal(name, value, "this field is not supported, so the result could be wrong")
 
     def refusal(self, name: str, value: object, reason: str) -> ValueError:
-        """The error for a field of this value: raise it."""
+        """The error for a field with this value, to be raised by the caller."""
         shown = repr(value)
         return ValueError(
             f"{self.owner} config: {name} = {shown if len(shown) < 200 else shown[:200] + '...'}: {reason}."
@@ -207,11 +207,11 @@ class Fields:
         return value
 
     def _choice(self, name: str, value: Any, choices: Sequence[T]) -> T:
-        # Compared with types: in Python 1 == True.
+        # Types are compared too: in Python 1 == True.
         for choice in choices:
             if type(value) is type(choice) and value == choice:
                 return choice
-        raise self.refusal(name, value, f"understood are {', '.join(map(repr, choices))}")
+        raise self.refusal(name, value, f"supported are {', '.join(map(repr, choices))}")
 
     def _list(self, name: str, value: object) -> Sequence[Any]:
         if not isinstance(value, list | tuple) or not 1 <= len(value) <= MAX_BLOCKS:
@@ -220,7 +220,7 @@ class Fields:
 
 
 def per_block(fields: Fields, name: str, default: int, blocks: int, *, maximum: int = MAX_LAYERS) -> tuple[int, ...]:
-    """A field that is one positive integer for all blocks or a list of one per block, as a tuple of ``blocks``."""
+    """A field that is one positive integer for all blocks or a list with one per block, as a tuple."""
     value = fields.raw(name, default)
     items = list(value) if isinstance(value, list | tuple) else [value] * blocks
     if len(items) != blocks:

@@ -1,6 +1,7 @@
-"""Convolutions of images (B, H, W, C) as matrix products, where the CPU's own routine or its derivative is slow.
+"""Convolutions of images (B, H, W, C), as matrix products where XLA's own are slow on CPUs.
 
-:func:`convolution` is the one that layers call; :func:`conv_route` chooses how to compute it from the shapes alone.
+Layers call :func:`convolution`; :func:`conv_route` chooses, from the shapes alone, whether the values or only the
+derivatives are computed as matrix products. All routes compute the same function.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ __all__ = ["ROUTES", "conv_route", "convolution"]
 Product: TypeAlias = Callable[[Array, Array, int, tuple[int, int]], Array]
 """A convolution ``(x, weight, stride, pad)``."""
 
-# Measured on two cores: up to this many output pixels one product beats the convolution, if channels are many or the
-# columns, of which there are kernel² as many as inputs, few, and the results not thin. See conv_route.
+# Measured on two cores: for outputs of at most COLUMNS_PIXELS pixels, the product is faster than the convolution if
+# input and output have at least COLUMNS_CHANNELS channels, or if the matrix of columns has at most COLUMNS_ENTRIES
+# entries and the output at least COLUMNS_WIDTH channels.
 COLUMNS_PIXELS, COLUMNS_CHANNELS, COLUMNS_ENTRIES, COLUMNS_WIDTH = 256, 256, 1 << 22, 16
-# Up to this many entries derivatives are worth the columns, which are kept for them.
+# Derivatives are products if the matrix of columns, which they store, has at most this many entries.
 DERIVATIVE_ENTRIES = 1 << 24
 
 
@@ -39,11 +41,13 @@ def convolution(
 def conv_route(
     x: Sequence[int], weight: Sequence[int], stride: int, pad: tuple[int, int]
 ) -> Literal["native", "product", "product_derivatives"]:
-    r"""How to compute a convolution of these shapes, (B, H, W, I) and (K, K, I, O).
+    r"""The fastest way to compute a convolution of shapes (B, H, W, I) and (K, K, I, O).
 
-    As one product :math:`\mathrm{columns}(x) W` of a (B H' W', K² I) matrix on a CPU if the image is small; else by
-    XLA's own, ``native``, whose derivatives are products on a CPU if the columns are not too many. XLA's derivatives
-    take 1 to 5 times as long there, and 10 to 25 times inside a loop such as that of a training run.
+    * ``product``, on a CPU for small images: one product :math:`\mathrm{columns}(x) \, W`, where the (B H' W', K² I)
+      matrix of columns holds the inputs of each output;
+    * ``product_derivatives``, on a CPU if that matrix is not too large: XLA's own convolution, with products as
+      derivatives. XLA's derivatives take 1 to 5 times as long, and inside a loop, such as training steps, 10 to 25;
+    * ``native``, everywhere else: XLA's own convolution and derivatives.
     """
     if not cpu_aware():
         return "native"
@@ -74,13 +78,13 @@ def _product(
 
 
 def _matmul(x: Float[Array, "*b i"], weight: Float[Array, "i o"]) -> Float[Array, "*b o"]:
-    # As matrices: the derivative in the weights would contract several axes at once, for which the CPU copies first.
+    # As matrices: otherwise the derivative in the weights contracts several axes, which on a CPU copies them first.
     return (x.reshape(-1, x.shape[-1]) @ weight).reshape(*x.shape[:-1], -1)
 
 
 def _columns(x: Float[Array, "b h w i"], kernel: int, stride: int, pad: tuple[int, int]) -> Float[Array, "b h2 w2 n"]:
-    """The inputs of each output, side by side: kernel² times the channels."""
-    # Columns, then rows: two times k passes are fewer than k². Pads that also cut are faster than slices.
+    """The inputs of each output pixel, concatenated: kernel² times the channels."""
+    # One axis, then the other: 2k passes instead of k². Padding by negative amounts is faster than slicing.
     for axis in (2, 1):
         size = x.shape[axis]
         stop = stride * (_out_size(size, kernel, stride, pad) - 1) + 1
@@ -97,15 +101,16 @@ def _columns(x: Float[Array, "b h w i"], kernel: int, stride: int, pad: tuple[in
 def _spread_product(
     x: Float[Array, "b h w i"], weight: Float[Array, "k k i o"], stride: int, pad: tuple[int, int]
 ) -> Float[Array, "b h2 w2 o"]:
-    """The same with the product first: inputs times the kernel, spread over the outputs; at stride 1 and equal size.
+    """The same convolution with the product first: inputs times the kernel, then added up at the outputs.
 
-    Else it is :func:`_product`. Transposed, in either argument, it is a product with the columns of the cotangent that
-    both arguments share: less to move than the columns of the input once more and their transpose.
+    Its transposes in both arguments are products with the same matrix, the columns of the cotangent; those of
+    :func:`_product` would need the columns of the input again, and their transpose. For strides above 1 and where the
+    size changes it is :func:`_product`.
     """
     kernel, c_in, c_out = weight.shape[0], *weight.shape[2:]
     if stride != 1 or sum(pad) != kernel - 1:
         return _product(x, weight, stride, pad)
-    # Output p takes input p + k - pad times the k-th kernel, so input q has output q - k + pad: flipped columns.
+    # Output p sums inputs p + k - pad times the k-th weight, so input q goes to outputs q - k + pad: flipped columns.
     parts = _matmul(x, jnp.moveaxis(jnp.flip(weight, (0, 1)), 2, 0).reshape(c_in, -1))
     shape = jax.ShapeDtypeStruct((*x.shape[:3], c_out), x.dtype)
     (y,) = jax.linear_transpose(lambda y: _columns(y, kernel, stride, (pad[1], pad[0])), shape)(parts)
@@ -113,10 +118,11 @@ def _spread_product(
 
 
 def _with_derivatives(primal: Product, in_both: Product, in_input: Product) -> Product:
-    """``primal`` with the derivatives of equal functions of ordinary operations, in both arguments or the input alone.
+    """``primal`` with the derivatives of other implementations of the same function.
 
-    So both modes and all orders are JAX's own. Zeros stay symbolic: without a derivative in the weights nothing is kept
-    for it.
+    ``in_both`` is differentiated if both arguments have tangents or the weights alone, ``in_input`` if only the input
+    has. Both are ordinary JAX functions, so both modes and all orders of derivatives follow. Zero tangents stay
+    symbolic: without a derivative in the weights, nothing is stored for one.
     """
 
     @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
@@ -144,4 +150,4 @@ ROUTES: dict[str, Product] = {
     "product": _with_derivatives(_product, _spread_product, _spread_product),
     "product_derivatives": _with_derivatives(_native, _spread_product, _product),
 }
-"""The routes by name: ``(x, weight, stride, pad) -> y``."""
+"""Implementations by name, ``(x, weight, stride, pad) -> y``; see :func:`conv_route`."""

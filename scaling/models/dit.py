@@ -1,13 +1,13 @@
 r"""``DiTTransformer2DModel`` of diffusers: the diffusion transformer :cite:`peebles23`, conditioned on a class.
 
-The image (B, C, H, W) becomes one token per patch, plus a fixed position. In each block the embeddings of time and
-class, c, give shift β, scale γ and gate α of both halves ("adaLN-Zero"):
+The image (B, C, H, W) becomes one token per patch, plus a fixed position embedding. In each block, an embedding of time
+and class determines shifts β, scales γ and gates α of both halves ("adaLN-Zero"):
 
 .. math:: x \leftarrow x + \alpha_1 \, \mathrm{attention}(\beta_1 + (1 + \gamma_1)\, \mathrm{norm}\, x), \qquad
     x \leftarrow x + \alpha_2 \, \mathrm{mlp}(\beta_2 + (1 + \gamma_2)\, \mathrm{norm}\, x)
 
-Every block has its own embeddings; the output uses the first block's. The released models predict noise and variance:
-:func:`split_variance`.
+Every block has its own embedding; the output layer uses the first block's. The released models predict noise and
+variance, see :func:`split_variance`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ ADA_NORM_EPS = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Fields of ``DiTTransformer2DModel`` that matter."""
+    """The fields of ``DiTTransformer2DModel`` that matter."""
 
     heads: int
     head_channels: int
@@ -80,7 +80,7 @@ class Config:
 def parse(config: Mapping[str, Any]) -> Config:
     """Read a config.json, also of the class's old name ``Transformer2DModel``.
 
-    ``ValueError`` names what is not understood.
+    ``ValueError`` names an unsupported field and its value.
     """
     fields = Fields("DiTTransformer2DModel", config)
     # Fields of Transformer2DModel's other uses.
@@ -121,7 +121,7 @@ def parse(config: Mapping[str, Any]) -> Config:
 
 
 def parameters(config: Config) -> Specs:
-    """Every key of the checkpoint. The position embedding is computed and has none."""
+    """Every key of the checkpoint; the position embedding is computed and has none."""
     channels, patch = config.channels, config.patch_size
     specs = conv_specs("pos_embed.proj", config.in_channels, channels, kernel=patch)
     for i in range(config.layers):
@@ -142,7 +142,7 @@ def parameters(config: Config) -> Specs:
 
 
 def inputs(config: Config, dtype: DTypeLike) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Shapes of one image, its time and its class."""
+    """Shapes of one image, its timestep and its class."""
     shape = (1, config.in_channels, config.sample_size, config.sample_size)
     one = jax.ShapeDtypeStruct((1,), jnp.int32)
     return (jax.ShapeDtypeStruct(shape, dtype), one), {"class_labels": one}
@@ -158,10 +158,11 @@ def apply(
     class_labels: ArrayLike | None = None,
     added: None = None,
 ) -> Float[Array, "b o h w"]:
-    """The output of all ``out_channels`` at timesteps ``t``, a scalar or (B,), for classes ``class_labels`` (B,).
+    """The output, with all ``out_channels``, at timesteps ``t``, a scalar or (B,), for classes ``class_labels`` (B,).
 
-    Classes are 0 to ``num_embeds_ada_norm``, the last being the null class of guidance; ``ValueError`` for others, NaN
-    under a trace. Images are square, a multiple of the patch, of any size: positions are stretched to the trained grid.
+    Classes are 0 to ``num_embeds_ada_norm``, the last being the null class of guidance; others raise ``ValueError``, or
+    give NaN under a trace. Images are square, and their size is any multiple of the patch size: positions are rescaled
+    to the grid of training.
     """
     if context is not None or added is not None:
         raise ValueError("DiTTransformer2DModel takes neither context nor added conditions; leave them out.")
@@ -200,11 +201,11 @@ def split_variance(
 
 
 def position_embedding(channels: int, side: int, trained_side: int) -> np.ndarray:
-    r"""Sines and cosines of column and row, each in half of the channels: (side², channels), float32, row by row.
+    r"""Sines and cosines of the column, then of the row, each in half the channels: (side², channels), float32.
 
     .. math:: \omega_j = 10^{-4 j / (\mathrm{channels}/4)}, \quad j = 0, \dots, \mathrm{channels}/4 - 1
 
-    Coordinates go from 0 in steps of ``trained_side / side``.
+    Patches are in row-major order; coordinates increase from 0 in steps of ``trained_side / side``.
     """
     omega = 10000.0 ** -(np.arange(channels // 4) / (channels // 4))
     coordinate = np.arange(side, dtype=np.float32) / np.float32(side / trained_side)
@@ -231,7 +232,7 @@ def _embed(
     table = params[f"{name}.class_embedder.embedding_table.weight"]
     times = tap(f"{name}.time_proj", times).astype(table.dtype)
     times = timestep_embedding(params, tap, f"{name}.timestep_embedder", times)
-    # Else a negative label would count from the end.
+    # Otherwise a negative label would count from the end.
     labels = jnp.where(labels < 0, config.classes + 1, labels)
     vectors = tap(f"{name}.class_embedder.embedding_table", table.at[labels].get(mode="fill", fill_value=jnp.nan))
     return tap(name, times + tap(f"{name}.class_embedder", vectors))

@@ -1,11 +1,11 @@
-r"""Layers of all architectures, each a function of the flat dict of parameters and of its own name in it.
+r"""Layers of all architectures, as functions of the flat dict of parameters and of the layer's name in it.
 
-Every layer is called as ``layer(params, tap, name, x, ...)``, finds its parameters at ``name + ".weight"`` and so on,
+Every layer is called as ``layer(params, tap, name, x, ...)``, reads its parameters at ``name + ".weight"`` and so on,
 and ends in ``tap(name, y)``. Images are (B, H, W, C), tokens (B, T, C). Normalizations and softmax are computed in at
-least float32, products in the dtype of the parameters. Beside each layer stands the function that lists its parameters.
+least float32, products in the dtype of the parameters. For each layer another function lists its parameters.
 
-Where the CPU's general routines are slow, :func:`cpu_aware` chooses others with the same result: attention in chunks,
-small convolutions, and the derivatives of larger ones, as one matrix product (:func:`conv_route`).
+On CPUs, attention is computed in chunks where its matrix is large, and convolutions by the routes of
+:mod:`scaling.models.cpu_convolution`.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ __all__ = [
 
 Params: TypeAlias = Mapping[str, Array]
 Specs: TypeAlias = dict[str, ParamSpec]
-# Rows of one head's attention matrix that are alive at once on a CPU, and the entries from which on they are a part.
+# On a CPU, attention matrices of more than CHUNK_FROM entries are computed QUERY_CHUNK rows of one head at a time.
 QUERY_CHUNK, CHUNK_FROM = 256, 1 << 22
 
 
 def to_nhwc(x: Float[Array, "b c h w"]) -> Float[Array, "b h w c"]:
-    """Channels last, as the layers compute."""
+    """Channels last, the layout inside the networks."""
     return jnp.moveaxis(x, 1, -1)
 
 
 def to_nchw(x: Float[Array, "b h w c"]) -> Float[Array, "b c h w"]:
-    """Channels first, as at the edges."""
+    """Channels first, the layout of inputs, outputs and taps."""
     return jnp.moveaxis(x, -1, 1)
 
 
@@ -71,7 +71,7 @@ def linear_specs(name: str, c_in: int, c_out: int, *, bias: bool = True) -> Spec
 
 
 def linear(params: Params, tap: Tap, name: str, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-    r"""An affine map of the last axis, :math:`y = x W + b`; without b if there is none."""
+    r"""An affine map of the last axis, :math:`y = x W + b`; linear if there is no bias parameter."""
     return tap(name, _add_bias(params, name, x @ params[f"{name}.weight"]))
 
 
@@ -90,7 +90,7 @@ def conv(
     stride: int = 1,
     padding: tuple[int, int] | None = None,
 ) -> Float[Array, "b h2 w2 o"]:
-    """A convolution; ``padding`` is zeros before and after each axis, by default what keeps the size at stride 1."""
+    """A convolution; ``padding`` counts zeros before and after each spatial axis and by default keeps the size."""
     weight = params[f"{name}.weight"]
     kernel = weight.shape[0]
     pad = padding or ((kernel - 1) // 2, (kernel - 1) // 2)
@@ -101,32 +101,26 @@ def conv(
 
 
 def norm_specs(name: str, channels: int) -> Specs:
-    """Parameters of :func:`group_norm` and of :func:`layer_norm` with weights."""
+    """Parameters of :func:`group_norm`, and of an affine :func:`layer_norm`."""
     return {f"{name}.{part}": ParamSpec((channels,), "vector") for part in ("weight", "bias")}
 
 
 def group_norm(
     params: Params, tap: Tap, name: str, x: Float[Array, "b *s c"], *, groups: int, eps: float
 ) -> Float[Array, "b *s c"]:
-    r"""Zero mean and unit variance over the positions and over the channels of each group, then weight and bias.
+    r"""Normalization over the positions and the channels of each group, then weight and bias.
 
     .. math:: y = w \odot (x - \mu_g) / \sqrt{\sigma_g^2 + \epsilon} + b
     """
     batch, channels = x.shape[0], x.shape[-1]
     wide = widened(x).reshape(batch, -1, channels)
-
-    def mean_of_group(x: Float[Array, "b s c"]) -> Float[Array, "b 1 c"]:
-        # Over the positions first: a last axis as short as a group's channels is slow in every pass.
-        mean = jnp.mean(jnp.mean(x, axis=1).reshape(batch, groups, -1), axis=-1, keepdims=True)
-        return jnp.broadcast_to(mean, (batch, groups, channels // groups)).reshape(batch, 1, channels)
-
-    centered = wide - mean_of_group(wide)
-    normal = centered * jax.lax.rsqrt(mean_of_group(jnp.square(centered)) + eps)
+    centered = wide - _group_means(wide, groups)
+    normal = centered * jax.lax.rsqrt(_group_means(jnp.square(centered), groups) + eps)
     return tap(name, _affine(params, name, normal.reshape(x.shape)).astype(x.dtype))
 
 
 def layer_norm(params: Params, tap: Tap, name: str, x: Float[Array, "*b c"], *, eps: float) -> Float[Array, "*b c"]:
-    r"""Zero mean and unit variance over the last axis, then weight and bias if the parameters have them."""
+    r"""Normalization over the last axis, then weight and bias if the layer has these parameters."""
     wide = widened(x)
     mean = jnp.mean(wide, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(wide - mean), axis=-1, keepdims=True)
@@ -143,14 +137,14 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu-approximate": functools.partial(jax.nn.gelu, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
-"""By their names in configurations; ``gelu`` is exact."""
+"""Nonlinearities by their names in configurations; ``gelu`` is exact."""
 
 ACT_FNS = ("silu", "swish", "mish", "gelu", "relu")
-"""Those that diffusers' ``act_fn`` may name."""
+"""Nonlinearities that diffusers' ``act_fn`` may name."""
 
 
 def activation(tap: Tap, name: str, kind: str, x: Array) -> Array:
-    """The nonlinearity ``kind`` of :data:`ACTIVATIONS`, with a tap of its own."""
+    """The nonlinearity ``kind`` of :data:`ACTIVATIONS`, with its own tap."""
     return tap(name, ACTIVATIONS[kind](x))
 
 
@@ -162,14 +156,14 @@ def embedding_specs(name: str, count: int, channels: int) -> Specs:
 def sinusoidal_embedding(
     t: Float[Array, " b"], channels: int, *, flip_sin_to_cos: bool, freq_shift: float | int, max_period: float = 10000.0
 ) -> Float[Array, "b c"]:
-    r"""Sines, then cosines (the reverse if ``flip_sin_to_cos``) of t at c/2 geometric frequencies, in float32.
+    r"""Sines, then cosines (the reverse if ``flip_sin_to_cos``), of t at c/2 geometric frequencies, in float32.
 
     .. math:: \omega_j = P^{-j / (c/2 - \mathrm{shift})}, \quad j = 0, \dots, c/2 - 1
 
     An odd c ends in a zero.
     """
     half = channels // 2
-    # The exponent is rounded to float32 in the order of PyTorch: at t = 1000 one ulp of ω turns the phase by 6e-5.
+    # The exponent is rounded to float32 in PyTorch's order: at t = 1000, one ulp of ω changes the phase by 6e-5.
     exponent = np.float32(-math.log(max_period)) * np.arange(half, dtype=np.float32) / np.float32(half - freq_shift)
     frequency = np.exp(exponent.astype(np.float64)).astype(np.float32)
     phase = t.astype(jnp.float32)[:, None] * jnp.asarray(frequency)[None, :]
@@ -178,7 +172,7 @@ def sinusoidal_embedding(
 
 
 def timestep_embedding_specs(name: str, c_in: int, channels: int, *, condition: int | None = None) -> Specs:
-    """Parameters of :func:`timestep_embedding`; ``condition`` is the width of an added condition."""
+    """Parameters of :func:`timestep_embedding`; ``condition`` is the width of its condition, if it has one."""
     specs = linear_specs(f"{name}.linear_1", c_in, channels) | linear_specs(f"{name}.linear_2", channels, channels)
     return specs | linear_specs(f"{name}.cond_proj", condition, c_in, bias=False) if condition else specs
 
@@ -193,7 +187,17 @@ def timestep_embedding(
     post_act: str | None = None,
     condition: Float[Array, "b k"] | None = None,
 ) -> Float[Array, "b o"]:
-    """Linear, nonlinearity, linear; with ``condition`` projected onto the input, and a last nonlinearity, if given."""
+    """Linear, nonlinearity, linear.
+
+    Args:
+        params: all parameters.
+        tap: called after each module.
+        name: of the module.
+        x: the sinusoidal embedding.
+        act_fn: the nonlinearity.
+        post_act: a nonlinearity of the output, if any.
+        condition: projected and added to ``x``, if given.
+    """
     if condition is not None:
         x = x + linear(params, tap, f"{name}.cond_proj", condition)
     x = activation(tap, f"{name}.act", act_fn, linear(params, tap, f"{name}.linear_1", x))
@@ -209,16 +213,16 @@ def attention(
     heads: int,
     causal: bool = False,
 ) -> Float[Array, "b t c"]:
-    r"""Attention of ``heads`` heads, the channels divided among them.
+    r"""Attention with ``heads`` heads, which divide the channels.
 
     .. math:: \mathrm{softmax}\big(q k^\top / \sqrt{c/\mathrm{heads}}\big)\, v
 
-    A matrix of more than ``CHUNK_FROM`` entries is never stored whole on a CPU: one head and ``QUERY_CHUNK`` queries
-    at a time are, recomputed for the derivative. ``causal`` hides later keys.
+    ``causal`` masks later keys. On a CPU, a matrix of more than ``CHUNK_FROM`` entries is never stored whole:
+    ``QUERY_CHUNK`` queries of one head are processed at a time, and recomputed in the backward pass.
     """
     q, k, v = (x.reshape(*x.shape[:2], heads, x.shape[-1] // heads) for x in (q, k, v))
     if not cpu_aware():
-        # It raises under strict promotion, which a caller may have set.
+        # JAX's function raises under strict dtype promotion, which a caller may have set.
         with jax.numpy_dtype_promotion("standard"):
             return jax.nn.dot_product_attention(q, k, v, is_causal=causal).reshape(*q.shape[:2], -1)
     batch, tokens, _, channels = q.shape
@@ -251,7 +255,7 @@ def _chunked_mix(
 def _mix(
     q: Float[Array, "*n t d"], k: Float[Array, "*n s d"], v: Float[Array, "*n s d"], positions: Int[Array, " t"] | None
 ) -> Float[Array, "*n t d"]:
-    """Means of v with weights exp(q k / √d); queries with positions see no key after them."""
+    """Attention of queries q; with ``positions``, each query sees only the keys up to its own position."""
     wide = widened(q).dtype
     logits = jnp.matmul(q.shape[-1] ** -0.5 * q, jnp.swapaxes(k, -1, -2), preferred_element_type=wide)
     if positions is not None:
@@ -261,6 +265,13 @@ def _mix(
     # The sum divides the results, not the weights: a pass over the matrix takes about as long as a product.
     mixed = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=wide)
     return (mixed / jnp.sum(weights, axis=-1, keepdims=True)).astype(v.dtype)
+
+
+def _group_means(x: Float[Array, "b s c"], groups: int) -> Float[Array, "b 1 c"]:
+    batch, _, channels = x.shape
+    # Over the positions first: passes over a last axis as short as a group's channels are slow.
+    mean = jnp.mean(jnp.mean(x, axis=1).reshape(batch, groups, -1), axis=-1, keepdims=True)
+    return jnp.broadcast_to(mean, (batch, groups, channels // groups)).reshape(batch, 1, channels)
 
 
 def widened(x: Array) -> Array:

@@ -1,7 +1,7 @@
-"""A pretrained network as a value: its configuration, its parameters, and how to apply them.
+"""Networks as values: a configuration, the parameters, and the function that applies them.
 
-Everything is batched, images are (B, C, H, W) at the edges, and :meth:`Apply.__call__` is compiled: once per set of
-shapes and of tap names, whatever the prompt, the timestep, the seed, the edits' values and strengths.
+Inputs are batched, and images are (B, C, H, W). :meth:`Apply.__call__` is compiled once per set of input shapes and tap
+names; other prompts, timesteps, and values and strengths of edits do not recompile it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
     "encode_text",
     "from_config",
     "initialize",
-    "understand",
+    "parse_config",
     "vae_decode",
     "vae_encode",
 ]
@@ -49,11 +49,11 @@ ARCHITECTURES = {
     "CLIPVisionModelWithProjection": "clip_vision",
     "CLIPModel": "clip",
 }
-"""Module of :mod:`scaling.models` by the class that a config.json names."""
+"""Modules of :mod:`scaling.models` by the class that a config.json names."""
 
 
 class Condition(NamedTuple):
-    """What a model is conditioned on, as its ``apply`` takes it; each has a batch axis first."""
+    """What a model is conditioned on; fields are arguments of ``apply``, with a batch axis first, or None."""
 
     context: Any = None
     class_labels: Any = None
@@ -62,11 +62,11 @@ class Condition(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Apply:
-    """A function of an architecture with its configuration; two are equal if both are, so that they compile once.
+    """A function of an architecture, together with a configuration; compares by value, so that equal ones compile once.
 
-    ``function`` names it in the module, ``"apply"`` being the forward pass, whose arguments are, by name or in order,
-    for denoising networks ``(x, t, context, class_labels, added)``, those of them that the network has; for
-    autoencoders and image encoders ``(images,)``; for text encoders ``(ids,)``.
+    ``function`` is its name in the architecture's module. ``"apply"`` is the forward pass. Its inputs, by position or
+    by name, are ``(x, t, context, class_labels, added)`` for denoising networks, of which each takes some,
+    ``(images,)`` for autoencoders and image encoders, and ``(ids,)`` for text encoders.
     """
 
     architecture: str
@@ -81,31 +81,31 @@ class Apply:
         edits: Edits | None = None,
         **more: Any,
     ) -> tuple[Any, dict[str, Array]]:
-        """The output, and the activations captured at the names ``capture``, after ``edits`` have acted.
+        """The output, and the activations of the taps named in ``capture``, after ``edits``.
 
-        Raises ``ValueError`` for a name that is no tap; arguments that are None count as left out. On accelerators
+        Arguments that are None count as left out. Raises ``ValueError`` for an unknown tap name. On accelerators,
         float32 products have the precision of ``jax.default_matmul_precision``.
         """
-        given = {name: value for name, value in more.items() if value is not None}
-        return _run(self, Tap(capture, edits).capture, params, edits, inputs, given)
+        named = {name: value for name, value in more.items() if value is not None}
+        return _run(self, Tap(capture, edits).capture, params, edits, inputs, named)
 
     def shapes(self, params: Mapping[str, Any], *inputs: Any, **more: Any) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shape and dtype of every tap, in order of computation, without computing; of parameters shapes suffice."""
+        """Shape and dtype of every tap in order of computation, from arrays or shapes; computes nothing."""
         tap = Tap()
         jax.eval_shape(functools.partial(self._trace, tap), params, *inputs, **more)
         return tap.shapes
 
     def taps(self, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
-        """:meth:`shapes` of parameters of ``dtype`` and one example of the configured size."""
+        """:meth:`shapes` for parameters of ``dtype`` and one example of the configured size."""
         inputs, more = self.inputs(dtype)
         return self.shapes(self.parameter_shapes(dtype), *inputs, **more)
 
     def parameter_shapes(self, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
-        """Every parameter by name as JAX has it, of ``dtype``, without values."""
+        """Shape of every parameter in JAX's layout, by name."""
         return {name: jax.ShapeDtypeStruct(jax_shape(spec), dtype) for name, spec in self.parameters().items()}
 
     def inputs(self, dtype: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Shapes of the arguments for one example of the configured size."""
+        """Shapes of the inputs, positional and named, for one example of the configured size."""
         return self.module.inputs(self.config, dtype)
 
     def parameters(self) -> dict[str, ParamSpec]:
@@ -113,12 +113,12 @@ class Apply:
         return self.module.parameters(self.config)
 
     def of(self, function: str) -> Apply:
-        """Another function of the same architecture and configuration, for example an autoencoder's ``"encode"``."""
+        """Another function of the same network, for example an autoencoder's ``"encode"``."""
         return dataclasses.replace(self, function=function)
 
     @property
     def module(self) -> ModuleType:
-        """The module of :mod:`scaling.models` that has the architecture."""
+        """The architecture's module in :mod:`scaling.models`."""
         return importlib.import_module(f"scaling.models.{self.architecture}")
 
     def _trace(self, tap: Tap, params: Mapping[str, Array], *inputs: Any, **more: Any) -> Any:
@@ -127,10 +127,10 @@ class Apply:
 
 @struct.dataclass
 class Model:
-    """A network. A pytree whose leaves are the parameters: differentiate, map, shard or update it as one.
+    """A network: a pytree whose leaves are its parameters, to differentiate, map, shard or update as one.
 
     ``params`` are named as in PyTorch, in JAX's layout. ``apply(params, x, t, ...)`` returns ``(out, taps)``, see
-    :class:`Apply`. ``source`` is the config.json, as text, from which it was made.
+    :class:`Apply`. ``source`` is the text of the config.json that it was made from.
     """
 
     config: Any = struct.field(pytree_node=False)
@@ -140,28 +140,30 @@ class Model:
 
 
 def from_config(config: Mapping[str, Any], params: Mapping[str, Array]) -> Model:
-    """The model of a config.json's fields with these parameters, which are taken as they are."""
-    apply = understand(config)
+    """The model of a config.json's fields with given parameters, which are neither checked nor copied."""
+    apply = parse_config(config)
     return Model(apply.config, dict(params), apply, json.dumps(dict(config)))
 
 
 def initialize(key: PRNGKey, config: Mapping[str, Any], dtype: Any = jnp.float32) -> Model:
     r"""A model of a config.json's fields with random parameters, to train.
 
-    Weights are :math:`\mathcal N(0, 1/\mathrm{fan\ in})`, embeddings :math:`\mathcal N(0, 0.02^2)`, biases 0, norms 1.
+    Weights are drawn from :math:`\mathcal N(0, 1/\mathrm{fan\ in})` and embeddings from :math:`\mathcal N(0, 0.02^2)`;
+    biases are 0 and weights of norms 1.
     """
-    specs = understand(config).parameters()
+    specs = parse_config(config).parameters()
     keys = jax.random.split(key, len(specs))
     return from_config(config, {name: _drawn(k, name, specs[name], dtype) for k, name in zip(keys, specs, strict=True)})
 
 
-def understand(config: Mapping[str, Any]) -> Apply:
-    """What a config.json's fields describe; ``ValueError`` names a class or a field that is not understood."""
+def parse_config(config: Mapping[str, Any]) -> Apply:
+    """The network that a config.json's fields describe; ``ValueError`` names an unsupported class or field."""
     listed = config.get("architectures")
     named = config.get("_class_name") or (listed[0] if isinstance(listed, list) and len(listed) == 1 else None)
     if not isinstance(named, str) or named not in ARCHITECTURES:
         raise ValueError(
-            f"config: the class is {named!r} (_class_name or architectures); understood are {', '.join(ARCHITECTURES)}."
+            f"config: class {named!r} (_class_name or architectures) is not supported; supported are "
+            f"{', '.join(ARCHITECTURES)}."
         )
     apply = Apply(ARCHITECTURES[named], None)
     return dataclasses.replace(apply, config=apply.module.parse(config))
@@ -170,19 +172,19 @@ def understand(config: Mapping[str, Any]) -> Apply:
 def vae_encode(
     vae: Model, images: Float[Array, "b c h w"]
 ) -> tuple[Float[Array, "b z h2 w2"], Float[Array, "b z h2 w2"]]:
-    """Mean and log-variance of the latents of images in [-1, 1]; not yet scaled, see ``autoencoder_kl.scale``."""
+    """Mean and log variance of the unscaled latents of images in [-1, 1]; :func:`scaling.bridge.to_latents` scales."""
     return vae.apply.of("encode")(vae.params, images)[0]
 
 
 def vae_decode(vae: Model, latents: Float[Array, "b z h2 w2"]) -> Float[Array, "b c h w"]:
-    """Images of unscaled latents, about in [-1, 1]."""
+    """Images, roughly in [-1, 1], of unscaled latents."""
     return vae.apply.of("decode")(vae.params, latents)[0]
 
 
 def encode_text(
     text: Model, ids: Int[Array, "b t"], *, penultimate: bool = False
 ) -> tuple[Float[Array, "b t c"], Float[Array, "b p"]]:
-    """States of all tokens and the pooled vector; ``penultimate`` takes the states before the last layer (SDXL)."""
+    """States of all tokens, and the pooled vector; ``penultimate`` returns the states before the last layer (SDXL)."""
     out = text.apply(text.params, ids)[0]
     return (out.penultimate if penultimate else out.hidden), out.pooled
 

@@ -1,12 +1,11 @@
-r"""Read and edit a network's activations by name, without hooks and without state.
+r"""Read and edit a network's activations by name, without hooks or state.
 
-A forward pass calls ``x = tap(name, x)`` after each module, ``name`` being the module's path in PyTorch, for example
-``"mid_block.resnets.0"``. A :class:`Tap` first edits the activation, then captures it. Both are pure: captured
-activations come back as a dict, and what they do not need is never computed: reading an early layer inside ``jit``
-stops there.
+A forward pass calls ``x = tap(name, x)`` after each module; ``name`` is the module's path in PyTorch, for example
+``"mid_block.resnets.0"``. A :class:`Tap` edits the activation, then captures it. Captured activations are outputs of
+the pass, so nothing else is computed if only they are used: reading an early layer under ``jit`` stops at that layer.
 
-Activations are shown as PyTorch shows them: images (B, C, H, W), though the networks compute in (B, H, W, C); tokens
-(B, T, C); vectors (B, C). A module called several times has the value of its last call.
+Activations have PyTorch's layout: images are (B, C, H, W), although the networks compute in (B, H, W, C), tokens
+(B, T, C) and vectors (B, C). For a module that is called several times, the last call counts.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ class Edit:
         v & \text{add} \\ x \odot v - x & \text{scale} \\ v - x & \text{replace} \\
         -\langle x, v \rangle v / \|v\|^2 & \text{project\_out} \end{cases}
 
-    ``value`` v is either a vector (C,), the same at every position, or of the activation's rank and broadcast against
-    it; a direction to project out is always a vector. ``strength`` is a number, one number per example (B,), or of the
-    activation's rank, for example a mask (1, 1, H, W). ``kind`` is static; value and strength are traced, so that
-    new ones do not recompile.
+    ``value`` v is a vector (C,), the same at every position, or an array that broadcasts against the activation; a
+    direction to project out is always a vector. ``strength`` is a number, one number per example (B,), or an array of
+    the activation's rank, for example a mask (1, 1, H, W). ``kind`` is static; value and strength are traced, so that
+    other ones do not recompile.
     """
 
     kind: Kind = struct.field(pytree_node=False)
@@ -45,13 +44,13 @@ class Edit:
 
 
 Edits: TypeAlias = Mapping[str, Edit | Sequence[Edit]]
-"""Edits by tap name; several at one name act in their order."""
+"""Edits by tap name; several at one tap act in order."""
 
 
 class Tap:
-    """What a forward pass calls after every module: edit, then capture. One object serves one trace.
+    """The function that a forward pass calls after every module, to edit and capture; use a new one for each trace.
 
-    ``taps`` holds the captured activations, ``shapes`` every name that was called.
+    ``taps`` holds the captured activations, and ``shapes`` the shape of every activation.
     """
 
     def __init__(self, capture: Sequence[str] = (), edits: Edits | None = None) -> None:
@@ -63,7 +62,7 @@ class Tap:
         self.shapes: dict[str, jax.ShapeDtypeStruct] = {}
 
     def __call__(self, name: str, x: Array) -> Array:
-        """Return ``x``, edited if an edit bears this name; captures it if asked to."""
+        """Return ``x``, edited if there is an edit of this name, and capture it if asked to."""
         self.shapes[name] = jax.ShapeDtypeStruct(_shown_shape(x), x.dtype)
         if name in self.edits:
             shown = _shown(x)
@@ -75,15 +74,14 @@ class Tap:
         return x
 
     def check(self) -> None:
-        """Raise ``ValueError`` if a captured or edited name was never called; it suggests the nearest names."""
+        """Raise ``ValueError`` for a captured or edited name that the network lacks; suggests the nearest names."""
         check_names(self.shapes, *self.capture, *self.edits)
 
 
 def names(model: Any, *inputs: Any, **more: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Every tap of ``model`` in order of computation, with its shape and dtype. Nothing is computed.
+    """Shape and dtype of every tap of ``model`` in order of computation; computes nothing.
 
-    Shapes are those of the given inputs (arrays or ``jax.ShapeDtypeStruct``); without them, of one example of the size
-    in the model's configuration.
+    Shapes are for the given inputs (arrays or ``jax.ShapeDtypeStruct``), by default one example of the configured size.
     """
     if not inputs:
         inputs, more = model.apply.inputs(jax.tree.leaves(model.params)[0].dtype)
@@ -91,14 +89,14 @@ def names(model: Any, *inputs: Any, **more: Any) -> dict[str, jax.ShapeDtypeStru
 
 
 def check_names(listed: Mapping[str, object], *taps: str) -> None:
-    """``ValueError`` for a name that is not among those of a model's taps; it suggests the nearest."""
+    """Raise ``ValueError`` for a name that is not in ``listed``, a model's taps; suggests the nearest."""
     for name in taps:
         if name not in listed:
             raise ValueError(f"the model has no tap named {name!r}; {_suggestion(name, listed)}")
 
 
 def check_order(listed: Mapping[str, object], source: str, target: str) -> None:
-    """The same for two of them, in order of computation, and unless ``target`` comes after ``source``."""
+    """Raise ``ValueError`` unless both are taps and ``target`` is computed after ``source``."""
     check_names(listed, source, target)
     order = list(listed)
     if order.index(source) >= order.index(target):
@@ -131,9 +129,9 @@ def _edited(name: str, x: Array, edit: Edit) -> Array:
         case "project_out":
             if jnp.ndim(edit.value) != 1:
                 raise ValueError(
-                    f"edit of {name!r}: to project out needs a vector ({x.shape[axis]},), got {jnp.shape(edit.value)}."
+                    f"edit of {name!r}: project_out needs a vector ({x.shape[axis]},), got {jnp.shape(edit.value)}."
                 )
-            # Twice divided by the norm, not once by its square, which under- and overflows half precision.
+            # Divided twice by the norm, not once by its square, which under- or overflows in half precision.
             wide = v.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else v
             unit = v / jnp.linalg.norm(wide).astype(x.dtype)
             delta = -jnp.sum(x * unit, axis=axis, keepdims=True) * unit
@@ -156,5 +154,5 @@ def _aligned(name: str, role: str, value: ArrayLike, x: Array, axis: int) -> Arr
 
 def _suggestion(name: str, known: Mapping[str, object]) -> str:
     nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
-    shown = f"the nearest are {', '.join(map(repr, nearest))}" if nearest else "none is near"
+    shown = f"the nearest are {', '.join(map(repr, nearest))}" if nearest else "none is similar"
     return f"{shown}. scaling.models.taps.names(model) lists all {len(known)}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,7 +56,7 @@ rename = modern_attention_key
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What the forward pass needs of a config.json."""
+    """The fields of ``UNet2DModel`` that the forward pass needs."""
 
     plan: Plan
     center_input_sample: bool
@@ -67,7 +68,7 @@ class Config:
 
 
 def parse(config: Mapping[str, Any]) -> Config:
-    """Read a config.json; ``ValueError`` names a field that is not understood and its value."""
+    """Read a config.json; ``ValueError`` names an unsupported field and its value."""
     fields = Fields("UNet2DModel", config)
     widths = fields.integers("block_out_channels", (224, 448, 672, 896))
     layers = fields.integer("layers_per_block", 2, maximum=MAX_LAYERS)
@@ -90,7 +91,7 @@ def parse(config: Mapping[str, Any]) -> Config:
         pairs = zip(kinds, widths, strict=True)
         return [attention(width, groups) if kind.startswith("Attn") else None for kind, width in pairs]
 
-    # The sampler's type reaches blocks with attention only; the others say it in their names.
+    # The fields for sampler types apply to blocks with attention only; the names of the others imply the type.
     down = fields.block_types("down_block_types", ("DownBlock2D", *["AttnDownBlock2D"] * 3), DOWN, len(widths))
     up = fields.block_types("up_block_types", (*["AttnUpBlock2D"] * 3, "UpBlock2D"), UP, len(widths))
     sampler: dict[str, Sampler] = {DOWN[0]: "conv", DOWN[2]: "resnet", UP[0]: "conv", UP[2]: "resnet"}
@@ -153,10 +154,12 @@ def apply(
     if config.center_input_sample:
         x = 2 * x - 1
 
-    def sinusoids(t: Float[Array, " b"]) -> Float[Array, "b c"]:
-        width, flip = config.plan.down[0].widths_in[0], config.flip_sin_to_cos
-        return sinusoidal_embedding(t, width, flip_sin_to_cos=flip, freq_shift=config.freq_shift)
-
+    sinusoids = functools.partial(
+        sinusoidal_embedding,
+        channels=config.plan.down[0].widths_in[0],
+        flip_sin_to_cos=config.flip_sin_to_cos,
+        freq_shift=config.freq_shift,
+    )
     time = tap("time_proj", sinusoids(batch_of_times(t, x.shape[0]))).astype(dtype)
     emb = timestep_embedding(params, tap, "time_embedding", time)
     labels = embed_labels(params, tap, config.labels, class_labels, emb, sinusoids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,13 +56,13 @@ UP = ("UpBlock2D", "CrossAttnUpBlock2D")
 MID = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
 LABELS = (None, "timestep", "identity", "projection", "simple_projection")
 
-# For the shapes of an example: tokens of a prompt, and SDXL's original size, crop and target size.
+# For the shapes of an example: tokens of a prompt, and the numbers in SDXL's original size, crop and target size.
 TEXT_TOKENS, TIME_IDS = 77, 6
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What the forward pass needs of a config.json; a width is None where the model lacks what it belongs to."""
+    """The fields of ``UNet2DConditionModel`` that the forward pass needs; None for components that the model lacks."""
 
     plan: Plan
     context: int | None
@@ -82,7 +83,7 @@ class Config:
 
 
 def parse(config: Mapping[str, Any]) -> Config:
-    """Read a config.json; ``ValueError`` names a field that is not understood and its value."""
+    """Read a config.json; ``ValueError`` names an unsupported field and its value."""
     fields = Fields("UNet2DConditionModel", config)
     widths = fields.integers("block_out_channels", (320, 640, 1280, 1280))
     layers = per_block(fields, "layers_per_block", 2, len(widths))
@@ -179,10 +180,18 @@ def apply(
     class_labels: ArrayLike | None = None,
     added: Mapping[str, Array] | None = None,
 ) -> Float[Array, "b o h w"]:
-    """The network's output at timesteps ``t``, a scalar or (B,), given ``context``, the states of a text encoder.
+    """The network's output.
 
-    ``class_labels`` where the model has classes. ``added`` holds ``text_embeds`` (B, C) and ``time_ids`` (B, n) where
-    it adds an embedding of text and sizes (SDXL), and may hold ``timestep_cond`` (B, C) where it takes guidance so.
+    Args:
+        config: the configuration.
+        params: all parameters.
+        tap: called after each module.
+        x: noisy images or latents.
+        t: timesteps, a scalar or (B,).
+        context: states of a text encoder.
+        class_labels: for models with classes.
+        added: ``text_embeds`` (B, C) and ``time_ids`` (B, n) for models with an embedding of text and sizes (SDXL), and
+            optionally ``timestep_cond`` (B, C) for models that take the guidance scale as an embedding.
     """
     check_image("UNet2DConditionModel", x, config.plan.width_in)
     dtype, batch = params["conv_in.weight"].dtype, x.shape[0]
@@ -191,9 +200,10 @@ def apply(
         x = 2 * x - 1
     added = _checked_added(config, added, batch, dtype)
 
-    def sinusoids(t: Float[Array, " b"], width: int = config.plan.down[0].widths_in[0]) -> Float[Array, "b c"]:
-        return sinusoidal_embedding(t, width, flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift)
-
+    sinusoids_of = functools.partial(
+        sinusoidal_embedding, flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift
+    )
+    sinusoids = functools.partial(sinusoids_of, channels=config.plan.down[0].widths_in[0])
     time = tap("time_proj", sinusoids(batch_of_times(t, batch))).astype(dtype)
     condition = added.get("timestep_cond")
     act_fn = config.plan.style.act_fn
@@ -204,7 +214,7 @@ def apply(
     if labels is not None:
         emb = jnp.concatenate([emb, labels], axis=-1) if config.concatenate_labels else emb + labels
     if config.added_time:
-        sizes = tap("add_time_proj", sinusoids(added["time_ids"].reshape(-1), config.added_time))
+        sizes = tap("add_time_proj", sinusoids_of(added["time_ids"].reshape(-1), config.added_time))
         both = jnp.concatenate([added["text_embeds"], sizes.reshape(batch, -1).astype(dtype)], axis=-1)
         emb = emb + timestep_embedding(params, tap, "add_embedding", both)
     if config.time_act:
@@ -237,7 +247,7 @@ def _transformers(
     fields: Fields, layers: Sequence[int]
 ) -> tuple[list[ImageTransformer | None], ImageTransformer, list[ImageTransformer | None]]:
     blocks = len(layers)
-    # Named for a width, it is the number of heads: https://github.com/huggingface/diffusers/issues/2011.
+    # Despite its name this is the number of heads: https://github.com/huggingface/diffusers/issues/2011.
     heads = per_block(fields, "attention_head_dim", 8, blocks)
     context = per_block(fields, "cross_attention_dim", 1280, blocks, maximum=MAX_CHANNELS)
     linear_projection = fields.boolean("use_linear_projection", False)
@@ -303,12 +313,12 @@ def _checked_context(
 ) -> Float[Array, "b s k"] | None:
     if config.context is None:
         if context is not None:
-            raise ValueError("the model has no cross-attention: leave out context.")
+            raise ValueError("the model has no cross-attention; leave context out.")
         return None
     width = config.encoder_width or config.context
     shape = None if context is None else context.shape
     if context is None or context.ndim != 3 or context.shape[2] != width or context.shape[0] not in (1, batch):
-        raise ValueError(f"context must have shape ({batch}, tokens, {width}), the states of a text; got {shape}.")
+        raise ValueError(f"context must have shape ({batch}, tokens, {width}), states of a text encoder; got {shape}.")
     return jnp.broadcast_to(context.astype(dtype), (batch, *context.shape[1:]))
 
 
@@ -332,5 +342,5 @@ def _checked_added(config: Config, added: Mapping[str, Array] | None, batch: int
         raise ValueError(
             f"timestep_cond must have {config.time_condition} channels; got shape {shapes['timestep_cond']}."
         )
-    # Sizes above 256 have no exact bfloat16.
+    # Sizes above 256 are not exact in bfloat16.
     return {name: value.astype(jnp.float32 if name == "time_ids" else dtype) for name, value in given.items()}

@@ -31,7 +31,7 @@ from jaxtyping import Float
 from dae_theory.checks import check_integer
 from scaling.backend import limit_blas_threads
 from scaling.bridge.loading import load_pipeline
-from scaling.models.model import understand
+from scaling.models.model import parse_config
 from scaling.models.taps import check_names, check_order
 from scaling.study import examination
 from scaling.study.examination import check, examine
@@ -279,7 +279,7 @@ def _identity(command: str, member: TrainSpec, setting: ExaminationSetting, corp
     fixed = {k: v for k, v in dataclasses.asdict(member).items() if k not in (*PATHS, *VARIED)}
     if command == "transition":
         fixed["steps"] = member.steps
-    listed = understand(config_of(member, corpus)).taps(np.float32)
+    listed = parse_config(config_of(member, corpus)).taps(np.float32)
     check_names(listed, *setting.taps)
     check_order(listed, setting.source, setting.taps[0])
     spec = {"command": command, "train": fixed, "setting": dataclasses.asdict(setting), "data": checksum(corpus.images)}

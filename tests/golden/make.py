@@ -16,7 +16,7 @@ import transformers
 from cases import CASES, parameter
 from safetensors.numpy import save
 
-from scaling.models.model import understand
+from scaling.models.model import parse_config
 
 ARGUMENTS = {
     "x": "sample",
@@ -37,7 +37,7 @@ def build(config):
     else:
         kind = getattr(transformers, config["architectures"][0])
         module = kind(kind.config_class(**config))
-    rename = getattr(understand(config).module, "rename", lambda key: key)
+    rename = getattr(parse_config(config).module, "rename", lambda key: key)
     with torch.no_grad():
         for name, tensor in module.named_parameters():
             tensor.copy_(torch.from_numpy(parameter(rename(name), tuple(tensor.shape))))
