@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
 WORKERS ?= auto
+# A worker runs whole files, so that module fixtures and compiled functions are made once.
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test test-slow parity figures lint types wheel clean
 
@@ -16,13 +18,13 @@ demo: $(VENV)/.demo ## sweep the embedded digits, draw the phase diagram, print 
 	$(BIN)/python -m sims show $(OUT)
 
 test: $(VENV)/.test ## the test suite
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	$(BIN)/python $(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/.test ## the tests marked slow
-	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+	$(BIN)/python $(PYTEST) -m slow
 
 parity: $(VENV)-parity/.parity ## the tests that compare with PyTorch, in an environment of their own
-	$(VENV)-parity/bin/python -m pytest -n $(WORKERS) $(wildcard tests/test_*_parity.py)
+	$(VENV)-parity/bin/python $(PYTEST) $(wildcard tests/test_*_parity.py)
 
 figures: $(VENV)/.demo ## every figure, into runs/figures
 	$(BIN)/python -m paper_figs all --out runs/figures

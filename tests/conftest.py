@@ -10,7 +10,9 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_DEBUG_KEY_REUSE"] = "1"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".cache" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Most of the suite's time is XLA's: compile fast and run slower. Tests marked `optimized` compile as users do.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # One device, whichever test of a worker is the first to run a command in its process.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -27,5 +29,17 @@ hypothesis.settings.load_profile("repo")
 
 @pytest.fixture
 def key(request: pytest.FixtureRequest) -> jax.Array:
-    """A key fixed by the test's name: adding a test never changes another's draws."""
-    return jax.random.key(zlib.crc32(request.node.nodeid.encode()))
+    """A key fixed by the test's name: adding a test, or moving its file, never changes another's draws."""
+    return jax.random.key(zlib.crc32(request.node.name.encode()))
+
+
+@pytest.fixture(autouse=True)
+def _optimization(request: pytest.FixtureRequest):
+    """Compile with XLA's usual optimizations where the marker `optimized` asks for it."""
+    if request.node.get_closest_marker("optimized") is None:
+        yield
+        return
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
