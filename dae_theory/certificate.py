@@ -284,9 +284,10 @@ def _maximize_correlation(
     def ascend(state):
         value, slope = jax.value_and_grad(norm_sq)(state.point)
         length = jnp.linalg.norm(slope)
+        point = jnp.where(length > 0, slope / jnp.where(length > 0, length, 1.0), state.point)
         better = value > state.best_value
         return _Ascent(
-            jnp.where(length > 0, slope / jnp.where(length > 0, length, 1.0), state.point),
+            point,
             value,
             jnp.where(better, value, state.best_value),
             jnp.where(better, state.point, state.best_point),

@@ -230,9 +230,9 @@ def _solve(
     spectra = direction_spectra(moments, counts, rows, jnp.where(singleton, copies, 0.0))
     is_kept = allocate_ranks(spectra, sigma, penalty, width)
     block_ranks = jnp.sum(is_kept[: moments.size].reshape(moments.shape), axis=1)
+    ranks = jnp.concatenate([block_ranks, is_kept[moments.size :]])
     q = shrinkage(moments, (counts / jnp.sum(copies))[:, None], sigma, penalty)
-    energy = spectral_energy(spectra, sigma, penalty, is_kept)
-    return energy, jnp.concatenate([block_ranks, is_kept[moments.size :]]), q, axes, copies_in_block @ rows
+    return spectral_energy(spectra, sigma, penalty, is_kept), ranks, q, axes, copies_in_block @ rows
 
 
 def _block_margins(
