@@ -337,6 +337,6 @@ def _check_same(run: Run, template: xr.Dataset) -> None:
     requested = {str(name): (array.dims, array.shape, str(array.dtype)) for name, array in template.data_vars.items()}
     if stored != requested or not on_disk.labels(run).coords.to_dataset().equals(template.coords.to_dataset()):
         raise StoreError(
-            f"{run.path} was begun with other variables or labels under the same spec: {stored} there, {requested} here. "
-            "Choose another folder."
+            f"{run.path} was begun with other variables or labels under the same spec: {stored} there, {requested} "
+            "here. Choose another folder."
         )
