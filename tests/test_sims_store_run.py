@@ -410,7 +410,7 @@ def test_folders_that_hold_something_else(tmp_path):
     with pytest.raises(StoreError, match=r"holds no run: there is no .*spec\.json"):
         store.load(tmp_path)
     (tmp_path / "spec.json").write_text('{"my": "file"}')
-    with pytest.raises(StoreError, match=r"spec\.json is there without results\.zarr; move it away"):
+    with pytest.raises(StoreError, match=r"spec\.json exists without results\.zarr; move it away"):
         work(tmp_path)
     assert (tmp_path / "spec.json").read_text() == '{"my": "file"}'
     (tmp_path / "other" / "results.zarr").mkdir(parents=True)

@@ -302,7 +302,7 @@ def kind_of(path: Path) -> str:
         return "idx"
     if path.suffix == ".bin":
         return "cifar10"
-    raise ValueError(f"cannot tell what {path} is; say so, as in npy:{path}. Kinds are {', '.join(READERS)}.")
+    raise ValueError(f"cannot recognize {path}; name its kind, as in npy:{path}. Kinds are {', '.join(READERS)}.")
 
 
 def _numbers(name: str, text: str) -> list[float]:
