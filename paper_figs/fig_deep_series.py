@@ -61,7 +61,9 @@ def compute(spec: dict[str, Any]) -> dict[str, np.ndarray]:
         Spec(num_samples=sizes, sigma=setting.sigmas, held_out=HELD_OUT, **spec["two_layer"]),
         [MEASURES[name] for name in SHALLOW],
     )
-    return _reduced(xr.concat(examined, "num_samples"), shallow)
+    # One data set; the types of xarray allow for a tree of them.
+    joined: Any = xr.concat(examined, "num_samples")
+    return _reduced(joined, shallow)
 
 
 def from_run(folder: str | Path) -> dict[str, np.ndarray]:

@@ -154,7 +154,8 @@ def examine(
             keys = [jax.random.fold_in(part, number) for part in (noise_key, code_key, fit_key)]
             scores[name] = _scores(keys, pipeline, condition, members, optima, setting)
     blank = template(setting, shape)
-    for name, variable in blank.data_vars.items():
+    variables = {str(name): variable for name, variable in blank.data_vars.items()}
+    for name, variable in variables.items():
         if "group" in variable.dims and not name.startswith("auroc_"):
             empty = np.full(variable.shape[1:], np.nan, variable.dtype)
             rows = [scores[group][name].mean(axis=-1) if group in scores else empty for group in GROUPS]
@@ -168,7 +169,7 @@ def examine(
             for group in GROUPS
         ]
         arrays[f"auroc_{name}"] = np.stack(rows).astype(np.float32)
-    return xr.Dataset({name: (blank[name].dims, arrays[name]) for name in blank.data_vars}, blank.coords)
+    return xr.Dataset({name: (variable.dims, arrays[name]) for name, variable in variables.items()}, blank.coords)
 
 
 def gap(results: xr.Dataset) -> xr.DataArray:

@@ -242,7 +242,8 @@ def _halves(spec: TrainSpec, offset: int, out: str, setting: ExaminationSetting)
         results = _examined(dataclasses.replace(spec, offset=half * offset), folder, setting)
         halves.append(results.assign(gap=examination.gap(results)))
     mean = read_corpus(spec).held_out.mean(axis=0)
-    paired, unpaired = agreement(*(results.samples.isel(eta=0).values for results in halves), mean)
+    first, second = (results.samples.isel(eta=0).values for results in halves)
+    paired, unpaired = agreement(first, second, mean)
     return _along("half", halves).assign(agreement=paired, agreement_unpaired=unpaired)
 
 
@@ -263,7 +264,9 @@ def _times(spec: TrainSpec, steps: Sequence[int], out: str, setting: Examination
 
 def _along(dim: str, results: Sequence[xr.Dataset]) -> xr.Dataset:
     """Examinations with the same labels, along a new first dimension."""
-    return xr.concat(results, dim, data_vars="all", coords="minimal", compat="override", join="exact")
+    # One data set; the types of xarray allow for a tree of them.
+    joined: Any = xr.concat(results, dim, data_vars="all", coords="minimal", compat="override", join="exact")
+    return joined
 
 
 def _examined(spec: TrainSpec, folder: Path, setting: ExaminationSetting) -> xr.Dataset:
