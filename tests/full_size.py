@@ -23,7 +23,7 @@ def main(folder, inputs, results):
         lambda event, _, **__: compiled.append(event) if event == COMPILATION else None
     )
     model = jax.block_until_ready(load_model(folder))
-    found = {"peak_loaded": peak_memory(), "weights": sum(param.nbytes for param in model.params.values())}
+    measures = {"peak_loaded": peak_memory(), "weights": sum(param.nbytes for param in model.params.values())}
     outs, taps, counts = [], [], []
     with np.load(inputs) as calls:
         for i, (x, t, context) in enumerate(zip(calls["x"], calls["t"], calls["context"], strict=True)):
@@ -35,8 +35,8 @@ def main(folder, inputs, results):
             outs.append(np.asarray(out))
             taps.append(np.asarray(tap[DETECTOR_TAP]))
             counts.append(len(compiled))
-    found |= {"out": np.stack(outs), "tap": np.stack(taps), "compilations": counts[-1] - counts[0]}
-    np.savez(results, **found, peak=peak_memory())
+    measures |= {"out": np.stack(outs), "tap": np.stack(taps), "compilations": counts[-1] - counts[0]}
+    np.savez(results, **measures, peak=peak_memory())
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """What tests of networks share: a network of a configuration with the golden files' random weights, and common
 checks."""
 
+import contextlib
 import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "golden"))
 from cases import parameter
@@ -24,6 +26,24 @@ def network(config, dtype="float32") -> Model:
     )
 
 
+@contextlib.contextmanager
+def without_optimizations():
+    """Compile what is new within in half the time: XLA's graph is the same, but LLVM does not optimize its loops."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unoptimized():
+    """All tests of a module that imports this run :func:`without_optimizations`."""
+    with without_optimizations():
+        yield
+
+
 def difference(ours, reference):
     """Largest difference as a fraction of the largest value; infinite where shapes differ or ours is not finite."""
     ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
@@ -35,12 +55,18 @@ def difference(ours, reference):
 def check_derivative(function, x, *, step=1e-4):
     """Directional derivative of a float64 function by jvp, by the gradient, and by a symmetric difference."""
     u = jnp.asarray(np.random.RandomState(0).standard_normal(x.shape))
-    out, along = jax.jit(lambda x: jax.jvp(function, (x,), (u,)))(x)
-    w = jnp.asarray(np.random.RandomState(1).standard_normal(out.shape))
-    by_gradient = jnp.vdot(jax.jit(jax.grad(lambda x: jnp.vdot(function(x), w)))(x), u)
+    w = jnp.asarray(np.random.RandomState(1).standard_normal(jax.eval_shape(function, x).shape))
+
+    @jax.jit
+    def derivatives(x):
+        # Values and both derivatives in one program.
+        out, along = jax.jvp(function, (x,), (u,))
+        return out, along, jnp.vdot(jax.grad(lambda x: jnp.vdot(function(x), w))(x), u)
+
+    with without_optimizations():
+        (ahead, _, _), (behind, _, _), (_, along, by_gradient) = map(derivatives, (x + step * u, x - step * u, x))
     np.testing.assert_allclose(by_gradient, jnp.vdot(along, w), rtol=1e-9)
-    forward = jax.jit(function)
-    by_difference = (forward(x + step * u) - forward(x - step * u)) / (2 * step)
+    by_difference = (ahead - behind) / (2 * step)
     # The truncation is O(step²) times the third derivative, the rounding 1e-16/step.
     assert difference(by_difference, along) < 1e-5
 

@@ -23,12 +23,12 @@ ARCHITECTURES = {
 }
 HEADER = """# Parity with PyTorch, as measured
 
-Random weights, float32 on a CPU, JAX {jax} beside torch {torch}, diffusers {diffusers} and transformers {transformers}:
-the largest difference as a fraction of the largest value, of the output, and of the tap where it is largest, compared
-with a forward hook on the module of that name. The tests allow 2e-5 for outputs in float32, and 1e-9 for taps in
-float64; the only taps above 2e-5 here are DiT's `time_proj`, sines of phases near 1000, where one rounding of a
-frequency is 6e-5. Written by `tests/parity_table.py`; branches are
-the configurations in `tests/test_scaling_*_parity.py`, those of published models at reduced width.
+Random weights, float32 on a CPU, JAX {jax} beside torch {torch}, diffusers {diffusers} and transformers {transformers}.
+Differences are the largest, as a fraction of the largest value: of the output, and of the tap where it is worst, which
+is compared with a forward hook on the module of the same name. The tests allow 2e-5 for outputs in float32, and 1e-9
+for taps in float64. The only taps above 2e-5 are DiT's `time_proj`, sines of phases near 1000, where rounding one
+frequency changes the sine by 6e-5. Branches are the configurations in `tests/test_scaling_models_*_parity.py`; those of
+published models have reduced width. This file is written by `tests/parity_table.py`.
 """
 
 
@@ -56,7 +56,7 @@ def main():
     versions = {name: importlib.metadata.version(name).split("+")[0] for name in packages}
     lines = [HEADER.format(**versions)]
     for name, title in ARCHITECTURES.items():
-        tests = importlib.import_module(f"test_scaling_{name}_parity")
+        tests = importlib.import_module(f"test_scaling_models_{name}_parity")
         lines += [f"## {title}", "", "| branch | output | worst tap | taps |", "|---|---|---|---|"]
         for variant in tests.VARIANTS:
             output, worst, count = measure(tests.build(variant, "float32"))

@@ -46,13 +46,13 @@ def measured(folder, calls, scratch):
         return dict(results)
 
 
-def check_measures(found):
+def check_measures(results):
     """Memory within half a copy of the weights beyond them; values without meaning to the program do not recompile."""
-    assert found["weights"] == 4 * 859_520_964
-    assert found["peak_loaded"] <= 1.5 * found["weights"]
-    assert found["peak"] <= 1.5 * found["weights"]
-    assert found["compilations"] == 0
-    assert np.all(np.isfinite(found["out"]))
+    assert results["weights"] == 4 * 859_520_964
+    assert results["peak_loaded"] <= 1.5 * results["weights"]
+    assert results["peak"] <= 1.5 * results["weights"]
+    assert results["compilations"] == 0
+    assert np.all(np.isfinite(results["out"]))
 
 
 @pytest.fixture
@@ -72,8 +72,8 @@ def test_the_benchmark_s_network_is_the_published_one():
 @pytest.mark.slow
 def test_loads_and_runs_within_bounded_memory_and_compiles_once(room):
     run("-c", WRITE, room / "unet")
-    found = measured(room / "unet", inputs(2), room)
-    check_measures(found)
+    results = measured(room / "unet", inputs(2), room)
+    check_measures(results)
     # Not a constant, and different for other inputs.
-    assert np.min(np.std(found["out"], axis=(1, 2, 3, 4))) > 0.01
-    assert np.max(np.abs(found["out"][1] - found["out"][0])) > 0.1
+    assert np.min(np.std(results["out"], axis=(1, 2, 3, 4))) > 0.01
+    assert np.max(np.abs(results["out"][1] - results["out"][0])) > 0.1

@@ -22,7 +22,7 @@ def test_output_and_detector_tap_equal(room):  # noqa: F811
     with torch.no_grad():
         x, t, context = (torch.from_numpy(np.asarray(calls[name][0])) for name in ("x", "t", "context"))
         out = module(x, t, context).sample
-    found = measured(room / "unet", calls, room)
-    check_measures(found)
-    assert difference(found["out"][0], out) <= TOLERANCE["float32"]
-    assert difference(found["tap"][0], seen[-1]) <= TOLERANCE["float32"]
+    results = measured(room / "unet", calls, room)
+    check_measures(results)
+    assert difference(results["out"][0], out) <= TOLERANCE["float32"]
+    assert difference(results["tap"][0], seen[-1]) <= TOLERANCE["float32"]

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import network
+from networks import network, unoptimized  # noqa: F401
 
 from scaling.models import model as api
 from scaling.models.taps import Edit, Tap, names
@@ -185,6 +185,7 @@ def test_an_early_capture_computes_less():
     x = jax.ShapeDtypeStruct((1, 3, 8, 8), jnp.float32)
 
     def operations(keep):
+        # What XLA counts in the compiled program.
         compiled = jax.jit(lambda x: keep(model.apply(model.params, x, 3, capture=("conv_in", DETECTOR_TAP)))).lower(x)
         return compiled.compile().cost_analysis()["flops"]
 

@@ -38,6 +38,11 @@ def condition_on(
     for networks that take it as an input (SDXL); None means the network's own size. Raises ``ValueError`` for an input
     that the network does not take, for a class out of range, and if the network needs a text encoder and the pipeline
     has none.
+
+    >>> import scaling
+    >>> pipeline = scaling.load_pipeline(scaling.zoo.folder("fashion-dit"))
+    >>> scaling.condition_on(pipeline, class_label=3).class_labels.tolist()
+    [3]
     """
     takes = _inputs(pipeline.network)
     if prompt and "context" not in takes:
@@ -66,6 +71,11 @@ def null_condition(
 
     Without ``negative_prompt`` it is the empty prompt, or zeros where the pipeline asks for them
     (``force_zeros_for_empty_prompt``). Raises ``ValueError`` for a network without a null class.
+
+    >>> import scaling
+    >>> pipeline = scaling.load_pipeline(scaling.zoo.folder("fashion-dit"))
+    >>> scaling.null_condition(pipeline).class_labels.tolist()  # after the ten classes
+    [10]
     """
     takes = _inputs(pipeline.network)
     if "class_labels" in takes:

@@ -24,6 +24,15 @@ def save_pretrained(model: Model, folder: str | Path) -> Path:
 
     ``from_pretrained(folder)`` of the class that config.json names loads the same network in PyTorch, and
     ``load_model(folder)`` loads it again here. Raises ``ValueError`` if the parameters do not fit the configuration.
+
+    >>> import jax, scaling, tempfile
+    >>> config = {"_class_name": "UNet2DModel", "block_out_channels": [8], "norm_num_groups": 4, "layers_per_block": 1}
+    >>> config |= {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "add_attention": False}
+    >>> model = scaling.initialize(jax.random.key(0), config)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     loaded = scaling.load_model(scaling.save_pretrained(model, folder))
+    >>> all(bool((loaded.params[name] == param).all()) for name, param in model.params.items())
+    True
     """
     specs = model.apply.parameters()
     shapes = {name: param.shape for name, param in model.params.items()}

@@ -90,6 +90,11 @@ def load_model(
     parameters to float32, bfloat16, float16 or float64; None keeps the file's. If the folder holds the weights in two
     precisions, the float16 files are read if ``dtype`` is float16, else the others. Raises ``ValueError`` for anything
     that cannot be reproduced exactly.
+
+    >>> import scaling
+    >>> unet = scaling.load_model(scaling.zoo.folder("digits"), subfolder="unet", dtype="bfloat16")
+    >>> unet.params["conv_in.weight"].shape, str(unet.params["conv_in.weight"].dtype)
+    ((3, 3, 1, 32), 'bfloat16')
     """
     dtype = _checked_dtype(dtype)
     fetch, origin, weights = _located(path_or_hub_id, revision)
@@ -108,6 +113,11 @@ def load_pipeline(
     ``scheduler`` is a scheduler_config.json, or a folder with one, that replaces the pipeline's own; with it, a network
     without a pipeline loads as a pipeline of that network alone. Safety checkers and feature extractors are not loaded.
     See :func:`load_model` for the other arguments.
+
+    >>> import scaling
+    >>> pipeline = scaling.load_pipeline(scaling.zoo.folder("captioned-digits"))
+    >>> pipeline.network.apply.architecture, pipeline.schedule.method, len(pipeline.text_encoders)
+    ('unet2d_condition', 'ddim', 1)
     """
     dtype = _checked_dtype(dtype)
     fetch, origin, weights = _located(path_or_hub_id, revision)

@@ -33,11 +33,31 @@ class Network(nnx.Module):
 
 
 def to_nnx(model: Model) -> Network:
-    """The model as a module; training the module does not change ``model``."""
+    """The model as a module; training the module does not change ``model``.
+
+    >>> import jax, jax.numpy as jnp, scaling
+    >>> config = {"_class_name": "UNet2DModel", "block_out_channels": [8], "norm_num_groups": 4, "layers_per_block": 1}
+    >>> config |= {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "add_attention": False}
+    >>> model = scaling.initialize(jax.random.key(0), config)
+    >>> network = scaling.to_nnx(model)
+    >>> network(jnp.zeros((2, 3, 4, 4)), 50)[0].shape, network.params["conv_in.bias"].shape
+    ((2, 3, 4, 4), (8,))
+    """
     return Network(model)
 
 
 def from_nnx(network: Network) -> Model:
-    """The model with the module's present parameters: the inverse of :func:`to_nnx`."""
+    """The model with the module's present parameters: the inverse of :func:`to_nnx`.
+
+    >>> import jax, scaling
+    >>> config = {"_class_name": "UNet2DModel", "block_out_channels": [8], "norm_num_groups": 4, "layers_per_block": 1}
+    >>> config |= {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "add_attention": False}
+    >>> model = scaling.initialize(jax.random.key(0), config)
+    >>> network = scaling.to_nnx(model)
+    >>> network.params["conv_in.bias"][...] += 1
+    >>> changed = scaling.from_nnx(network)
+    >>> bool((changed.params["conv_in.bias"] == model.params["conv_in.bias"] + 1).all())
+    True
+    """
     params = {name: parameter[...] for name, parameter in network.params.items()}
     return Model(network.config, params, network.apply, network.source)

@@ -120,6 +120,14 @@ def as_denoiser(
     ``y`` is an image (C, H, W), or, as in ``dae_theory``, the flat vector (d,) of an image of the model's own size. The
     conditions are those of one example, without a batch axis: ``context`` is (T, C) and ``class_labels`` a number. If
     the model also returns a variance, it is dropped.
+
+    >>> import jax, jax.numpy as jnp, scaling
+    >>> config = {"_class_name": "UNet2DModel", "block_out_channels": [8], "norm_num_groups": 4, "layers_per_block": 1}
+    >>> config |= {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "add_attention": False}
+    >>> model = scaling.initialize(jax.random.key(0), config)
+    >>> schedule = scaling.diffusion.schedules.from_config({"_class_name": "DDIMScheduler"})
+    >>> scaling.as_denoiser(model, schedule)(jnp.zeros((3, 4, 4)), 0.5).shape
+    (3, 4, 4)
     """
     (example, *_), _ = model.apply.inputs(jnp.float32)
     context, class_labels, added = jax.tree.map(lambda value: jnp.asarray(value)[None], (context, class_labels, added))

@@ -172,6 +172,14 @@ def sample(
         init: unit noise (num, C, H, W) that replaces the draw at the start.
         first: number of the first item.
         trajectory: whether to return the state after every call.
+
+    >>> import jax, scaling
+    >>> config = {"_class_name": "UNet2DModel", "block_out_channels": [8], "norm_num_groups": 4, "layers_per_block": 1}
+    >>> config |= {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "add_attention": False}
+    >>> model = scaling.initialize(jax.random.key(0), config)
+    >>> schedule = scaling.diffusion.schedules.from_config({"_class_name": "DDIMScheduler"})
+    >>> scaling.sample(jax.random.key(1), model, schedule, num=2, num_steps=3).x.shape
+    (2, 3, 4, 4)
     """
     solver = make_solver(with_method(schedule, method), num_steps, eta=eta)
     check_integer("num", num, minimum=1)

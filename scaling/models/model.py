@@ -53,7 +53,13 @@ ARCHITECTURES = {
 
 
 class Condition(NamedTuple):
-    """What a model is conditioned on; fields are arguments of ``apply``, with a batch axis first, or None."""
+    """What a model is conditioned on; fields are arguments of ``apply``, with a batch axis first, or None.
+
+    >>> import jax.numpy as jnp, scaling
+    >>> classes = scaling.Condition(class_labels=jnp.array([3, 7]))
+    >>> classes.class_labels.shape, classes.context is None
+    ((2,), True)
+    """
 
     context: Any = None
     class_labels: Any = None
@@ -131,6 +137,14 @@ class Model:
 
     ``params`` are named as in PyTorch, in JAX's layout. ``apply(params, x, t, ...)`` returns ``(out, taps)``, see
     :class:`Apply`. ``source`` is the text of the config.json that it was made from.
+
+    >>> import jax, jax.numpy as jnp, scaling
+    >>> config = {"_class_name": "UNet2DModel", "block_out_channels": [8], "norm_num_groups": 4, "layers_per_block": 1}
+    >>> config |= {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "add_attention": False}
+    >>> model = scaling.initialize(jax.random.key(0), config)
+    >>> out, taps = model.apply(model.params, jnp.zeros((2, 3, 4, 4)), 50, capture=("mid_block",))
+    >>> out.shape, taps["mid_block"].shape, model.params["conv_in.weight"].shape
+    ((2, 3, 4, 4), (2, 8, 4, 4), (3, 3, 3, 8))
     """
 
     config: Any = struct.field(pytree_node=False)
@@ -150,6 +164,13 @@ def initialize(key: PRNGKey, config: Mapping[str, Any], dtype: Any = jnp.float32
 
     Weights are drawn from :math:`\mathcal N(0, 1/\mathrm{fan\ in})` and embeddings from :math:`\mathcal N(0, 0.02^2)`;
     biases are 0 and weights of norms 1.
+
+    >>> import jax, scaling
+    >>> config = {"_class_name": "UNet2DModel", "block_out_channels": [8], "norm_num_groups": 4, "layers_per_block": 1}
+    >>> config |= {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "add_attention": False}
+    >>> model = scaling.initialize(jax.random.key(0), config)
+    >>> len(model.params), sum(param.size for param in model.params.values())
+    (64, 10579)
     """
     specs = parse_config(config).parameters()
     keys = jax.random.split(key, len(specs))
@@ -172,19 +193,43 @@ def parse_config(config: Mapping[str, Any]) -> Apply:
 def vae_encode(
     vae: Model, images: Float[Array, "b c h w"]
 ) -> tuple[Float[Array, "b z h2 w2"], Float[Array, "b z h2 w2"]]:
-    """Mean and log variance of the unscaled latents of images in [-1, 1]; :func:`scaling.bridge.to_latents` scales."""
+    """Mean and log variance of the unscaled latents of images in [-1, 1]; :func:`scaling.bridge.to_latents` scales.
+
+    >>> import jax, jax.numpy as jnp, scaling
+    >>> config = {"_class_name": "AutoencoderKL", "block_out_channels": [8], "norm_num_groups": 4}
+    >>> vae = scaling.initialize(jax.random.key(0), config | {"mid_block_add_attention": False})
+    >>> mean, logvar = scaling.vae_encode(vae, jnp.zeros((2, 3, 4, 4)))
+    >>> mean.shape, logvar.shape
+    ((2, 4, 4, 4), (2, 4, 4, 4))
+    """
     return vae.apply.of("encode")(vae.params, images)[0]
 
 
 def vae_decode(vae: Model, latents: Float[Array, "b z h2 w2"]) -> Float[Array, "b c h w"]:
-    """Images, roughly in [-1, 1], of unscaled latents."""
+    """Images, roughly in [-1, 1], of unscaled latents.
+
+    >>> import jax, jax.numpy as jnp, scaling
+    >>> config = {"_class_name": "AutoencoderKL", "block_out_channels": [8], "norm_num_groups": 4}
+    >>> vae = scaling.initialize(jax.random.key(0), config | {"mid_block_add_attention": False})
+    >>> scaling.vae_decode(vae, jnp.zeros((2, 4, 4, 4))).shape
+    (2, 3, 4, 4)
+    """
     return vae.apply.of("decode")(vae.params, latents)[0]
 
 
 def encode_text(
     text: Model, ids: Int[Array, "b t"], *, penultimate: bool = False
 ) -> tuple[Float[Array, "b t c"], Float[Array, "b p"]]:
-    """States of all tokens, and the pooled vector; ``penultimate`` returns the states before the last layer (SDXL)."""
+    """States of all tokens, and the pooled vector; ``penultimate`` returns the states before the last layer (SDXL).
+
+    >>> import jax, jax.numpy as jnp, scaling
+    >>> config = {"architectures": ["CLIPTextModel"], "vocab_size": 50, "hidden_size": 16, "intermediate_size": 32}
+    >>> config |= {"num_hidden_layers": 1, "num_attention_heads": 2, "eos_token_id": 49}
+    >>> text_encoder = scaling.initialize(jax.random.key(0), config)
+    >>> hidden, pooled = scaling.encode_text(text_encoder, jnp.array([[48, 3, 7, 49]]))
+    >>> hidden.shape, pooled.shape
+    ((1, 4, 16), (1, 16))
+    """
     out = text.apply(text.params, ids)[0]
     return (out.penultimate if penultimate else out.hidden), out.pooled
 

@@ -36,6 +36,15 @@ class Edit:
     direction to project out is always a vector. ``strength`` is a number, one number per example (B,), or an array of
     the activation's rank, for example a mask (1, 1, H, W). ``kind`` is static; value and strength are traced, so that
     other ones do not recompile.
+
+    >>> import jax, jax.numpy as jnp, scaling
+    >>> config = {"_class_name": "UNet2DModel", "block_out_channels": [8], "norm_num_groups": 4, "layers_per_block": 1}
+    >>> config |= {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "add_attention": False}
+    >>> model = scaling.initialize(jax.random.key(0), config)
+    >>> x, edits = jnp.zeros((2, 3, 4, 4)), {"mid_block": scaling.Edit("scale", jnp.zeros(8))}
+    >>> _, taps = model.apply(model.params, x, 50, capture=("mid_block",), edits=edits)
+    >>> bool(jnp.all(taps["mid_block"] == 0))
+    True
     """
 
     kind: Kind = struct.field(pytree_node=False)
