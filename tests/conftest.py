@@ -39,7 +39,7 @@ def _optimization(request: pytest.FixtureRequest):
     if request.node.get_closest_marker("optimized") is None:
         yield
         return
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
