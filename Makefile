@@ -21,10 +21,10 @@ test: $(VENV)/.test ## the test suite
 	$(BIN)/python $(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/.test ## the tests marked slow
-	$(BIN)/python $(PYTEST) -m slow
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python $(PYTEST) -m slow
 
 parity: $(VENV)-parity/.parity ## the tests that compare with PyTorch, in an environment of their own
-	$(VENV)-parity/bin/python $(PYTEST) $(wildcard tests/test_*_parity.py)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(VENV)-parity/bin/python $(PYTEST) $(wildcard tests/test_*_parity.py)
 
 figures: $(VENV)/.demo ## every figure, into runs/figures
 	$(BIN)/python -m paper_figs all --out runs/figures

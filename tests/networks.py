@@ -1,14 +1,12 @@
 """What tests of networks share: a network of a configuration with the golden files' random weights, and common
 checks."""
 
-import contextlib
 import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "golden"))
 from cases import parameter
@@ -24,24 +22,6 @@ def network(config, dtype="float32") -> Model:
         config,
         {name: jnp.asarray(to_jax(spec.kind, parameter(name, spec.shape)), dtype) for name, spec in specs.items()},
     )
-
-
-@contextlib.contextmanager
-def without_optimizations():
-    """Compile what is new within in half the time: XLA's graph is the same, but LLVM does not optimize its loops."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def unoptimized():
-    """All tests of a module that imports this run :func:`without_optimizations`."""
-    with without_optimizations():
-        yield
 
 
 def difference(ours, reference):
@@ -63,8 +43,7 @@ def check_derivative(function, x, *, step=1e-4):
         out, along = jax.jvp(function, (x,), (u,))
         return out, along, jnp.vdot(jax.grad(lambda x: jnp.vdot(function(x), w))(x), u)
 
-    with without_optimizations():
-        (ahead, _, _), (behind, _, _), (_, along, by_gradient) = map(derivatives, (x + step * u, x - step * u, x))
+    (ahead, _, _), (behind, _, _), (_, along, by_gradient) = map(derivatives, (x + step * u, x - step * u, x))
     np.testing.assert_allclose(by_gradient, jnp.vdot(along, w), rtol=1e-9)
     by_difference = (ahead - behind) / (2 * step)
     # The truncation is O(step²) times the third derivative, the rounding 1e-16/step.

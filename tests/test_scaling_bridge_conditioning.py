@@ -5,7 +5,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import network, unoptimized  # noqa: F401
+from networks import network
 from pipelines import CLASSES, LATENT, PIXEL, SAVERS, SDXL, TOKENS, vocabulary
 
 from scaling import load_pipeline

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import unoptimized  # noqa: F401
 from scheduler_side import STABLE, UNET, ZERO_SNR, tiny_model
 
 from dae_theory import sampling

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import unoptimized  # noqa: F401
 from scheduler_side import DDPM, STABLE, UNET, network, tiny_model
 
 from scaling.diffusion import samplers

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import unoptimized  # noqa: F401
 from scheduler_side import CLASSES, COSINE, DDPM, STABLE, TRAINED, ZERO_SNR
 
 from scaling.diffusion import schedules

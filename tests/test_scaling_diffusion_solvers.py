@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scheduler_side
-from networks import unoptimized  # noqa: F401
 from safetensors import safe_open
 
 from scaling.diffusion import samplers

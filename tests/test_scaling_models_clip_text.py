@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import check_derivative, check_half_precision, check_lowering, network, unoptimized  # noqa: F401
+from networks import check_derivative, check_half_precision, check_lowering, network
 
 from scaling.models import clip_text
 from scaling.models.model import encode_text, parse_config

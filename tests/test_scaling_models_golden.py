@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import network, without_optimizations
+from networks import network
 from safetensors.numpy import load_file
 
 sys.path.insert(0, str(Path(__file__).parent / "golden"))
@@ -48,8 +48,7 @@ def check(names):
 
 @pytest.mark.parametrize("names", networks().values(), ids="+".join)
 def test_outputs_and_taps_are_those_of_pytorch(names):
-    with without_optimizations():
-        check(names)
+    check(names)
 
 
 @pytest.mark.slow

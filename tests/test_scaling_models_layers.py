@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
-from networks import unoptimized  # noqa: F401
 
 from scaling.models import blocks_resnet, cpu_convolution, layers
 from scaling.models.config import ParamSpec, jax_shape, to_jax, to_torch

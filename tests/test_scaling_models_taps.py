@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import network, unoptimized  # noqa: F401
+from networks import network
 
 from scaling.models import model as api
 from scaling.models.taps import Edit, Tap, names
