@@ -33,12 +33,16 @@ def test_commands_parse(command, tmp_path, monkeypatch):
     (tmp_path / "grid.toml").write_text(GRID)
     monkeypatch.chdir(tmp_path)
     import paper_figs.__main__
-    import scaling.__main__
-    import sims.__main__
+    import scaling.commands
+    import sims.commands
+    from sims.terminal import parse_command
 
     module, *argv = shlex.split(command)[2:]
-    rooms = {"sims": sims, "scaling": scaling, "paper_figs": paper_figs}
-    args = rooms[module].__main__._parse([module, *argv])
+    if module == "paper_figs":
+        args = paper_figs.__main__._parse([module, *argv])
+    else:
+        package = {"sims": sims, "scaling": scaling}[module].commands
+        args = parse_command(argv, f"python -m {module}", None, package.__name__, package.COMMANDS)
     if hasattr(args, "spec"):
         from sims.commands import options as flags
 
