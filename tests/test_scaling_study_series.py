@@ -18,12 +18,13 @@ from scaling.training.run import read_corpus, read_spec, train
 from scaling.training.spec import TrainSpec
 from sims import store
 
+# The setting of test_scaling_study_examination.py, so that the compiler's cache serves both.
 SMALL = ExaminationSetting(
-    samples=4, sampler_steps=2, images=3, jacobians=2, draws=2, sigmas=(0.5, 1.5), fits=1, units=(2,)
+    samples=4, sampler_steps=2, images=20, jacobians=2, draws=4, sigmas=(0.5, 1.5), fits=1, units=(2,)
 )
 BASE = TrainSpec(channels=(8,), batch_size=2, steps=2)
 NET = ["--channels", "8", "--batch-size", "2", "--quiet"]
-LOOK = "--samples 4 --sampler-steps 2 --images 3 --jacobians 2 --draws 2 --sigma 0.5,1.5 --fits 1 --units 2".split()
+LOOK = "--samples 4 --sampler-steps 2 --images 20 --jacobians 2 --draws 4 --sigma 0.5,1.5 --fits 1 --units 2".split()
 
 
 def test_agreement_is_the_cosine_about_the_mean():
@@ -56,9 +57,9 @@ def test_a_series_over_n_trains_disjoint_halves_and_keeps_what_was_found(over_n)
         "samples": 4,
         "sampler_steps": 2,
         "etas": [0.0, 1.0],
-        "images": 3,
+        "images": 20,
         "jacobians": 2,
-        "draws": 2,
+        "draws": 4,
         "sigmas": [0.5, 1.5],
         "timestep": 50,
         "taps": ["up_blocks.0.resnets.0", "up_blocks.0.resnets.1"],

@@ -97,17 +97,17 @@ def summary(results: xr.Dataset) -> str:
     head += ["AUROC of std", "AUROC of l4/l2", "AUROC of error", "seeds"]
     rows = []
     for value, steps in itertools.product(results.duplicates.values, results.steps.values):
-        here = results.sel(duplicates=value, steps=steps)
+        of_run = results.sel(duplicates=value, steps=steps)
         cells = [value, steps]
         for eta in results.eta.values:
-            drawn = here.sel(eta=eta)
+            drawn = of_run.sel(eta=eta)
             count, total = int(drawn.copied.sum()), drawn.copied.size
             low, high = wilson_interval(count, total)
             among = (drawn.duplicated_share * drawn.copied.sum("sample")).sum("seed").item() / max(count, 1)
             cells += [f"{count / total:.3f} ({low:.3f} to {high:.3f})", f"{among:.3f}" if count else "-"]
-        repeated = here.sel(group="duplicated")
+        repeated = of_run.sel(group="duplicated")
         cells += [cell(repeated[f"auroc_{name}"].max("tap")) for name in ("std", "l4_over_l2")]
-        rows.append([*cells, cell(repeated.auroc_error.max("sigma")), here.sizes["seed"]])
+        rows.append([*cells, cell(repeated.auroc_error.max("sigma")), of_run.sizes["seed"]])
     return (
         f"{markdown(head, rows)}\n\n"
         "AUROC: repeated against held-out images, at the best tap or noise level. ± standard errors over seeds.\n\n"
@@ -123,9 +123,9 @@ def _fits(results: xr.Dataset) -> str:
     head = ["repeats", "fitted to", "at images", *(f"error, {p} units" for p in units), "gates open", "std of codes"]
     rows = []
     for value, fitted, group in itertools.product(*(results[dim].values for dim in ("duplicates", "fitted", "group"))):
-        here = results.sel(duplicates=value, fitted=fitted, group=group)
-        cells = [cell(here.fit_error.sel(units=p)) for p in units]
-        cells += [cell(here[name].sel(units=units[-1])) for name in ("fit_open", "fit_std")]
+        fits = results.sel(duplicates=value, fitted=fitted, group=group)
+        cells = [cell(fits.fit_error.sel(units=p)) for p in units]
+        cells += [cell(fits[name].sel(units=units[-1])) for name in ("fit_open", "fit_std")]
         rows.append([value, fitted, group, *cells])
     return (
         f"{markdown(head, rows)}\n\n"

@@ -19,7 +19,7 @@ __all__ = ["SUMMARY", "add_flags", "run", "summary"]
 SUMMARY = "train networks on more and more images, two on disjoint halves: when do they stop copying? resumable"
 
 CHANNELS = (16, 32)
-"""Default channels: the networks are small, for there are many."""
+"""Default channels: small networks, because a series trains many."""
 
 FIXED = (
     "num_samples",

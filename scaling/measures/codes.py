@@ -125,8 +125,8 @@ def codes(
     batches = []
     for start in range(0, total, size):
         rows = batch_rows(start, size, total)
-        here = jax.tree.map(lambda part, rows=rows: part[rows] if part.shape[0] > 1 else part, condition)
-        batch = encode(jnp.asarray(images[rows]), jnp.asarray(first + rows), condition=here)
+        of_batch = jax.tree.map(lambda part, rows=rows: part[rows] if part.shape[0] > 1 else part, condition)
+        batch = encode(jnp.asarray(images[rows]), jnp.asarray(first + rows), condition=of_batch)
         batches.append(jax.device_get(batch))
     return {name: np.concatenate([batch[name] for batch in batches])[:total] for name in taps}
 

@@ -1,4 +1,4 @@
-"""What is trained on what, and how: every default of a training stands here, once.
+"""The specification of a training: its data, network and optimizer, with every default.
 
 Each field of :class:`TrainSpec` is a flag of ``python -m scaling train``. The module imports no JAX, so that ``--help``
 is quick.
