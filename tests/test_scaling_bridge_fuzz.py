@@ -83,10 +83,10 @@ def refuses_or_loads(function):
 def refuses_at_once(function):
     """The same, with less than 64 MB allocated on the way."""
     tracemalloc.start()
-    found = refuses_or_loads(function)
+    result = refuses_or_loads(function)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert found is None
+    assert result is None
     assert peak < 64e6
 
 
