@@ -27,7 +27,7 @@ def main(folder, inputs, results):
     outs, taps, counts = [], [], []
     with np.load(inputs) as calls:
         for i, (x, t, context) in enumerate(zip(calls["x"], calls["t"], calls["context"], strict=True)):
-            # The first call is not edited: a strength of nothing.
+            # The first call has strength 0: it is not edited.
             direction = np.random.default_rng(i).standard_normal(1280, np.float32)
             edits = {"mid_block": Edit("add", jnp.asarray(direction), jnp.asarray(0.5 * i, jnp.float32))}
             arrays = [jnp.asarray(array, jnp.float32) for array in (x, t, context)]

@@ -56,7 +56,7 @@ def test_rows_of_small_networks_run_without_the_rival(tmp_path):
         assert row["ours_s"] > 0
     for name in ("jacobian_900", "jacobian_unet"):
         notes = rows[name]["notes"]
-        # Some singular value lies within the bound of each that was found, and the largest ones stand apart enough.
+        # Some singular value lies within the bound of each computed one, and the largest ones stand apart enough.
         assert 0 < notes["top_error"] <= notes["top_bound"]
         assert notes["time_over_limit"] > 0
     assert rows["jacobian_unet"]["notes"]["top_error"] < 1e-3

@@ -83,10 +83,10 @@ def refuses_or_loads(function):
 def refuses_at_once(function):
     """The same, with less than 64 MB allocated on the way."""
     tracemalloc.start()
-    found = refuses_or_loads(function)
+    result = refuses_or_loads(function)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert found is None
+    assert result is None
     assert peak < 64e6
 
 
@@ -168,8 +168,11 @@ def test_headers_that_lie(tmp_path, change, message):
 
 def test_a_header_of_repeated_names_overlaps_and_nests_too_deep(tmp_path):
     fields, body = header(saved()[WEIGHTS])
-    text = json.dumps(fields)[:-1] + ', "conv_in.bias": {}}'
+    # The repeated entry is good in itself, and the same.
+    text = json.dumps(fields)[:-1] + f', "conv_in.bias": {json.dumps(fields["conv_in.bias"])}}}'
     doubled = len(text).to_bytes(8, "little") + text.encode() + body
+    with pytest.raises(ValueError, match="a key appears twice"):
+        load_model(written(tmp_path, saved() | {WEIGHTS: doubled}))
     first, second = [name for name in fields if name != "__metadata__"][:2]
     aliased = with_header(fields | {first: fields[second]}, body)
     deep = b"[" * 100_000

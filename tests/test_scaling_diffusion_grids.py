@@ -54,8 +54,8 @@ def test_karras_and_geometric_levels(method):
     t, sigmas = sigma_grid(schedule, 8)
     np.testing.assert_allclose(sigmas, karras_schedule(12.0, 0.05, 8), rtol=1e-12)
     # The timesteps have these levels, up to DPM-Solver++'s rounding.
-    found = np.exp(np.interp(t, np.arange(1000), np.log(schedule.sigmas)))
-    np.testing.assert_allclose(found, sigmas[:-1], rtol=1e-12 if method != "dpmsolver++" else 0.02)
+    sigmas_of_t = np.exp(np.interp(t, np.arange(1000), np.log(schedule.sigmas)))
+    np.testing.assert_allclose(sigmas_of_t, sigmas[:-1], rtol=1e-12 if method != "dpmsolver++" else 0.02)
     if method != "dpmsolver++":
         even = of(method, "trailing", use_exponential_sigmas=True, sigma_min=0.05, sigma_max=12.0)
         np.testing.assert_allclose(sigma_grid(even, 8)[1], geometric_schedule(12.0, 0.05, 8), rtol=1e-12)

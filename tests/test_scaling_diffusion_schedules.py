@@ -71,12 +71,12 @@ def test_tables(config):
 
 
 def test_published_files():
-    found = {name: from_config(parts["scheduler"]) for name, parts in PUBLISHED.items() if "scheduler" in parts}
-    assert len(found) == 5
-    for name, schedule in found.items():
+    published = {name: from_config(parts["scheduler"]) for name, parts in PUBLISHED.items() if "scheduler" in parts}
+    assert len(published) == 5
+    for name, schedule in published.items():
         assert schedule.config == PUBLISHED[name]["scheduler"]
-    assert [s.method for s in found.values()] == ["ddpm", "pndm", "pndm", "ddim", "euler"]
-    cifar, sd14, _, sd21, sdxl = found.values()
+    assert [s.method for s in published.values()] == ["ddpm", "pndm", "pndm", "ddim", "euler"]
+    cifar, sd14, _, sd21, sdxl = published.values()
     assert cifar.clip_sample
     assert cifar.variance_type == "fixed_large"
     assert sd14.skip_prk_steps

@@ -150,7 +150,7 @@ def test_derivatives_are_products_even_where_values_are_not(key):
 
     assert convolutions(run, x, w) == 1
     assert convolutions(jax.grad(lambda x, w: jnp.sum(run(x, w)), argnums=(0, 1)), x, w) == 0
-    # In x alone the columns of x are needed nowhere, so nothing but x and w is kept for the way back.
+    # The derivative in x alone does not need the columns of x, so nothing but x and w is stored for it.
     _, pullback = jax.vjp(lambda x: run(x, w), x)
     assert sum(leaf.size for leaf in jax.tree.leaves(pullback)) <= x.size + w.size
 
@@ -186,12 +186,12 @@ def test_the_route_of_a_convolution_goes_by_its_shapes(x, weight, route, plain, 
 
 
 def test_one_set_of_columns_serves_both_arguments(key):
-    """The backward pass gathers the cotangent alone, and keeps nothing but the arguments themselves."""
+    """The backward pass gathers the cotangent alone, and stores nothing but the arguments themselves."""
     x, w = draw(key, 2, 6, 5, 3), draw(jax.random.fold_in(key, 1), 3, 3, 3, 4)
     cotangent = draw(jax.random.fold_in(key, 2), 2, 6, 5, 4)
     _, pullback = jax.vjp(lambda x, w: ROUTES["product"](x, w, 1, (1, 1)), x, w)
-    kept = {leaf.size for leaf in jax.tree.leaves(pullback)}
-    assert max(kept) <= max(x.size, w.size)
+    stored = {leaf.size for leaf in jax.tree.leaves(pullback)}
+    assert max(stored) <= max(x.size, w.size)
     # In the compiled program, where what is common is computed once: 3 columns, then 3 of those, of the cotangent.
     text = jax.jit(pullback).lower(cotangent).compile().as_text()
     widest = [line for line in text.splitlines() if "concatenate" in line and "f64[2,6,5,36]" in line.split("=")[1]]

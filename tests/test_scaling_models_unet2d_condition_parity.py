@@ -118,13 +118,13 @@ def conditions(config, dtype):
             return np.array([config.num_class_embeds - 1, 0])
         return (np.array([7.0, 2.0]) if len(shape.shape) == 1 else random).astype(dtype)
 
-    found = jax.tree.map(values, shapes)
-    if "context" in found:
-        found["context"] = found["context"][:, :5]
+    given = jax.tree.map(values, shapes)
+    if "context" in given:
+        given["context"] = given["context"][:, :5]
     if config.time_condition:
         guidance = np.random.RandomState(9).standard_normal((2, config.time_condition)).astype(dtype)
-        found["added"] = {**found.get("added", {}), "timestep_cond": guidance}
-    return found
+        given["added"] = {**given.get("added", {}), "timestep_cond": guidance}
+    return given
 
 
 def build(variant, dtype="float64", size=None, *, at_zero=False):
