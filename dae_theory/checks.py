@@ -20,7 +20,7 @@ def is_concrete(*values: object) -> bool:
     """Whether no leaf of ``values`` is a tracer, so that its numbers can be inspected."""
     if all(isinstance(value, (int, float)) for value in values):
         return True
-    import jax
+    import jax.core
 
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
 

@@ -214,7 +214,8 @@ def _torch_unet(folder: str, y: np.ndarray, timestep: float, sigma: float) -> _T
     import torch  # pyright: ignore[reportMissingImports]
 
     torch.set_num_threads(threads())
-    module = diffusers.UNet2DModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32).eval()
+    network = diffusers.UNet2DModel  # pyright: ignore[reportPrivateImportUsage]
+    module = network.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32).eval()
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     alpha = (1 + sigma**2) ** -0.5
