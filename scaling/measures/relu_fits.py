@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
 from dae_theory.checks import check_integer, check_nonnegative, check_positive
 from dae_theory.model import ReluDae, encode, init
@@ -111,11 +111,7 @@ def fit_relu_dae(
     draws = check_integer("num_draws", num_draws, minimum=2)
     fresh = check_integer("num_fresh", num_fresh, minimum=2)
     center = x if source is None else source(x)
-    # Both clouds in one loop: the function is compiled once.
-    of_points = jnp.concatenate([_item_keys(fit_key, draws), _item_keys(fresh_key, fresh)])
-    (y, fresh_y), (goal, fresh_goal) = (
-        jnp.split(values, [draws]) for values in _cloud(of_points, function, x, spread, size, source)
-    )
+    y, goal = _cloud(fit_key, function, x, spread, draws, size, source)
     scale = jnp.sqrt(jnp.mean(jnp.sum(jnp.square(goal), axis=1)))
     scale = jnp.where(scale > 0, scale, 1.0)
 
@@ -136,18 +132,18 @@ def fit_relu_dae(
     dae = unravel(ends.x[best])
     dae = _balanced(ReluDae(dae.w1, dae.w2 * scale))
 
+    y, goal = _cloud(fresh_key, function, x, spread, fresh, size, source)
     of_linear = ReluDae(linear.w1, linear.w2 * scale)
-    square = jnp.sum(jnp.square(fresh_goal), axis=1)
-    centered = fresh_goal - jnp.mean(fresh_goal, axis=0, keepdims=True)
-    variance = jnp.sum(jnp.square(centered), axis=1) * (fresh / (fresh - 1))
-    wrong = _errors(dae, fresh_y, fresh_goal)
-    wrong_linear = jnp.sum(jnp.square(_apply_linear(of_linear, fresh_y) - fresh_goal), axis=1)
+    square = jnp.sum(jnp.square(goal), axis=1)
+    variance = jnp.sum(jnp.square(goal - jnp.mean(goal, axis=0, keepdims=True)), axis=1) * (fresh / (fresh - 1))
+    wrong = _errors(dae, y, goal)
+    wrong_linear = jnp.sum(jnp.square(_apply_linear(of_linear, y) - goal), axis=1)
     return LocalFit(
         dae,
         _ratio(wrong, square),
         _ratio(wrong, variance),
         _ratio(wrong_linear, variance),
-        _open_share(dae, fresh_y),
+        _open_share(dae, y),
         best,
         ends.converged[best],
     )
@@ -163,30 +159,26 @@ def code_spikiness(
     """
     check_positive("spread", spread)
     count = check_integer("num_draws", num_draws, minimum=2)
-    size = check_integer("chunk_size", chunk_size, minimum=1)
-    _, codes = _cloud(_item_keys(key, count), encoder, x, spread, size)
+    _, codes = _cloud(key, encoder, x, spread, count, check_integer("chunk_size", chunk_size, minimum=1))
     return {name: _average(jax.vmap(measure)(codes)) for name, measure in MEASURES.items()}
 
 
-def _item_keys(key: PRNGKey, count: int) -> Key[Array, " N"]:
-    return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(count))
-
-
 def _cloud(
-    keys: Key[Array, " N"],
+    key: PRNGKey,
     function: Function,
     x: Float[Array, " d"],
     spread: Scalar,
+    count: int,
     chunk_size: int,
     source: Function | None = None,
 ) -> tuple[Float[Array, "N k"], Float[Array, "N m"]]:
-    """A point y = x + spread ε for each key, or ``source(y)``; and the function at each y."""
+    """Points y = x + spread ε, the i-th from ``fold_in(key, i)``, or ``source(y)``; and the function at each y."""
 
-    def at(key: PRNGKey) -> tuple[Array, Array]:
-        y = x + spread * jax.random.normal(key, x.shape, x.dtype)
+    def at(i: Int[Array, ""]) -> tuple[Array, Array]:
+        y = x + spread * jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
         return y if source is None else source(y), function(y)
 
-    return jax.lax.map(at, keys, batch_size=min(chunk_size, len(keys)))
+    return jax.lax.map(at, jnp.arange(count), batch_size=min(chunk_size, count))
 
 
 @full_precision

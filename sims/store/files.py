@@ -43,8 +43,8 @@ def write_npz(path: pathlib.Path, arrays: Mapping[str, Any], *, compress: bool =
     ``ValueError`` for arrays of other Python objects, or if the file cannot be written.
     """
     plain: dict[str, Any] = {name: np.asarray(value) for name, value in arrays.items()}
-    # NumPy would pickle arrays of objects: strings become arrays of characters.
-    plain = {name: np.asarray(value.tolist()) if value.dtype == object else value for name, value in plain.items()}
+    # NumPy would pickle arrays of objects and of strings of variable length (kind T): they become arrays of characters.
+    plain = {name: np.asarray(value.tolist()) if value.dtype.kind in "OT" else value for name, value in plain.items()}
     unsafe = [name for name, value in plain.items() if value.dtype == object]
     if unsafe:
         raise ValueError(f"{', '.join(unsafe)}: only numbers and text can be stored in {path}, not Python objects.")
