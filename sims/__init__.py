@@ -1,7 +1,7 @@
-"""Many cheap worlds: data sets, training, sweeps, measures over sweeps, and the results store.
+"""Sweeps of small networks: data sets, training, measures, and a store of results.
 
-``sweep(Spec(...))`` trains a network for every combination of a spec's axes and returns one labeled array; ``python -m
-sims`` does the same from the command line and resumes what was cut.
+``sweep(Spec(...))`` trains a network for every combination of a spec's axes and returns one labeled data set;
+``python -m sims`` does the same from the command line and resumes interrupted runs.
 """
 
 import lazy_loader

@@ -1,8 +1,8 @@
-"""Flags from dataclass fields: name, default, help and unit of an option stand once, where its value is declared.
+"""Flags from dataclass fields: name, default, help and unit of an option are written once, where the field is declared.
 
 A field made by :func:`flag` is an option of every command that calls :func:`add_fields` on its class, and a line of the
 class's docstring (:func:`documented`). Axes take one value, a list (``2,4,8``) or a range (``geom:0.05:2:12``,
-``lin:0:1:5``: start, stop, number of points, both ends included). Nothing here imports JAX, so ``--help`` is quick.
+``lin:0:1:5``: start, stop, number of points, both ends included). Nothing here imports JAX, so ``--help`` is fast.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ AXIS = "a value, a list 1,2,4 or a range geom:START:STOP:NUM / lin:START:STOP:NU
 
 
 class Flag(NamedTuple):
-    """What a command line says of a dataclass field."""
+    """The command-line option of a dataclass field."""
 
     help: str
     """One line, with unit and range; the default is appended."""
@@ -86,8 +86,8 @@ def add_fields(
 ) -> dict[str, Any]:
     """Add an option for each field of the dataclass ``cls`` made by :func:`flag`; returns argparse's groups by title.
 
-    An option that is left out is None, so that :func:`given` can tell it from the default. ``leave_out`` names fields
-    that the command sets otherwise; ``defaults`` are those of the command, shown in place of the class's.
+    An option that is not given is None, so that :func:`given` can distinguish it from the default. ``leave_out`` names
+    fields without an option; ``defaults`` are the command's own, shown in place of the class's.
     """
     groups: dict[str, Any] = {"": parser}
     for field in dataclasses.fields(cls):

@@ -81,8 +81,8 @@ def test_times_of_calls_become_times_of_cell_steps():
 
 
 def test_one_row_by_name(capsys):
-    assert run("--only", "memorizing_minimizer", "--quick", "--repeats", 1) == 0
-    assert "memorizing_minimizer" in capsys.readouterr().out
+    assert run("--only", "exact_risk_memorizing", "--quick", "--repeats", 1) == 0
+    assert "exact_risk_memorizing" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 
 from sims import __main__ as cli
 from sims import store
+from sims.sweeps import engine
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = "--num-samples 3,12 --width 4 --sigma 0.3,0.6 --seeds 2 --steps 5 --eval-samples 4 --eval-draws 1".split()
@@ -126,7 +127,8 @@ def test_a_generalizing_mixture_is_told_as_such(tmp_path):
 
 
 def test_sweep_and_train(tmp_path, capsys):
-    assert run("sweep", *TINY, "--measures", "gap", "--memory", "1GiB", "--out", tmp_path / "sweep") == 0
+    one_size = [*TINY, "--num-samples", "3"]
+    assert run("sweep", *one_size, "--measures", "gap", "--memory", "1GiB", "--out", tmp_path / "sweep") == 0
     assert "Written" in capsys.readouterr().out
     one = "--num-samples 4 --width 3 --sigma 0.5 --steps 4 --record-steps 0,4 --eval-samples 4 --eval-draws 1".split()
     assert run("train", *one, "--measures", "train_error,gap", "--out", tmp_path / "one") == 0
@@ -147,7 +149,7 @@ def test_sweep_and_train(tmp_path, capsys):
         (["sweep", "--separable", "8", "--num-samples", "8", "--out", "OUT"], "center"),
         (["sweep", "--spec", "missing.toml", "--out", "OUT"], "missing.toml"),
         (
-            ["sweep", "--memory", "10B", "--num-samples", "2", "--sigma", "1", "--steps", "1", "--out", "OUT"],
+            "sweep --memory 10B --num-samples 2 --sigma 1 --steps 1 --measures gap --out OUT".split(),
             "raise --memory",
         ),
         (["train", "--out", "OUT"], "a single run needs one num_samples"),
@@ -216,6 +218,16 @@ def test_help_explains_every_flag(capsys):
         assert flag in text
 
 
+def test_an_interrupt_exits_with_130_and_says_what_is_finished(tmp_path, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "sweep", interrupted)
+    assert run("sweep", *TINY, "--quiet", "--out", tmp_path) == 130
+    assert f"finished cells are in {tmp_path}. The same command again resumes." in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_ctrl_c_exits_with_130_and_the_same_command_resumes(tmp_path):
     out = tmp_path / "run"
     argv = (

@@ -287,7 +287,7 @@ def test_options_are_typed(photos):
 
 def test_a_path_of_no_known_kind_is_refused(tmp_path):
     (tmp_path / "data.xyz").write_text("?")
-    with pytest.raises(ValueError, match=r"cannot tell what .*data\.xyz is"):
+    with pytest.raises(ValueError, match=r"cannot recognize .*data\.xyz"):
         readers.read(str(tmp_path / "data.xyz"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no images"):

@@ -205,7 +205,7 @@ def child(tmp_path):
         process.stdout.close()
 
 
-@pytest.mark.parametrize(("moment", "finished"), [("gap", 1), ("done", 2)])
+@pytest.mark.parametrize(("moment", "finished"), [("gap", 1), pytest.param("done", 2, marks=pytest.mark.slow)])
 def test_a_killed_unit_is_done_or_computed_again(tmp_path, undisturbed, child, moment, finished):
     out = tmp_path / "run"
     process = child(moment)
@@ -410,7 +410,7 @@ def test_folders_that_hold_something_else(tmp_path):
     with pytest.raises(StoreError, match=r"holds no run: there is no .*spec\.json"):
         store.load(tmp_path)
     (tmp_path / "spec.json").write_text('{"my": "file"}')
-    with pytest.raises(StoreError, match=r"spec\.json is there without results\.zarr; move it away"):
+    with pytest.raises(StoreError, match=r"spec\.json exists without results\.zarr; move it away"):
         work(tmp_path)
     assert (tmp_path / "spec.json").read_text() == '{"my": "file"}'
     (tmp_path / "other" / "results.zarr").mkdir(parents=True)

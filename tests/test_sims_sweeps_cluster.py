@@ -139,6 +139,7 @@ def named_deadly(flag):
     return norm
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_made_good(address, tmp_path):
     norm = named_deadly(tmp_path / "killed")
     with distributed.Client(address) as client:

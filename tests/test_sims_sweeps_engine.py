@@ -190,7 +190,7 @@ def test_shards_partition_the_work(results):
 
 def test_a_budget_too_small_for_one_cell_says_so():
     with pytest.raises(ValueError, match=r"one cell needs .* raise --memory"):
-        sims.sweep(SPEC, NAMES, memory=10)
+        sims.sweep(SPEC, ("train_error",), memory=10)
 
 
 def test_disk_and_memory_agree_and_a_finished_run_is_read_back(results, tmp_path):
@@ -238,8 +238,9 @@ def test_custom_measures_of_any_shape_are_swept():
         return jnp.stack([spec.sigma, jnp.asarray(spec.penalty)])
 
     named.labels = {"what": ["sigma", "penalty"]}
-    found = sims.sweep(SPEC, [column_norms, named, "gap"])
-    assert found.column_norms.dims == (*SPEC.shape, "column_norms_0")
+    spec = dataclasses.replace(SPEC, num_samples=3)
+    found = sims.sweep(spec, [column_norms, named, "gap"])
+    assert found.column_norms.dims == (*spec.shape, "column_norms_0")
     assert found.column_norms.shape[-1] == 4
     np.testing.assert_allclose(found.named.sel(what="sigma", sigma=0.6).squeeze().values, 0.6, rtol=1e-6)
 

@@ -144,6 +144,7 @@ def test_a_dry_run_of_a_shard_plans_that_shard(known_machine):
 )
 def test_a_dry_run_refuses_what_a_run_refuses(argv, message, tmp_path, capsys):
     base = ["--num-samples", "3", "--width", "4", "--sigma", "0.3", "--seeds", "1", "--steps", "2", "--held-out", "20"]
+    base += ["--measures", "train_error"]
     args = cli._parse(["sims", "sweep", *base, "--dry-run", "--out", str(tmp_path / "run"), *argv])
     assert args.run(args) == 2
     assert message in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """Training: unbiased gradient, common noise, exact resume, and the meaning of weight decay."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,13 +26,18 @@ def run(key, data, recipe, steps, **changes):
     return train.advance(state, jax.random.fold_in(key, 1), data, steps, recipe, **rates)
 
 
+@functools.partial(jax.jit, static_argnames="recipe")
+def compiled_run(key, data, recipe, steps, rates):
+    """As :func:`run`, compiled once for all numbers of steps and all rates."""
+    return run(key, data, recipe, steps, **rates)
+
+
 @pytest.mark.parametrize("name", ["sgd", "momentum", "rmsprop", "adam", "adamw"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_optimizer_lowers_the_objective(key, name, tied):
     data = rows(key)
     recipe = Recipe(width=8, optimizer=name, tied=tied, weight_decay=1e-4 if name == "adamw" else 0.0)
-    start = run(key, data, recipe, 0)
-    end = run(key, data, recipe, 300)
+    start, end = (compiled_run(key, data, recipe, steps, RATES) for steps in (0, 300))
     eps = jax.random.normal(jax.random.fold_in(key, 5), data.shape)
     before, after = (train.noisy_objective(s.params, data, eps, 0.3, 1e-3) for s in (start, end))
     assert float(after) < 0.6 * float(before)
@@ -127,7 +134,8 @@ def test_mapping_over_sigma_equals_single_runs(key):
     sigmas = jnp.array([0.1, 0.5])
     together = jax.vmap(lambda s: run(key, data, recipe, 20, sigma=s).dae.w1)(sigmas)
     for i, sigma in enumerate((0.1, 0.5)):
-        np.testing.assert_allclose(together[i], run(key, data, recipe, 20, sigma=sigma).dae.w1, rtol=1e-10, atol=1e-13)
+        alone = compiled_run(key, data, recipe, 20, RATES | {"sigma": sigma}).dae
+        np.testing.assert_allclose(together[i], alone.w1, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("parameters", ["free", "tied"])
@@ -222,7 +230,7 @@ def test_cells_in_turn_and_side_by_side_take_the_same_steps(key, batch_size, mon
         loops[turn] = mapped.lower(sigmas).as_text().count("stablehlo.while")
     # One more, in that over steps: the loop over cells.
     assert loops[True] == loops[False] + 1
-    alone = [run(key, data, recipe, 20, sigma=float(sigma)).dae for sigma in sigmas]
+    alone = [compiled_run(key, data, recipe, 20, RATES | {"sigma": float(sigma)}).dae for sigma in sigmas]
     for dae in found.values():
         for i, one in enumerate(alone):
             np.testing.assert_allclose(dae.w1[i], one.w1, rtol=1e-11, atol=1e-13)

@@ -56,8 +56,8 @@ def small_cells(num_samples: int, repeats: int, quick: bool) -> Row:
     rows = _digits(num_samples)
     width, sigmas = _sizes(quick)
     theirs = adam_loop(rows, width, 0.3, PENALTY, 0, steps)
-    found = compare(f"small_cells_n{num_samples}", _mapped(rows, width, sigmas, steps), theirs, repeats)
-    return per_unit(found, steps * len(sigmas), steps)
+    result = compare(f"small_cells_n{num_samples}", _mapped(rows, width, sigmas, steps), theirs, repeats)
+    return per_unit(result, steps * len(sigmas), steps)
 
 
 def small_cells_grid(repeats: int, quick: bool) -> Row:
@@ -68,14 +68,14 @@ def small_cells_grid(repeats: int, quick: bool) -> Row:
     ours = [_mapped(_digits(n), width, sigmas, steps) for n in sizes]
     theirs = [adam_loop(_digits(n), width, 0.3, PENALTY, 0, steps) for n in sizes]
     known = [call for call in theirs if call is not None]
-    found = compare(
+    result = compare(
         "small_cells_grid",
         lambda: [call() for call in ours],
         (lambda: [call() for call in known]) if known else None,
         repeats,
         notes={"sizes": sizes},
     )
-    return per_unit(found, steps * len(sizes) * len(sigmas), steps * len(sizes))
+    return per_unit(result, steps * len(sizes) * len(sigmas), steps * len(sizes))
 
 
 def paper_step(repeats: int, quick: bool) -> Row:
@@ -87,7 +87,7 @@ def paper_step(repeats: int, quick: bool) -> Row:
     state = start(jax.random.key(1), d, recipe, learning_rate=RATE, init_scale=0.1)
     rates = {"sigma": 0.2, "penalty": PENALTY, "learning_rate": RATE}
     ours = jax.jit(lambda state: advance(state, key, data, steps, recipe, **rates).params)
-    found = compare("paper_step", lambda: ours(state), adam_loop(rows, p, 0.2, PENALTY, batch, steps), repeats)
+    result = compare("paper_step", lambda: ours(state), adam_loop(rows, p, 0.2, PENALTY, batch, steps), repeats)
 
     def products(_: Any, carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         y, w1, w2 = carry
@@ -104,8 +104,8 @@ def paper_step(repeats: int, quick: bool) -> Row:
     for name, body, carry in (("products_s", products, zeros), ("noise_s", noise, zeros[0])):
         loop = jax.jit(lambda carry, body=body: jax.lax.fori_loop(0, steps, body, carry))
         limits[name] = compare(name, lambda loop=loop, carry=carry: loop(carry), None, repeats).ours_s / steps
-    found = per_unit(found, steps, steps)
-    return found._replace(notes={**limits, "ours_by_limit": found.ours_s / sum(limits.values())})
+    result = per_unit(result, steps, steps)
+    return result._replace(notes={**limits, "ours_by_limit": result.ours_s / sum(limits.values())})
 
 
 def time_to_objective(repeats: int, quick: bool) -> Row:
@@ -210,8 +210,8 @@ def _mapped(rows: np.ndarray, width: int, sigmas: Any, steps: int) -> Callable[[
 
 def _in_subprocess(devices: int, quick: bool) -> float:
     """:func:`group_seconds` in a process with this number of CPU devices."""
-    kept = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
-    flags = " ".join([*kept, f"--xla_force_host_platform_device_count={devices}"])
+    others = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
+    flags = " ".join([*others, f"--xla_force_host_platform_device_count={devices}"])
     code = f"import sys; from sims.bench.sweeps import group_seconds; sys.stdout.write(str(group_seconds({quick})))"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

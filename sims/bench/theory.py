@@ -139,9 +139,9 @@ def exact_training(repeats: int, quick: bool) -> Row:
     iterate = state.dae
     compile_s = seconds(lambda: minimize_exact_objective(iterate, data, sigma, penalty))
     begin = time.perf_counter()
-    found = jax.block_until_ready(minimize_exact_objective(iterate, data, sigma, penalty))
+    optimum = jax.block_until_ready(minimize_exact_objective(iterate, data, sigma, penalty))
     ours = time.perf_counter() - begin
-    course = np.asarray(found.course)[: int(found.iterations[1])]
+    course = np.asarray(optimum.course)[: int(optimum.iterations[1])]
     # Adam continues for as long; its gradient norm is computed off the clock.
     theirs, spent = [(0.0, float(norm(iterate)))], 0.0
     while spent < ours:
@@ -151,11 +151,11 @@ def exact_training(repeats: int, quick: bool) -> Row:
         theirs.append((spent, float(norm(state.dae))))
     late = [size for at, size in theirs if at >= spent / 2]
     notes = {
-        "gradient_norm": float(found.gradient_norm),
-        "converged": bool(found.converged),
+        "gradient_norm": float(optimum.gradient_norm),
+        "converged": bool(optimum.converged),
         "first_call_s": compile_s,
-        "rounds": int(found.iterations[1]),
-        "objective": float(found.objective),
+        "rounds": int(optimum.iterations[1]),
+        "objective": float(optimum.objective),
         "objective_of_adam": float(exact_objective(state.dae, data, sigma, penalty)),
         "floor_of_adam": float(np.median(late)),
         "course": [[ours * (i + 1) / len(course), float(size)] for i, size in enumerate(course)],

@@ -98,15 +98,15 @@ def row(
     return Row(name, *medians, min(ratios), max(ratios), dict(notes or {}))
 
 
-def per_unit(found: Row, ours: int, rival: int) -> Row:
+def per_unit(total: Row, ours: int, rival: int) -> Row:
     """Times and ratios for one of the ``ours`` and ``rival`` units of work that a call makes."""
-    if found.rival_s is None:
-        return found._replace(ours_s=found.ours_s / ours)
+    if total.rival_s is None:
+        return total._replace(ours_s=total.ours_s / ours)
     median, least, most = (
         None if ratio is None else ratio * ours / rival
-        for ratio in (found.ratio_median, found.ratio_min, found.ratio_max)
+        for ratio in (total.ratio_median, total.ratio_min, total.ratio_max)
     )
-    return Row(found.name, found.ours_s / ours, found.rival_s / rival, median, least, most, found.notes)
+    return Row(total.name, total.ours_s / ours, total.rival_s / rival, median, least, most, total.notes)
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -162,19 +162,19 @@ def separable_rows(
     units = _units(rows[:search])
     cosines = units @ units.T
     distinct = ~np.eye(count, dtype=bool)
-    found = _greedy(cosines, count, NEGATIVE, starts)
-    if len(found) < count:
-        if len(found) == 1:
+    chosen = _greedy(cosines, count, NEGATIVE, starts)
+    if len(chosen) < count:
+        if len(chosen) == 1:
             reason = f"no two have: the lowest cosine is {cosines.min():.3g}. Subtract the mean first (center)"
         else:
-            reason = f"{len(found)} were found at most. Ask for fewer"
+            reason = f"{len(chosen)} were found at most. Ask for fewer"
         raise ValueError(f"separable = {count} of {len(units)} rows with pairwise negative cosines: {reason}.")
-    best, low = found, -1 / (count - 1)
+    best, low = chosen, -1 / (count - 1)
     for _ in range(BISECTIONS):
         high = np.max(cosines[np.ix_(best, best)][distinct])
         bound = (low + high) / 2
-        found = _greedy(cosines, count, bound, starts)
-        best, low = (found, low) if len(found) == count else (best, bound)
+        chosen = _greedy(cosines, count, bound, starts)
+        best, low = (chosen, low) if len(chosen) == count else (best, bound)
     return np.array(best)
 
 

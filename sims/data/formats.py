@@ -44,8 +44,8 @@ def read_idx(file: Path, ndim: int) -> np.ndarray:
         raise ValueError(f"{file} is not {what}: it begins with {magic.hex()}, not {bytes((0, 0, 8, ndim)).hex()}.")
     if not plausible or len(body) != claimed:
         claim = " x ".join(map(str, sizes))
-        found = f"{len(body)}{'+' * (len(body) > claimed)}" if plausible else f"at most {expansion * size}"
-        raise ValueError(f"{file} claims {claim} = {claimed} bytes of data but holds {found}; get it again.")
+        actual = f"{len(body)}{'+' * (len(body) > claimed)}" if plausible else f"at most {expansion * size}"
+        raise ValueError(f"{file} claims {claim} = {claimed} bytes of data but holds {actual}; get it again.")
     return np.frombuffer(body, np.uint8).reshape(sizes)
 
 

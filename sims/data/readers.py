@@ -158,10 +158,10 @@ def idx(path: Path, *, part: str = "train", labels: bool = True) -> Source:
     ``idx3``; ``labels=0`` reads none.
     """
     if path.is_dir():
-        found = sorted(path.glob(f"*{part}*images*idx3*"))
-        if not found:
+        matches = sorted(path.glob(f"*{part}*images*idx3*"))
+        if not matches:
             raise ValueError(f"{path} has no file {part}-images-idx3-ubyte, plain or .gz.")
-        path = found[0]
+        path = matches[0]
     pictures = read_idx(path, 3)
     classes = _unknown(pictures)
     if labels:
@@ -302,7 +302,7 @@ def kind_of(path: Path) -> str:
         return "idx"
     if path.suffix == ".bin":
         return "cifar10"
-    raise ValueError(f"cannot tell what {path} is; say so, as in npy:{path}. Kinds are {', '.join(READERS)}.")
+    raise ValueError(f"cannot recognize {path}; name its kind, as in npy:{path}. Kinds are {', '.join(READERS)}.")
 
 
 def _numbers(name: str, text: str) -> list[float]:

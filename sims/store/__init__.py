@@ -1,6 +1,7 @@
 """Results on disk that survive any kill: atomic files, a labeled array store, and the loop that fills it.
 
-``open_run`` begins or resumes a run, ``fill`` computes what it lacks in batches, ``load`` reads it.
+``open_run`` begins or resumes a run, ``fill_units`` computes its pending units, ``fill`` does so in batches of items,
+and ``load`` reads the results.
 """
 
 import lazy_loader

@@ -272,7 +272,7 @@ def _begin(path: Path, spec: dict[str, Any], template: xr.Dataset, chunks: dict[
     results, file = path / RESULTS, path / SPEC
     if not results.exists():
         if file.exists():
-            raise StoreError(f"{file} is there without {RESULTS}; move it away, or choose another folder.")
+            raise StoreError(f"{file} exists without {RESULTS}; move it away, or choose another folder.")
         variables = [*map(str, template.data_vars), *BOOKKEEPING]
         record = {"format": FORMAT, "spec": spec, "chunks": chunks, "variables": variables}
         with _layout(path, template, record) as fresh:
@@ -319,12 +319,12 @@ def _record_of(path: Path) -> dict[str, Any]:
     return record
 
 
-def _differences(field: str, stored: Any, asked: Any) -> Iterator[str]:
-    if isinstance(stored, dict) and isinstance(asked, dict):
-        for key in sorted(stored.keys() | asked.keys()):
-            yield from _differences(f"{field}.{key}".lstrip("."), stored.get(key), asked.get(key))
-    elif stored != asked:
-        yield f"{field} is {json.dumps(stored)} there and {json.dumps(asked)} here"
+def _differences(field: str, stored: Any, requested: Any) -> Iterator[str]:
+    if isinstance(stored, dict) and isinstance(requested, dict):
+        for key in sorted(stored.keys() | requested.keys()):
+            yield from _differences(f"{field}.{key}".lstrip("."), stored.get(key), requested.get(key))
+    elif stored != requested:
+        yield f"{field} is {json.dumps(stored)} there and {json.dumps(requested)} here"
 
 
 def _attach(path: Path, record: dict[str, Any], mode: Literal["r", "r+"]) -> Run:
@@ -334,9 +334,9 @@ def _attach(path: Path, record: dict[str, Any], mode: Literal["r", "r+"]) -> Run
 def _check_same(run: Run, template: xr.Dataset) -> None:
     variables = {name: array for name, array in run.arrays.items() if name not in BOOKKEEPING}
     stored = {name: (on_disk.dims(array), array.shape, str(array.dtype)) for name, array in variables.items()}
-    asked = {str(name): (array.dims, array.shape, str(array.dtype)) for name, array in template.data_vars.items()}
-    if stored != asked or not on_disk.labels(run).coords.to_dataset().equals(template.coords.to_dataset()):
+    requested = {str(name): (array.dims, array.shape, str(array.dtype)) for name, array in template.data_vars.items()}
+    if stored != requested or not on_disk.labels(run).coords.to_dataset().equals(template.coords.to_dataset()):
         raise StoreError(
-            f"{run.path} was begun with other variables or labels under the same spec: {stored} there, {asked} here. "
-            "Choose another folder."
+            f"{run.path} was begun with other variables or labels under the same spec: {stored} there, {requested} "
+            "here. Choose another folder."
         )

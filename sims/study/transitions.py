@@ -113,8 +113,8 @@ def transition(
 
     >>> curves = np.array([[1.0, 0.5, 0.25], [1.0, 0.6, 0.2]])
     >>> results = xr.Dataset({"gap": (("seed", "num_samples"), curves)}, {"num_samples": [1, 10, 100]})
-    >>> found = transition(results)
-    >>> round(float(found.estimate)), bool(found.low < found.estimate < found.high)
+    >>> table = transition(results)
+    >>> round(float(table.estimate)), bool(table.low < table.estimate < table.high)
     (14, True)
     """
     if measure not in results:

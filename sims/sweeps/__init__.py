@@ -1,6 +1,6 @@
-"""Thousands of small trainings in one compiled program: what is trained, measured, and where it runs.
+"""Thousands of small trainings in one compiled program: the spec, training, measures, and where cells run.
 
-``sweep`` computes a ``Spec``; its cells run in groups on all devices, and over processes, job arrays or clusters.
+``sweep`` computes a ``Spec``: cells run in groups on all devices, and on several processes, job arrays or clusters.
 """
 
 import lazy_loader

@@ -96,9 +96,9 @@ def _compute(
     import cloudpickle
     import distributed
 
-    asked = [name if MEASURES.get(name) is measure else measure for name, measure in measures.items()]
-    order = cloudpickle.dumps((spec.to_dict(), asked, bool(jax.config.read("jax_enable_x64")), memory, group))
-    tasks = client.map(functools.partial(_run, order), list(units), retries=RETRIES, pure=False)
+    chosen = [name if MEASURES.get(name) is measure else measure for name, measure in measures.items()]
+    payload = cloudpickle.dumps((spec.to_dict(), chosen, bool(jax.config.read("jax_enable_x64")), memory, group))
+    tasks = client.map(functools.partial(_run, payload), list(units), retries=RETRIES, pure=False)
     left = len(units)
     try:
         for future in distributed.as_completed(tasks):
@@ -122,19 +122,19 @@ def _compute(
         ) from error
 
 
-def _run(order: bytes, unit: TrainingSet) -> Finished:
+def _run(payload: bytes, unit: TrainingSet) -> Finished:
     """One unit, in a worker."""
-    (finished,) = _prepared(order)(unit)
+    (finished,) = _prepared(payload)(unit)
     return finished
 
 
 @functools.lru_cache(maxsize=4)
-def _prepared(order: bytes) -> Callable[[TrainingSet], Iterator[Finished]]:
+def _prepared(payload: bytes) -> Callable[[TrainingSet], Iterator[Finished]]:
     """The function that computes a unit of a sweep in a worker; data sets are loaded once."""
     import cloudpickle
 
-    fields, asked, double, memory, group = cloudpickle.loads(order)
+    fields, chosen, double, memory, group = cloudpickle.loads(payload)
     jax.config.update("jax_enable_x64", double)
-    spec, measures = Spec.from_dict(fields), resolve_measures(asked)
+    spec, measures = Spec.from_dict(fields), resolve_measures(chosen)
     place, worlds = placement(memory=memory, group=group), worlds_of(spec)
     return lambda unit: run_units(spec, [unit], measures, worlds, place)

@@ -245,5 +245,5 @@ def _agreed(regions: Sequence[Region], pending: Sequence[Region] | None) -> list
     with others_alive():
         able, *mask = np.asarray(multihost_utils.broadcast_one_to_all(message)).tolist()
     if not able and jax.process_index() != 0:
-        raise ValueError("the first process cannot go on; see its message.")
+        raise ValueError("the first process has failed; see its message.")
     return [region for region, wanted in zip(regions, mask, strict=True) if wanted]

@@ -29,7 +29,7 @@ def split_cores(devices: int) -> None:
     if devices < 1:
         raise ValueError(f"--devices must be at least 1, got {devices}.")
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-        raise ValueError("XLA_FLAGS says how many devices a CPU has; leave --devices out, or that flag.")
+        raise ValueError("XLA_FLAGS sets the number of CPU devices; give --devices or that flag, not both.")
     # The devices of a CPU share a pool of one worker thread a core, and batched linear algebra holds a worker while it
     # waits for others (jaxlib 0.10): with as many devices as workers, all may wait forever. This variable sets a larger
     # pool, so that some stay free.
@@ -92,5 +92,5 @@ def _await(host: str, port: int, timeout: float) -> None:
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise ValueError(f"nobody answers at {host}:{port} ({error}). {ADVICE}") from error
+                raise ValueError(f"no process answers at {host}:{port} ({error}). {ADVICE}") from error
         time.sleep(0.1)

@@ -300,7 +300,7 @@ class CompileKey(NamedTuple):
 def compile_key(spec: Spec, job: Job, measures: Mapping[str, Measure], place: Placement) -> CompileKey:
     """The key of the code for ``job``; jobs with equal keys share code."""
     cell = jax.tree.map(lambda axis: axis[0], grid_of(spec))
-    shapes = jax.tree.map(
+    cell, key, data, segments = jax.tree.map(
         lambda array: jax.ShapeDtypeStruct(array.shape, jax.dtypes.canonicalize_dtype(array.dtype)),
         (cell, job.key, job.data, segments_of(spec)),
     )
@@ -308,7 +308,7 @@ def compile_key(spec: Spec, job: Job, measures: Mapping[str, Measure], place: Pl
     total = spec.cells_per_unit
     size = min(total, place.group or max(1, total * spec.seeds // len(place.devices)))
     options = (jax.config.values["jax_enable_x64"], jax.config.values["jax_default_matmul_precision"])
-    return CompileKey(job.program, *shapes, tuple(measures.items()), size, place, options)
+    return CompileKey(job.program, cell, key, data, segments, tuple(measures.items()), size, place, options)
 
 
 def compile_job(spec: Spec, job: Job, measures: Mapping[str, Measure], place: Placement) -> Compiled:
@@ -321,17 +321,17 @@ def compile_job(spec: Spec, job: Job, measures: Mapping[str, Measure], place: Pl
 
 
 @functools.lru_cache(maxsize=REMEMBERED)
-def _compiled(asked: CompileKey) -> Compiled:
-    place, size = asked.place, asked.size
+def _compiled(key: CompileKey) -> Compiled:
+    place, size = key.place, key.size
     local = [i for i, device in enumerate(place.devices) if device.process_index == jax.process_index()]
-    function = jax.jit(group_function(asked.program, dict(asked.measures)))
+    function = jax.jit(group_function(key.program, dict(key.measures)))
 
     def lowered(i: int) -> jax.stages.Lowered:
         sharding = jax.sharding.SingleDeviceSharding(place.devices[i])
-        cells = jax.tree.map(lambda one: jax.ShapeDtypeStruct((size,), one.dtype), asked.cell)
+        cells = jax.tree.map(lambda one: jax.ShapeDtypeStruct((size,), one.dtype), key.cell)
         shapes = jax.tree.map(
             lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=sharding),
-            (cells, asked.key, asked.data, asked.segments),
+            (cells, key.key, key.data, key.segments),
         )
         return function.lower(*shapes)
 

@@ -111,13 +111,15 @@ def _claim(out: pathlib.Path, identity: dict[str, Any], facts: list[dict[str, An
         write_text(path, json.dumps({**identity, "environment": environment(), "data": facts}, indent=1))
         return
     try:
-        held = json.loads(path.read_text()).get("single")
+        stored = json.loads(path.read_text()).get("single")
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}); choose another --out or delete it.") from error
-    asked = json.loads(json.dumps(identity["single"]))
-    if held is None:
+    requested = json.loads(json.dumps(identity["single"]))
+    if stored is None:
         raise ValueError(f"{out} holds something other than a single run; choose another --out.")
-    different = [f"{k} is {held.get(k)!r} there, {asked.get(k)!r} here" for k in asked if held.get(k) != asked[k]]
+    different = [
+        f"{k} is {stored.get(k)!r} there, {requested.get(k)!r} here" for k in requested if stored.get(k) != requested[k]
+    ]
     if different:
         raise ValueError(f"{out} holds another run: {'; '.join(different)}. Choose another --out.")
 

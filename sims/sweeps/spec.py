@@ -67,15 +67,15 @@ class Spec:
 
     dataset: Names = flag(
         ("digits",),
-        "axis of data sets: digits; mixture:modes=4,dim=32,separation=3; idx:, cifar10:, npz:, images:, patches:PATH; "
-        "or a path, whose kind is recognized; as an option, once for each data set",
+        "data sets, an axis: digits; mixture:modes=4,dim=32,separation=3; idx:, cifar10:, npz:, images:, patches:PATH; "
+        "or a path, whose kind is recognized (repeat the option for several)",
         group=DATA_FLAGS,
         action="append",
         metavar="NAME",
     )
     separation: Numbers = flag(
         (),
-        "axis: norm of the modes of mixture: data sets that do not name it, >= 0",
+        "norm >= 0 of the modes of mixture: data sets that do not name it, an axis",
         group=DATA_FLAGS,
         type=parse_floats,
         metavar="S,...",
@@ -89,13 +89,13 @@ class Spec:
     )
     duplicates: Names = flag(
         ("",),
-        "axis: KxM repeats the first K of the distinct rows M times each, and the others appear once; none: no repeats",
+        "KxM repeats the first K distinct rows M times each, and the others appear once; none: no repeats; an axis",
         group=DATA_FLAGS,
         type=parse_names,
         metavar="KxM,...",
     )
     singles: int = flag(
-        0, "rows >= 0 that appear once, beside one KxM: n = K M + singles", group=DATA_FLAGS, metavar="N"
+        0, "number >= 0 of rows that appear once, with one KxM: n = K M + singles", group=DATA_FLAGS, metavar="N"
     )
     held_out: float | int = flag(
         0.2,
@@ -108,25 +108,29 @@ class Spec:
     )
     num_samples: Integers = flag(
         None,
-        "axis: training-set sizes n >= 1, repeated rows counted as often as they occur; nested in n at each seed; "
-        "left out: 2,8,32,128,512, or K M + singles beside duplicates",
+        "training-set sizes n >= 1, an axis; repeated rows count as often as they occur; sets are nested in n at each "
+        "seed; if left out 2,8,32,128,512, or K M + singles with duplicates",
         group=DATA_FLAGS,
         type=parse_ints,
         metavar="N,...",
     )
-    width: Integers = flag((64,), "axis: hidden units p >= 1", group=DATA_FLAGS, type=parse_ints, metavar="P,...")
+    width: Integers = flag((64,), "hidden units p >= 1, an axis", group=DATA_FLAGS, type=parse_ints, metavar="P,...")
     penalty: Numbers = flag(
-        (1e-3,), "axis: lambda >= 0 of the paper's objective", group=DATA_FLAGS, type=parse_floats, metavar="L,..."
+        (1e-3,), "lambda >= 0 of the paper's objective, an axis", group=DATA_FLAGS, type=parse_floats, metavar="L,..."
     )
     learning_rate: Numbers = flag(
-        (3e-3,), "axis: step sizes of the optimizer, > 0", group=TRAINING_FLAGS, type=parse_floats, metavar="R,..."
+        (3e-3,), "step sizes > 0 of the optimizer, an axis", group=TRAINING_FLAGS, type=parse_floats, metavar="R,..."
     )
     init_scale: Numbers = flag(
-        (0.1,), "axis: norms of the columns at the start, > 0", group=TRAINING_FLAGS, type=parse_floats, metavar="C,..."
+        (0.1,),
+        "norms > 0 of the columns at the start, an axis",
+        group=TRAINING_FLAGS,
+        type=parse_floats,
+        metavar="C,...",
     )
     sigma: Numbers = flag(
         (0.1, 0.2, 0.5, 1.0),
-        "axis: noise levels > 0, in the units of the data",
+        "noise levels > 0, in the units of the data, an axis",
         group=DATA_FLAGS,
         type=parse_floats,
         metavar="S,...",
@@ -136,7 +140,7 @@ class Spec:
     )
     optimizer: Names = flag(
         ("adam",),
-        f"axis: update rules with PyTorch's constants, of {', '.join(OPTIMIZERS)}",
+        f"update rules with PyTorch's constants, an axis: {', '.join(OPTIMIZERS)}",
         group=TRAINING_FLAGS,
         type=parse_names,
         metavar="NAME,...",
@@ -146,7 +150,7 @@ class Spec:
     )
     batch_size: Integers = flag(
         (0,),
-        "axis: rows of a step, drawn with replacement; 0, or at least n: all rows",
+        "rows of a step, drawn with replacement, an axis; 0, or at least n: all rows",
         group=TRAINING_FLAGS,
         type=parse_ints,
         metavar="B,...",
@@ -154,14 +158,14 @@ class Spec:
     steps: int = flag(2000, "optimizer steps >= 1", group=TRAINING_FLAGS, metavar="T")
     record_steps: Integers = flag(
         (),
-        "measure after these numbers of steps, increasing, in [0, steps]; left out: at the end",
+        "numbers of steps in [0, steps], increasing, after which to measure; if left out at the end",
         group=TRAINING_FLAGS,
         type=parse_ints,
         metavar="T,...",
     )
     tied: Switches = flag(
         (False,),
-        "axis: whether W1 and W2 are one parameter; as an option alone: true",
+        "whether W1 and W2 are one parameter, an axis; the option alone means true",
         group=TRAINING_FLAGS,
         type=parse_bools,
         nargs="?",
@@ -170,13 +174,13 @@ class Spec:
     )
     weight_decay: float | int = flag(
         0.0,
-        "decoupled decay of adamw, >= 0, which does not minimize the paper's objective (coupled decay is penalty)",
+        "decoupled weight decay >= 0 of adamw, which does not minimize the paper's objective; coupled decay is penalty",
         group=TRAINING_FLAGS,
         metavar="W",
     )
     eval_samples: int = flag(
         256,
-        "measures use at most this many training rows, and as many held-out rows, >= 1",
+        "training rows, and held-out rows, that measures use at most, >= 1",
         group=TRAINING_FLAGS,
         metavar="N",
     )
