@@ -202,7 +202,7 @@ def test_prompts_of_a_file(tmp_path, folder):
     ("name", "text", "message"),
     [
         ("a.txt", "one\ntwo", "2 captions do not match the 1797 images"),
-        ("a.txt", "\n" * 1797, "not a text; so are 1797 in all"),
+        ("a.txt", "\n" * 1797, "not a text; 1797 captions are wrong"),
         ("a.json", "{}", "must hold a list"),
         ("a.json", "[1", "not valid .json"),
         ("a.json", json.dumps([3] * 1797), "is 3, not a text"),
