@@ -143,7 +143,7 @@ def test_bad_files_are_named_and_skipped_only_when_asked(folder):
         ({"num_samples": 1700, "offset": 98}, "an offset of 98"),
         ({"num_samples": 1700, "held_out": 98}, "98 held out"),
         ({"offset": 1797}, "not the"),
-        ({"duplicates": "5x12", "variants": "6x4"}, "5 repeated images"),
+        ({"duplicates": "5x12", "variants": "6x4"}, "at most 5 can have variants"),
         ({"duplicates": "5x12", "variants": "2x5"}, "12 times"),
         ({"duplicates": "5x12", "variants": "few"}, "as in 10x4"),
         ({"resolution": 0}, "resolution must be at least 1"),
@@ -202,10 +202,10 @@ def test_prompts_of_a_file(tmp_path, folder):
     ("name", "text", "message"),
     [
         ("a.txt", "one\ntwo", "2 captions do not match the 1797 images"),
-        ("a.txt", "\n" * 1797, "no text; 1797 are wrong"),
+        ("a.txt", "\n" * 1797, "not a text; 1797 captions are wrong"),
         ("a.json", "{}", "must hold a list"),
-        ("a.json", "[1", "not what its name says"),
-        ("a.json", json.dumps([3] * 1797), "is 3, no text"),
+        ("a.json", "[1", "not valid .json"),
+        ("a.json", json.dumps([3] * 1797), "is 3, not a text"),
         ("a.csv", "", "must be one of .txt, .json, .jsonl"),
         ("a.jsonl", "{}", "need a folder of images"),
     ],
@@ -223,7 +223,7 @@ def test_captions_that_do_not_match_a_folder(tmp_path, folder):
     with pytest.raises(ValueError, match=r"no image for x\.png; no caption for cat/1\.png, .* and 6 more"):
         captions.from_file(photos, file)
     file.write_text('{"text": "dog"}')
-    with pytest.raises(ValueError, match="line 1: an object with file_name and text"):
+    with pytest.raises(ValueError, match="line 1: must be an object with file_name and text"):
         captions.from_file(photos, file)
     with pytest.raises(ValueError, match="cannot be read"):
         captions.from_file(photos, tmp_path / "missing.txt")

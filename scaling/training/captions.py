@@ -78,7 +78,8 @@ def from_file(corpus: Corpus, path: str | Path) -> Captions:
     wrong = [i for i, caption in enumerate(captions) if not isinstance(caption, str) or not caption.strip()]
     if wrong:
         raise ValueError(
-            f"captions {path}: caption {wrong[0]} is {captions[wrong[0]]!r}, not a text; so are {len(wrong)} in all."
+            f"captions {path}: caption {wrong[0]} is {captions[wrong[0]]!r}, not a text; {len(wrong)} captions are "
+            "wrong."
         )
     return _captions(corpus, [captions[row].strip() for row in corpus.rows])
 
