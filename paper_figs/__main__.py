@@ -50,7 +50,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def make(name: str, out: pathlib.Path, *, quick: bool = False, run: str | None = None) -> list[pathlib.Path]:
-    """Compute, draw and save one figure; returns the files. ``ValueError`` for an unknown name or an unsuited run."""
+    """Compute, draw and save one figure; returns the files. ``ValueError`` for an unknown name or an unsuitable run."""
     import matplotlib as mpl
     from matplotlib import pyplot as plt
 

@@ -1,4 +1,4 @@
-"""One code of a memorized and one of a generalized sample as bars, and histograms of their spikiness, after Fig. 4.
+"""A code of a memorized and of a generalized sample as bars, and histograms of their spikiness, after Fig. 4.
 
 A memorized sample is a training row of a network that stored its few rows; a generalized one is a held-out row of a
 network trained on many. Only the training set differs between the two networks.
@@ -41,7 +41,7 @@ SPEC: dict[str, Any] = {
         "generalized": _COMMON | {"num_samples": 1024},
     },
 }
-"""What is computed: how many noisy codes a histogram has, and a spec for each network."""
+"""The number of noisy codes in a histogram, and a spec for each network."""
 
 QUICK = SPEC | {"noisy": 50, "cases": {name: case | {"steps": 200} for name, case in SPEC["cases"].items()}}
 

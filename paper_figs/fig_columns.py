@@ -41,14 +41,14 @@ SPEC: dict[str, Any] = {
         "1,024 images": _COMMON | {"num_samples": 1024},
     },
 }
-"""What is computed: the number of columns to show, and a spec for each case."""
+"""The number of columns to show, and a spec for each case."""
 
 QUICK = SPEC | {"cases": {name: case | {"steps": 200} for name, case in SPEC["cases"].items()}}
-"""The same in seconds, to try it out."""
+"""The same figure in seconds, to try it out."""
 
 
 def compute(spec: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Train each case; its largest columns after merging parallel ones, the nearest training rows, and the cosines."""
+    """Train each case and return its largest columns (parallel ones merged), the nearest training rows, and cosines."""
     results: dict[str, list[np.ndarray]] = {"columns": [], "nearest": [], "cosines": [], "norms": []}
     for case in spec["cases"].values():
         trained = train(Spec.from_dict(case))
@@ -74,7 +74,7 @@ def from_run(folder: str | Path) -> dict[str, np.ndarray]:
 
 
 def draw(arrays: Arrays) -> matplotlib.figure.Figure:
-    """Two rows of images a case: columns above, nearest training images below, with cosines."""
+    """Two rows of images for each case: columns above, nearest training images below, with cosines."""
     cases, columns = arrays["cosines"].shape
     figure = plt.figure(figsize=(0.75 * columns + 0.5, 2.0 * cases))
     panels = figure.subfigures(cases, 1, squeeze=False)[:, 0]

@@ -1,4 +1,4 @@
-"""Deep networks some of whose images repeat, along their training: copies, detection, Jacobians, local fits.
+"""Deep networks trained on repeated images, against training time: copies, detection, Jacobians, local fits.
 
 Drawn from a run of ``python -m scaling duplication`` (``--run DIR``), with intervals over its seeds, at its last number
 of copies; or of one seed and one time, from the network of digits that comes with the package.
@@ -33,7 +33,7 @@ SPEC: dict[str, Any] = {
     "steps": 4000,
     "setting": dataclasses.asdict(STANDARD),
 }
-"""A network of the zoo, its images and training time, and how much to examine."""
+"""A network of the zoo, its images, its training time, and the extent of the examination."""
 
 QUICK = SPEC | {
     "setting": dataclasses.asdict(

@@ -1,4 +1,4 @@
-"""Deep networks on more and more images, beside two-layer autoencoders on as many: copies, gap, codes, Jacobian.
+"""Deep networks against the number of training images, beside two-layer autoencoders: copies, gap, codes, Jacobian.
 
 Drawn from a run of ``python -m scaling transition`` (``--run DIR``), with intervals over its seeds; or of one seed,
 from the networks that come with the package, which have no second half to agree with.
@@ -35,7 +35,7 @@ SPEC: dict[str, Any] = {
     "setting": dataclasses.asdict(STANDARD),
     "two_layer": {"width": 64, "penalty": 1e-3, "batch_size": 128, "schedule": "cosine", "steps": 2000, "seeds": 3},
 }
-"""Networks ``digits-N`` of the zoo, how much to examine, and the sweep beside them."""
+"""Networks ``digits-N`` of the zoo, the extent of the examination, and the sweep beside them."""
 
 QUICK = SPEC | {
     "num_samples": (10, 300),

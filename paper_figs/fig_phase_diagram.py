@@ -25,7 +25,7 @@ __all__ = ["QUICK", "SPEC", "SUMMARY", "compute", "draw", "from_run"]
 SUMMARY = "the transition over n and sigma; --run DIR draws a finished sweep"
 
 SPEC: dict[str, Any] = dict(DEMO)
-"""The sweep to compute if no run is given."""
+"""The sweep that is run if no finished one is given."""
 
 QUICK = SPEC | {"num_samples": (2, 16, 128), "sigma": (0.5, 1.5), "steps": 100, "seeds": 2}
 

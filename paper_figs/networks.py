@@ -1,4 +1,4 @@
-"""Networks that figures look into: trained from a spec of one cell, with the rows they saw."""
+"""Networks shown in figures, trained from a spec of one cell, with their training and held-out rows."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ def train(spec: Spec) -> Trained:
 
 
 def image_shape(shape: tuple[int, int, int] | None, dim: int) -> tuple[int, int]:
-    """Height and width to show a row of (height, width, channels) at; a row that is no gray image is a strip."""
+    """Height and width at which a row is shown; a row that is not a gray image is shown as a strip."""
     return shape[:2] if shape is not None and shape[2] == 1 else (1, dim)
