@@ -47,7 +47,7 @@ def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def over_seeds(curves: Arrays) -> dict[str, np.ndarray]:
-    """Means over the seeds of arrays (points, seeds, ...), and their standard errors as ``NAME_se`` if there are several."""
+    """Means over seeds of arrays (points, seeds, ...), and standard errors as ``NAME_se`` if seeds are several."""
     arrays = {name: values.mean(axis=1) for name, values in curves.items()}
     spread = {f"{k}_se": v.std(axis=1, ddof=1) / v.shape[1] ** 0.5 for k, v in curves.items() if v.shape[1] > 1}
     return arrays | spread
