@@ -21,10 +21,10 @@ test: $(VENV)/.test ## the test suite
 	$(BIN)/python $(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/.test ## the tests marked slow
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python $(PYTEST) -m slow
+	FULL_OPTIMIZATION=1 $(BIN)/python $(PYTEST) -m slow
 
 parity: $(VENV)-parity/.parity ## the tests that compare with PyTorch, in an environment of their own
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(VENV)-parity/bin/python $(PYTEST) $(wildcard tests/test_*_parity.py)
+	FULL_OPTIMIZATION=1 $(VENV)-parity/bin/python $(PYTEST) $(wildcard tests/test_*_parity.py)
 
 figures: $(VENV)/.demo ## every figure, into runs/figures
 	$(BIN)/python -m paper_figs all --out runs/figures

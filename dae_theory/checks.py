@@ -85,7 +85,8 @@ def _smallest(value: Any) -> Any:
         return value
     import numpy as np
 
-    return np.min(np.asarray(value), initial=np.inf)
+    array = np.asarray(value)
+    return array.min() if array.size else np.inf
 
 
 def _shown(value: Any) -> str:

@@ -11,8 +11,6 @@ os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_DEBUG_KEY_REUSE"] = "1"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# Most of the suite's time is XLA's: compile fast and run slower. Tests marked `optimized` compile as users do.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # One device, whichever test of a worker is the first to run a command in its process.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -33,13 +31,18 @@ def key(request: pytest.FixtureRequest) -> jax.Array:
     return jax.random.key(zlib.crc32(request.node.name.encode()))
 
 
-@pytest.fixture(autouse=True)
-def _optimization(request: pytest.FixtureRequest):
-    """Compile with XLA's usual optimizations where the marker `optimized` asks for it."""
-    if request.node.get_closest_marker("optimized") is None:
+@pytest.fixture(autouse=True, scope="module")
+def _compilation(request: pytest.FixtureRequest):
+    """Compile deep networks fast, without most of LLVM's optimizations: most of their tests' time is compilation.
+
+    Modules marked `optimized` run long and compile as users do, and so does the theory. ``FULL_OPTIMIZATION=1`` in the
+    environment compiles everything as users do.
+    """
+    deep = request.path.name.startswith("test_scaling_")
+    if not deep or request.node.get_closest_marker("optimized") or os.environ.get("FULL_OPTIMIZATION") == "1":
         yield
         return
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

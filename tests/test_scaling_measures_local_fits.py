@@ -17,6 +17,8 @@ from scaling.measures.local_fits import FITTED, SCORES
 from scaling.measures.relu_fits import fit_relu_dae
 from scaling.training.architectures import network_config, scheduler_config
 
+pytestmark = pytest.mark.optimized
+
 SCHEDULE = from_config(scheduler_config())
 TIMESTEP, TAPS = 200, ("mid_block", "up_blocks.0.resnets.0")
 

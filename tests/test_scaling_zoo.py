@@ -18,6 +18,8 @@ from scaling.training.captions import from_labels
 from scaling.training.run import RECORD, TrainSpec, read_corpus
 from scaling.zoo import packing
 
+pytestmark = pytest.mark.optimized
+
 DETECTED = ("digits", "captioned-digits", "fashion-dit")
 """Models that detectors are scored on."""
 
