@@ -219,6 +219,8 @@ def from_config(config: Mapping[str, Any], method: str | None = None) -> Schedul
     """
     fields = Fields("scheduler", config)
     name = fields.raw("_class_name")
+    # diffusers' Flax classes had the same configurations and steps.
+    name = name.removeprefix("Flax") if isinstance(name, str) else name
     method = _method(name, method)
     try:
         source = json.dumps(dict(config))

@@ -1,0 +1,81 @@
+"""Where a model's files are: a folder on this machine, or a repository on the hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+__all__ = ["Source", "join", "locate"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A folder or a repository; names of files in it have forward slashes."""
+
+    origin: str
+    """What to call it in messages."""
+    fetch: Callable[[str], Path | None]
+    """From a file's name to its path on this machine; None if there is no such file."""
+    weights: tuple[str, ...] | None = None
+    """The weights file, if the path names one."""
+
+
+def locate(path_or_hub_id: str | Path, revision: str | None) -> Source:
+    """The source that a path or a hub id names; ``ValueError`` if it can be neither."""
+    path = Path(path_or_hub_id)
+    if path.is_file():
+        return _beside(path)
+    if path.is_dir():
+        if revision is not None:
+            raise ValueError(f"{path} is a folder: revision={revision!r} is for repositories on the hub.")
+        return Source(str(path), _local(path))
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(path_or_hub_id)):
+        raise ValueError(f"{path_or_hub_id}: neither a folder nor the name of a repository on the hub (owner/name).")
+    return Source(str(path_or_hub_id), _hub(str(path_or_hub_id), revision))
+
+
+def join(folder: str, name: str) -> str:
+    """A name in a folder, either of which may be empty."""
+    return "/".join(part for part in (folder, name) if part)
+
+
+def _beside(weights: Path) -> Source:
+    local = _local(weights.parent)
+
+    def fetch(name: str) -> Path | None:
+        return None if name == "model_index.json" else local(name)
+
+    return Source(str(weights.parent), fetch, (weights.name,))
+
+
+def _local(folder: Path) -> Callable[[str], Path | None]:
+    root = folder.resolve()
+    # In huggingface_hub's cache the files of a snapshot are links to its blobs.
+    roots = [root, *(parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")]
+
+    def fetch(name: str) -> Path | None:
+        path = folder / name
+        if not path.is_file():
+            return None
+        if not any(path.resolve().is_relative_to(allowed) for allowed in roots):
+            raise ValueError(f"{path}: links to {path.resolve()}, outside the model's folder; copy the file there.")
+        return path
+
+    return fetch
+
+
+def _hub(repository: str, revision: str | None) -> Callable[[str], Path | None]:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def fetch(name: str) -> Path | None:
+        try:
+            return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
+        except errors.EntryNotFoundError:
+            return None
+        except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+            raise ValueError(f"{repository}: neither a folder nor reachable on the hub: {error}") from error
+
+    return fetch
