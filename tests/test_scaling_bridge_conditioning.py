@@ -116,6 +116,21 @@ def test_what_a_network_does_not_take_is_refused(pipelines):
         condition_on(text, "a cat")
 
 
+def test_tokens_beyond_the_vocabulary_are_refused(pipelines):
+    pipeline = pipelines["latent"]
+    encoder = pipeline.text_encoders[0]
+    for token in (len(VOCAB), -1):
+        with pytest.raises(ValueError, match=rf"ids must lie in \[0, {len(VOCAB)}\), the vocabulary"):
+            api.encode_text(encoder, ids().at[0, 1].set(token))
+
+    def tokenizer(*_, **__):
+        return {"input_ids": [START, len(VOCAB), END]}
+
+    tokenizer.model_max_length = TOKENS
+    with pytest.raises(ValueError, match="tokenize with this model's own"):
+        condition_on(pipeline._replace(tokenizers=(tokenizer,)), "a cat")
+
+
 def test_sizes_in_pixels(pipelines):
     assert pixel_size(pipelines["pixel"]) == (8, 8)
     assert pixel_size(pipelines["latent"]) == (16, 16)

@@ -238,6 +238,8 @@ def encode_text(
     >>> hidden.shape, pooled.shape
     ((1, 4, 16), (1, 16))
     """
+    # Here, because the forward pass is compiled and cannot refuse values.
+    text.apply.module.check_ids(text.config, ids)
     out = text.apply(text.params, ids)[0]
     return (out.penultimate if penultimate else out.hidden), out.pooled
 
