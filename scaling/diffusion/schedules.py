@@ -204,6 +204,8 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 _IGNORED = frozenset(
     {"disable_corrector", "flow_shift", "predict_x0", "shift_terminal", "solver_p", "tensor_format", "time_shift_type"}
 )
+# Of files of 2022: timesteps in place of those of the method.
+_INERT_IF_NULL = frozenset({"timestep_values"})
 _KNOWN = frozenset().union(*_DEFAULTS.values()) | _IGNORED
 
 
@@ -227,6 +229,8 @@ def from_config(config: Mapping[str, Any], method: str | None = None) -> Schedul
     except (TypeError, ValueError) as error:
         raise ValueError(f"{fields.owner} config: it must hold plain JSON values; {error}.") from error
     for field, value in config.items():
+        if value is None and field in _INERT_IF_NULL:
+            continue
         if not (field in _KNOWN or field.startswith("_")):
             raise fields.refusal(
                 field, value, f"this field is not supported; supported are {', '.join(sorted(_KNOWN))}"
