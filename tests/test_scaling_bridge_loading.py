@@ -1,15 +1,34 @@
 """Loading pipelines: what a model_index.json lists, which class reads which file, where files are looked for."""
 
+import dataclasses
 import json
+import shutil
 
+import huggingface_hub
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from huggingface_hub.errors import EntryNotFoundError
 from networks import network
-from pipelines import DDIM, LATENT, PIXEL, SMALL_VAE, TEXT_XL, save, save_latent, save_pixel, save_xl, text, write
+from pipelines import (
+    DDIM,
+    LATENT,
+    PIXEL,
+    SMALL_DIT,
+    SMALL_VAE,
+    TEXT_XL,
+    save,
+    save_latent,
+    save_pixel,
+    save_xl,
+    text,
+    write,
+)
 
-from scaling import load_pipeline, save_pretrained
+from scaling import load_model, load_pipeline, save_pretrained
 from scaling.bridge.loading import read_checkpoints
+from scaling.models.model import parse_config
 
 
 def change(path, **fields):
@@ -122,3 +141,51 @@ def test_the_index_decides_whether_a_text_encoder_projects(tmp_path):
     save_pretrained(network(text(TEXT_XL, 24)), folder / "text_encoder")
     with pytest.raises(ValueError, match="text_encoder: the weights do not fit.*unexpected: text_projection.weight"):
         load_pipeline(folder)
+
+
+def test_the_hub_gives_the_tokens_of_the_same_folder_on_disk(tmp_path, monkeypatch):
+    repository, cache = save_latent(tmp_path / "repository"), tmp_path / "cache"
+    size = len(json.loads((repository / "tokenizer" / "vocab.json").read_text()))
+    write(repository / "tokenizer" / "added_tokens.json", {"<sks>": size})
+
+    def download(_, name, revision=None):
+        if not (repository / name).is_file():
+            raise EntryNotFoundError(name)
+        (cache / name).parent.mkdir(parents=True, exist_ok=True)
+        return shutil.copy(repository / name, cache / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    (here,), (there,) = load_pipeline(repository).tokenizers, load_pipeline("owner/name").tokenizers
+    assert here("a <sks>")["input_ids"] == there("a <sks>")["input_ids"]
+    assert size in there("a <sks>")["input_ids"]
+
+
+@pytest.mark.parametrize("missing", ["vocab.json", "merges.txt"])
+def test_a_tokenizer_needs_a_vocabulary(missing, tmp_path):
+    folder = save_latent(tmp_path)
+    (folder / "tokenizer" / missing).unlink()
+    with pytest.raises(ValueError, match=r"tokenizer: no vocabulary.*vocab.json and merges.txt, or tokenizer.json"):
+        load_pipeline(folder)
+
+
+@pytest.mark.parametrize("config", [PIXEL, LATENT, SMALL_DIT, SMALL_VAE], ids=lambda config: config["_class_name"])
+def test_averaged_weights_of_training_load(config):
+    average = {"decay": 0.9999, "inv_gamma": 1.0, "min_decay": 0.0, "optimization_step": 100, "power": 2 / 3}
+    average |= {"update_after_step": 0, "use_ema_warmup": True}
+    assert parse_config(config | average) == parse_config(config)
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path):
+    model = network(PIXEL)
+    params = dict(model.params)
+    params["conv_in.bias"] = params["conv_in.bias"].at[jnp.array([1, 3])].set(jnp.array([jnp.nan, jnp.inf], "float32"))
+    save_pretrained(dataclasses.replace(model, params=params), tmp_path)
+    for dtype in (None, "bfloat16"):
+        with pytest.raises(ValueError, match="conv_in.bias has 2 entries that are NaN or infinite"):
+            load_model(tmp_path, dtype=dtype)
+    # Numbers that only the narrower type cannot hold.
+    params["conv_in.bias"] = params["conv_in.bias"].at[jnp.array([1, 3])].set(1e30)
+    save_pretrained(dataclasses.replace(model, params=params), tmp_path)
+    load_model(tmp_path, dtype="bfloat16")
+    with pytest.raises(ValueError, match="conv_in.bias has 2 entries .* as float16.*another dtype"):
+        load_model(tmp_path, dtype="float16")

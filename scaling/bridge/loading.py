@@ -27,7 +27,15 @@ from scaling.models.model import ARCHITECTURES, DENOISERS, Apply, Model, from_co
 __all__ = ["Checkpoint", "Pipeline", "load_model", "load_pipeline", "read_checkpoints"]
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json", "tokenizer.json")
+# All that transformers reads for the ids of a text, on disk and from the hub.
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
 # Tensors that are copied at a time; NumPy releases the GIL while it copies.
 WORKERS = 2
 
@@ -219,7 +227,20 @@ def _load(checkpoint: Checkpoint, dtype: np.dtype | None) -> Model:
     target = _target_dtype(checkpoint.place, stored, dtype)
 
     def converted(name: str) -> np.ndarray:
-        return to_jax(specs[name].kind, stored[name].read(), target)
+        # What overflows is refused just below.
+        with np.errstate(over="ignore"):
+            array = to_jax(specs[name].kind, stored[name].read(), target)
+        if count := array.size - np.count_nonzero(np.isfinite(array)):
+            overflow = np.all(np.isfinite(stored[name].read()))
+            raise ValueError(
+                f"{checkpoint.place}: {name} has {count} entries that are NaN or infinite"
+                + (
+                    f" as {target}; choose another dtype."
+                    if overflow
+                    else "; the file is damaged, or its training failed."
+                )
+            )
+        return array
 
     # In the order of the files, so that each is read from front to back.
     order = sorted(stored, key=lambda name: (str(stored[name].path), stored[name].start))
@@ -310,10 +331,13 @@ def _checked_dtype(dtype: Any) -> np.dtype | None:
 def _tokenizer(source: Source, folder: str) -> Any:
     from transformers import CLIPTokenizer
 
-    files = [path for name in TOKENIZER_FILES if (path := source.fetch(f"{folder}/{name}"))]
-    if not files:
-        raise ValueError(f"{join(source.origin, folder)}: no vocab.json and merges.txt of a CLIP tokenizer.")
-    return CLIPTokenizer.from_pretrained(files[0].parent, local_files_only=True)
+    files = {name: path for name in TOKENIZER_FILES if (path := source.fetch(f"{folder}/{name}"))}
+    if not ({"vocab.json", "merges.txt"} <= files.keys() or "tokenizer.json" in files):
+        raise ValueError(
+            f"{join(source.origin, folder)}: no vocabulary of a CLIP tokenizer; it takes vocab.json and merges.txt, or "
+            "tokenizer.json."
+        )
+    return CLIPTokenizer.from_pretrained(next(iter(files.values())).parent, local_files_only=True)
 
 
 def _pickle_refusal(what: str, place: str, config: Mapping[str, Any] | None) -> str:
