@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+from pathlib import Path
 
 import huggingface_hub
 import jax
@@ -189,3 +191,73 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path):
     load_model(tmp_path, dtype="bfloat16")
     with pytest.raises(ValueError, match="conv_in.bias has 2 entries .* as float16.*another dtype"):
         load_model(tmp_path, dtype="float16")
+
+
+def without_weights(folder, config):
+    """A folder of a configuration alone."""
+    save_pretrained(network(config), folder)
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    return folder
+
+
+def test_conversions_name_the_class_and_another_folder(tmp_path):
+    encoder = without_weights(tmp_path / "encoder", text(TEXT_XL, 24))
+    (encoder / "pytorch_model.bin").touch()
+    command = f'CLIPTextModelWithProjection.from_pretrained("{encoder}", use_safetensors=False)'
+    target = f'.save_pretrained("{encoder}-safetensors")'
+    for path in (encoder, encoder / "pytorch_model.bin"):
+        with pytest.raises(ValueError, match="can run any code") as error:
+            load_model(path)
+        assert f"transformers.{command}{target}" in str(error.value)
+    single = tmp_path / "v1-5.ckpt"
+    single.touch()
+    with pytest.raises(ValueError, match=rf"StableDiffusionPipeline.from_single_file\(.{single}.\).save_pretrained"):
+        load_model(single)
+
+
+def test_no_conversion_is_advised_where_there_is_nothing_to_convert(tmp_path):
+    name = "diffusion_pytorch_model.safetensors"
+    folder = without_weights(tmp_path / "empty", PIXEL)
+    messages = {}
+
+    def refused(case):
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            load_model(folder)
+        messages[case] = str(error.value)
+
+    refused("empty")
+    (folder / name).mkdir()
+    refused("folder")
+    (folder / name).rmdir()
+    os.mkfifo(folder / name)
+    refused("pipe")
+    (folder / name).unlink()
+    (folder / name).symlink_to(folder / name)
+    refused("loop")
+    (folder / name).unlink()
+    (folder / "diffusion_pytorch_model.bin").mkdir()
+    refused("pickle")
+    (folder / "diffusion_pytorch_model.bf16.safetensors").touch()
+    refused("variant")
+    assert not any("python -c" in message for message in messages.values())
+    assert all("not a file, but a folder" in messages[case] for case in ("folder", "pipe", "loop"))
+    assert all("no weights; expected" in messages[case] for case in ("empty", "pickle", "variant"))
+    assert "there are only diffusion_pytorch_model.bf16.safetensors" in messages["variant"]
+
+
+def test_paths_are_not_looked_up_on_the_hub(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: asked.append(1))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    os.mkfifo(tmp_path / "pipe")
+    names = ["runs/unet", "./unet", "~/unet", "/unet", "a/b/c", "a/unet.safetensors", "unet.ckpt", Path("a/b")]
+    for path in names:
+        with pytest.raises(ValueError, match=str(path).removeprefix("./")):
+            load_model(path)
+    for path in (tmp_path / "loop", tmp_path / "pipe"):
+        with pytest.raises(ValueError, match="special file or a link that leads nowhere"):
+            load_model(path)
+    assert not asked

@@ -5,6 +5,7 @@ from . import identity as identity
 from . import latents as latents
 from . import loading as loading
 from . import nnx as nnx
+from . import refusals as refusals
 from . import sources as sources
 from . import weights as weights
 from .conditioning import condition_on as condition_on

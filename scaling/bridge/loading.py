@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from scaling.bridge.components import AUTOENCODERS, Components, plain_class, read_components
+from scaling.bridge.refusals import no_weights
 from scaling.bridge.sources import Source, join, locate
 from scaling.bridge.weights import FLOATS, Tensor, read_header, read_index, read_json
 from scaling.diffusion import schedules
@@ -259,7 +260,8 @@ def _stored(source: Source, folder: str, config: Mapping[str, Any], dtype: np.dt
         weights = half + whole if dtype == np.float16 else whole + half
     first = next((path for name in weights if (path := source.fetch(join(folder, name)))), None)
     if first is None:
-        raise ValueError(_pickle_refusal(f"{place} without {' or '.join(weights)}", place, config))
+        named = plain_class(config.get("_class_name") or config["architectures"][0])
+        raise ValueError(no_weights(place, source.names(folder), weights, named))
     if first.suffix == ".safetensors":
         return read_header(first)
     stored: dict[str, Tensor] = {}
@@ -338,16 +340,6 @@ def _tokenizer(source: Source, folder: str) -> Any:
             "tokenizer.json."
         )
     return CLIPTokenizer.from_pretrained(next(iter(files.values())).parent, local_files_only=True)
-
-
-def _pickle_refusal(what: str, place: str, config: Mapping[str, Any] | None) -> str:
-    named = (config or {}).get("_class_name")
-    library, named = ("diffusers", named) if named else ("transformers", "CLIPTextModel")
-    return (
-        f"{what}: only safetensors weights are read, because .bin, .pt and .ckpt files are pickles, which can run any "
-        f'code when opened. If you trust them, convert once, with PyTorch: python -c "import {library}; {library}.'
-        f'{named}.from_pretrained({place!r}, use_safetensors=False).save_pretrained({place!r})"'
-    )
 
 
 def _some(names: set[str]) -> str:

@@ -7,7 +7,12 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from scaling.bridge.refusals import not_safetensors
+from scaling.bridge.weights import read_json
+
 __all__ = ["Source", "join", "locate"]
+
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +23,8 @@ class Source:
     """What to call it in messages."""
     fetch: Callable[[str], Path | None]
     """From a file's name to its path on this machine; None if there is no such file."""
+    names: Callable[[str], list[str] | None]
+    """The names in a folder of it, for messages; None if they are not known."""
     weights: tuple[str, ...] | None = None
     """The weights file, if the path names one."""
 
@@ -30,10 +37,20 @@ def locate(path_or_hub_id: str | Path, revision: str | None) -> Source:
     if path.is_dir():
         if revision is not None:
             raise ValueError(f"{path} is a folder: revision={revision!r} is for repositories on the hub.")
-        return Source(str(path), _local(path))
+        return Source(str(path), _local(path), _listing(path))
+    text = str(path_or_hub_id)
+    # A name on the hub has at most one slash, and no file of weights is a repository.
+    first = Path(text.split("/")[0])
+    looks_local = text.endswith(SUFFIXES) or isinstance(path_or_hub_id, Path) or ("/" in text and first.is_dir())
+    if looks_local and revision is None:
+        kind = "a special file or a link that leads nowhere" if path.is_symlink() or path.exists() else "no such path"
+        raise ValueError(
+            f"{path}: {kind}; give a folder or a .safetensors file. It is looked up on the hub only with a revision, "
+            "for example main."
+        )
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(path_or_hub_id)):
         raise ValueError(f"{path_or_hub_id}: neither a folder nor the name of a repository on the hub (owner/name).")
-    return Source(str(path_or_hub_id), _hub(str(path_or_hub_id), revision))
+    return Source(text, _hub(text, revision), lambda _: None)
 
 
 def join(folder: str, name: str) -> str:
@@ -43,11 +60,25 @@ def join(folder: str, name: str) -> str:
 
 def _beside(weights: Path) -> Source:
     local = _local(weights.parent)
+    if weights.suffix != ".safetensors":
+        path = local("config.json")
+        config = {} if path is None else read_json(path)
+        listed = config.get("architectures")
+        named = config.get("_class_name") or (listed[0] if isinstance(listed, list) and listed else "")
+        raise ValueError(not_safetensors(weights, named if isinstance(named, str) else ""))
 
     def fetch(name: str) -> Path | None:
         return None if name == "model_index.json" else local(name)
 
-    return Source(str(weights.parent), fetch, (weights.name,))
+    return Source(str(weights.parent), fetch, _listing(weights.parent), (weights.name,))
+
+
+def _listing(root: Path) -> Callable[[str], list[str] | None]:
+    def names(folder: str) -> list[str] | None:
+        path = root / folder
+        return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+
+    return names
 
 
 def _local(folder: Path) -> Callable[[str], Path | None]:
