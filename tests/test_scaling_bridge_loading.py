@@ -30,6 +30,8 @@ from pipelines import (
 
 from scaling import load_model, load_pipeline, save_pretrained
 from scaling.bridge.loading import read_checkpoints
+from scaling.diffusion import schedules
+from scaling.diffusion.solvers import make_solver
 from scaling.models.model import parse_config
 
 
@@ -261,3 +263,50 @@ def test_paths_are_not_looked_up_on_the_hub(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="special file or a link that leads nowhere"):
             load_model(path)
     assert not asked
+
+
+@pytest.mark.parametrize(
+    ("named", "fields", "message"),
+    [
+        (
+            "LCMScheduler",
+            {"original_inference_steps": 50, "timestep_scaling": 10.0},
+            "steps of LCMScheduler.*--sampler",
+        ),
+        ("UniPCMultistepScheduler", {"solver_order": 3}, "steps of UniPCMultistepScheduler are not supported"),
+        ("DDPMScheduler", {"variance_type": "learned_range"}, "variance_type = 'learned_range'"),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type"),
+        ("EulerDiscreteScheduler", {"use_beta_sigmas": True}, "use_beta_sigmas = True"),
+    ],
+)
+def test_steps_that_are_not_supported_are_refused_by_sampling_alone(named, fields, message, tmp_path):
+    folder = save_pixel(tmp_path)
+    change(folder / "scheduler" / "scheduler_config.json", **fields)
+    change(folder / "model_index.json", scheduler=["diffusers", named])
+    schedule = load_pipeline(folder).schedule
+    plain = schedules.from_config({"_class_name": named} | {"num_train_timesteps": 1000}, "ddim")
+    np.testing.assert_array_equal(schedule.alpha_bar, plain.alpha_bar)
+    assert schedule.config["_class_name"] == named
+    with pytest.raises(ValueError, match=message):
+        make_solver(schedule, 5)
+    for chosen in (schedules.with_method(schedule, "ddim"), load_pipeline(folder, method="ddim").schedule):
+        assert chosen.method == "ddim"
+        make_solver(chosen, 5)
+
+
+@pytest.mark.parametrize(
+    ("named", "fields", "message"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, "'FlowMatchEulerDiscreteScheduler' is not supported"),
+        ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}, "use_flow_sigmas = True"),
+        ("DDIMScheduler", {"beta_schedule": "sigmoid"}, "beta_schedule = 'sigmoid'"),
+        ("UniPCMultistepScheduler", {"snr_shift_scale": 3.0}, "snr_shift_scale = 3.0: this field is not supported"),
+        ("CogVideoXDDIMScheduler", {}, "'CogVideoXDDIMScheduler' is not supported"),
+    ],
+)
+def test_another_noise_is_refused_at_loading(named, fields, message, tmp_path):
+    folder = save_pixel(tmp_path)
+    change(folder / "scheduler" / "scheduler_config.json", **fields)
+    change(folder / "model_index.json", scheduler=["diffusers", named])
+    with pytest.raises(ValueError, match=message):
+        load_pipeline(folder)

@@ -112,12 +112,14 @@ def load_pipeline(
     revision: str | None = None,
     *,
     scheduler: str | Path | None = None,
+    method: str | None = None,
 ) -> Pipeline:
     """Load the UNet or transformer, autoencoder, text encoders, tokenizers and scheduler that model_index.json lists.
 
     ``scheduler`` is a scheduler_config.json, or a folder with one, that replaces the pipeline's own; with it, a network
-    without a pipeline loads as a pipeline of that network alone. Safety checkers and feature extractors are not loaded.
-    See :func:`load_model` for the other arguments.
+    without a pipeline loads as a pipeline of that network alone. ``method`` replaces the sampling method of the
+    scheduler's class; without it, a scheduler whose steps are not supported is refused only by sampling. Safety
+    checkers and feature extractors are not loaded. See :func:`load_model` for the other arguments.
 
     >>> import scaling
     >>> pipeline = scaling.load_pipeline(scaling.zoo.folder("captioned-digits"))
@@ -129,7 +131,7 @@ def load_pipeline(
     origin = source.origin
     components = _components(source)
     folders = _folders(source, components)
-    schedule = _schedule(source, components, scheduler)
+    schedule = _schedule(source, components, scheduler, method)
 
     def load(part: str) -> Model:
         return _load(_checkpoint(source, folders[part], dtype, components.networks[part]), dtype)
@@ -178,10 +180,12 @@ def _folders(source: Source, components: Components) -> dict[str, str]:
     return {first: "" if root else first} | {part: part for part in others}
 
 
-def _schedule(source: Source, components: Components, given: str | Path | None) -> schedules.Schedule:
+def _schedule(
+    source: Source, components: Components, given: str | Path | None, method: str | None
+) -> schedules.Schedule:
     if given is not None:
         path = Path(given)
-        return schedules.from_config(read_json(path / "scheduler_config.json" if path.is_dir() else path))
+        return schedules.read(read_json(path / "scheduler_config.json" if path.is_dir() else path), method)
     path = source.fetch("scheduler/scheduler_config.json") or source.fetch("scheduler_config.json")
     if path is None:
         raise ValueError(
@@ -192,7 +196,7 @@ def _schedule(source: Source, components: Components, given: str | Path | None) 
     # As in diffusers, the class that model_index.json names reads the scheduler's file, whatever class wrote it.
     if components.scheduler is not None:
         config["_class_name"] = components.scheduler
-    return schedules.from_config(config)
+    return schedules.read(config, method)
 
 
 def _checkpoint(source: Source, folder: str, dtype: np.dtype | None, named: str = "") -> Checkpoint:
