@@ -43,10 +43,10 @@ def locate(path_or_hub_id: str | Path, revision: str | None) -> Source:
     first = Path(text.split("/")[0])
     looks_local = text.endswith(SUFFIXES) or isinstance(path_or_hub_id, Path) or ("/" in text and first.is_dir())
     if looks_local and revision is None:
-        kind = "a special file or a link that leads nowhere" if path.is_symlink() or path.exists() else "no such path"
+        kind = "a special file or a link that leads nowhere" if path.is_symlink() or path.exists() else "nothing"
         raise ValueError(
-            f"{path}: {kind}; give a folder or a .safetensors file. It is looked up on the hub only with a revision, "
-            "for example main."
+            f"{path}: neither a folder nor a .safetensors file, but {kind}. It is looked up on the hub only with a "
+            "revision, for example main."
         )
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(path_or_hub_id)):
         raise ValueError(f"{path_or_hub_id}: neither a folder nor the name of a repository on the hub (owner/name).")
