@@ -28,11 +28,13 @@ from pipelines import (
     write,
 )
 
-from scaling import load_model, load_pipeline, save_pretrained
+from scaling import as_denoiser, load_model, load_pipeline, save_pretrained
+from scaling.bridge.latents import to_latents
 from scaling.bridge.loading import read_checkpoints
 from scaling.diffusion import schedules
 from scaling.diffusion.solvers import make_solver
 from scaling.models.model import parse_config
+from scaling.models.taps import each_edit
 
 
 def change(path, **fields):
@@ -310,3 +312,25 @@ def test_another_noise_is_refused_at_loading(named, fields, message, tmp_path):
     change(folder / "model_index.json", scheduler=["diffusers", named])
     with pytest.raises(ValueError, match=message):
         load_pipeline(folder)
+
+
+def test_latents_need_sides_that_the_autoencoder_divides():
+    vae = network(SMALL_VAE)
+    for shape in ((1, 3, 15, 16), (1, 3, 16, 1)):
+        with pytest.raises(ValueError, match="resize them to multiples of 2"):
+            to_latents(vae, jnp.zeros(shape, "float32"))
+
+
+def test_a_denoiser_returns_as_many_channels_as_it_takes():
+    schedule = schedules.from_config({"_class_name": "DDIMScheduler"})
+    for channels in (1, 4):
+        denoiser = as_denoiser(network(PIXEL | {"out_channels": channels}), schedule)
+        with pytest.raises(ValueError, match=f"turns 3 channels into {channels}, so it is no denoiser"):
+            denoiser(jnp.zeros((3, 8, 8), "float32"), 0.5)
+
+
+@pytest.mark.parametrize("edit", [0.5, [0.5, 1.0], None, "add", np.zeros(8)], ids=lambda edit: type(edit).__name__)
+def test_what_is_no_edit_is_refused(edit):
+    # Not through Tap or sample, whose types the suite itself checks.
+    with pytest.raises(ValueError, match=r"edit of 'mid_block': it must be an Edit.*write for example"):
+        each_edit("mid_block", edit)

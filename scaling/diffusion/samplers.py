@@ -21,7 +21,7 @@ from scaling.diffusion.noise import noise_at
 from scaling.diffusion.schedules import Schedule, with_method
 from scaling.diffusion.solvers import Bound, Calls, Solver, Table, make_solver
 from scaling.models.model import Condition, Model
-from scaling.models.taps import Edit, Edits
+from scaling.models.taps import Edit, Edits, each_edit
 
 __all__ = ["ModelFn", "Samples", "guided", "reverse", "sample"]
 
@@ -284,7 +284,7 @@ def _joined(halves: tuple[Condition, ...], num: int) -> Condition:
 
 
 def _strengths(name: str, edits: Edit | Sequence[Edit], num_steps: int) -> tuple[Edit, ...]:
-    return tuple(_each_step(name, edit, num_steps) for edit in ([edits] if isinstance(edits, Edit) else edits))
+    return tuple(_each_step(name, edit, num_steps) for edit in each_edit(name, edits))
 
 
 def _each_step(name: str, edit: Edit, num_steps: int) -> Edit:
