@@ -76,10 +76,17 @@ def save_tokenizer(folder):
     write(folder / "tokenizer_config.json", special | {"model_max_length": TOKENS, "tokenizer_class": "CLIPTokenizer"})
 
 
+def class_of(config):
+    """The entry of a network in a model_index.json."""
+    return (
+        ["diffusers", config["_class_name"]] if "_class_name" in config else ["transformers", *config["architectures"]]
+    )
+
+
 def save(folder, parts, scheduler, *, tokenizers=(), **settings):
     """A pipeline's folder of configurations by part; their weights depend on their names alone."""
     folder = Path(folder)
-    index = {part: ["transformers" if "text" in part else "diffusers", "Class"] for part in parts}
+    index = {part: class_of(config) for part, config in parts.items()}
     index |= {name: ["transformers", "CLIPTokenizer"] for name in tokenizers}
     index |= {"scheduler": ["diffusers", scheduler["_class_name"]], "safety_checker": [None, None]}
     write(folder / "model_index.json", {"_class_name": "Pipeline", "_diffusers_version": "0.35.0"} | index | settings)

@@ -116,6 +116,43 @@ def test_what_a_network_does_not_take_is_refused(pipelines):
         condition_on(text, "a cat")
 
 
+def test_the_refiner_of_xl_is_refused(pipelines):
+    refiner = alone(
+        LATENT
+        | {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 4,
+            "cross_attention_dim": 20,
+            "projection_class_embeddings_input_dim": 20 + 5 * 4,
+        }
+    )
+    added = refiner.network.apply.inputs("float32")[1]["added"]
+    assert (added["text_embeds"].shape, added["time_ids"].shape) == ((1, 20), (1, 5))
+    for settings in ({}, {"requires_aesthetics_score": True}):
+        with pytest.raises(ValueError, match="aesthetic score of SDXL's refiner"):
+            condition_on(pipelines["xl"]._replace(network=refiner.network, settings=settings), "a cat")
+    with pytest.raises(ValueError, match="aesthetic score"):
+        condition_on(pipelines["xl"]._replace(settings={"requires_aesthetics_score": True}), "a cat")
+    wide = alone(SDXL | {"projection_class_embeddings_input_dim": 13 + 6 * SDXL["addition_time_embed_dim"]})
+    with pytest.raises(ValueError, match="pooled text has 12 channels, and the network takes 13"):
+        condition_on(pipelines["xl"]._replace(network=wide.network), "a cat")
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(pipelines):
+    pipeline = pipelines["latent"]
+    encoder = pipeline.text_encoders[0]
+    for token in (len(VOCAB), -1):
+        with pytest.raises(ValueError, match=rf"ids must lie in \[0, {len(VOCAB)}\), the vocabulary"):
+            api.encode_text(encoder, ids().at[0, 1].set(token))
+
+    def tokenizer(*_, **__):
+        return {"input_ids": [START, len(VOCAB), END]}
+
+    tokenizer.model_max_length = TOKENS
+    with pytest.raises(ValueError, match="tokenize with this model's own"):
+        condition_on(pipeline._replace(tokenizers=(tokenizer,)), "a cat")
+
+
 def test_sizes_in_pixels(pipelines):
     assert pixel_size(pipelines["pixel"]) == (8, 8)
     assert pixel_size(pipelines["latent"]) == (16, 16)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pipelines import LATENT
 from scheduler_side import DDPM, STABLE, UNET, network, tiny_model
 
 from scaling.diffusion import samplers
@@ -328,3 +329,15 @@ def test_bad_input_is_refused(given, message, key):
     defaults = {"num": 2, "num_steps": 3, "condition": labels(1)}
     with pytest.raises(ValueError, match=message):
         sample(key, classes(), of(), **(defaults | given))
+
+
+def test_a_network_that_embeds_the_guidance_needs_the_embedding(key):
+    model = tiny_model(LATENT | {"time_cond_proj_dim": 8})
+    schedule = from_config({"_class_name": "DDIMScheduler"})
+    context = jnp.zeros((1, 4, 48))
+    with pytest.raises(ValueError, match="guidance scale as an embedding"):
+        sample(key, model, schedule, 1, 2, condition=Condition(context))
+    # Its activations can still be read.
+    model.apply(model.params, jnp.zeros((1, 4, 8, 8)), 5, context)
+    added = {"timestep_cond": jnp.zeros((1, 8))}
+    assert sample(key, model, schedule, 1, 2, condition=Condition(context, None, added)).x.shape == (1, 4, 8, 8)

@@ -118,6 +118,7 @@ def test_other_classes_lend_their_noise_schedule():
         ({"_class_name": ["DDIMScheduler"]}, None, "is not supported"),
         ({}, None, "no _class_name"),
         ({}, "unipc", "method 'unipc' is not known; choose from ddim"),
+        ({"timestep_values": [900, 500]}, "ddim", r"timestep_values = \[900, 500\]: this field is not supported"),
         ({"betas": 3}, "ddim", "betas = 3: this field is not supported"),
         ({"beta_schedule": "sigmoid"}, "ddim", "beta_schedule = 'sigmoid': supported are 'linear'"),
         ({"prediction_type": "flow_prediction"}, "ddim", "prediction_type = 'flow_prediction'"),
@@ -157,6 +158,7 @@ def test_fields_of_other_methods_are_kept_and_have_no_effect():
     fields = [s.__dict__ | {"source": "", "alpha_bar": None} for s in (plain, more)]
     assert fields[0] == fields[1]
     assert not from_config({"clip_sample": None}, "ddim").clip_sample
+    assert from_config({"timestep_values": None}, "ddim").alpha_bar[-1] == from_config({}, "ddim").alpha_bar[-1]
 
 
 VALUES = st.recursive(

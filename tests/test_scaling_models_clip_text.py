@@ -135,7 +135,9 @@ def test_ids_outside_of_the_vocabulary(bad):
     ids = IDS.at[1, 3].set(bad)
     with pytest.raises(ValueError, match=r"ids must lie in \[0, 50\)"):
         clip_text.apply(model.config, model.params, Tap(), ids)
-    hidden, _ = encode_text(model, ids)
+    with pytest.raises(ValueError, match=r"ids must lie in \[0, 50\)"):
+        encode_text(model, ids)
+    hidden = model.apply(model.params, ids)[0].hidden
     # All of that text: attention gives a later token weight 0, and 0 times NaN is NaN.
     assert np.isnan(hidden[1]).all()
     assert np.isfinite(hidden[0]).all()

@@ -90,6 +90,27 @@ def test_attention_of_large_values_is_finite_in_half_precision(key, dtype, chunk
         np.testing.assert_allclose(out.astype("float32"), 1000.0, rtol=2 * float(jnp.finfo(dtype).eps))
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("width", [16, 40, 72, 80, 160])
+@pytest.mark.parametrize("chunk_from", [0, layers.CHUNK_FROM])
+def test_attention_in_half_precision_loses_no_more_than_its_inputs(key, width, chunk_from, causal, monkeypatch):
+    monkeypatch.setattr(layers, "CHUNK_FROM", chunk_from)
+    for dtype, tolerance in (("float16", 3e-4), ("bfloat16", 2e-3)):
+        # Large queries, as in trained networks: one more rounding of the logits would show.
+        scales = (4.0, 1.0, 1.0)
+        q, k, v = (s * draw(jax.random.fold_in(key, i), 2, 64, 2 * width) for i, s in enumerate(scales))
+        q, k, v = (x.astype(dtype) for x in (q, k, v))
+        out = jax.jit(functools.partial(layers.attention, heads=2, causal=causal))(q, k, v)
+        q, k, v = (np.asarray(x.astype("float64")).reshape(2, 64, 2, width) for x in (q, k, v))
+        logits = np.einsum("bthc,bshc->bhts", q, k) / math.sqrt(width)
+        if causal:
+            logits = np.where(np.tri(64, dtype=bool), logits, -np.inf)
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        exact = np.einsum("bhts,bshc->bthc", weights / weights.sum(-1, keepdims=True), v).reshape(2, 64, -1)
+        difference = np.sqrt(np.mean(np.square(np.asarray(out.astype("float64")) - exact)) / np.mean(np.square(exact)))
+        assert difference < tolerance, (dtype, difference)
+
+
 @pytest.mark.parametrize("derivative", [False, True])
 def test_attention_never_holds_more_than_a_chunk_of_the_matrix(derivative):
     tokens, heads, channels = 4096, 8, 40

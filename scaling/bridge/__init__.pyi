@@ -1,9 +1,12 @@
+from . import components as components
 from . import conditioning as conditioning
 from . import export as export
 from . import identity as identity
 from . import latents as latents
 from . import loading as loading
 from . import nnx as nnx
+from . import refusals as refusals
+from . import sources as sources
 from . import weights as weights
 from .conditioning import condition_on as condition_on
 from .conditioning import null_condition as null_condition

@@ -57,8 +57,16 @@ def condition_on(
     context, pooled = _encoded(pipeline, prompt or "", penultimate="added" in takes)
     if "added" not in takes:
         return Condition(context, label)
-    if takes["added"]["time_ids"].shape != (1, SIZES):
-        raise ValueError("the network takes more numbers than SDXL's six sizes; make its Condition in Python.")
+    if pipeline.settings.get("requires_aesthetics_score") or takes["added"]["time_ids"].shape != (1, SIZES):
+        raise ValueError(
+            "the network takes other or more numbers than SDXL's six sizes, for example the aesthetic score of SDXL's "
+            "refiner, which is not supported; make its Condition in Python."
+        )
+    if pooled.shape != takes["added"]["text_embeds"].shape:
+        raise ValueError(
+            f"the pooled text has {pooled.shape[1]} channels, and the network takes "
+            f"{takes['added']['text_embeds'].shape[1]} beside six sizes; the text encoder belongs to another model."
+        )
     height, width = size or pixel_size(pipeline)
     sizes = jnp.asarray([[height, width, 0, 0, height, width]], context.dtype)
     return Condition(context, label, {"text_embeds": pooled, "time_ids": sizes})

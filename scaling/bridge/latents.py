@@ -19,6 +19,12 @@ def to_latents(
     vae: Model, images: Float[Array, "b c h w"], noise: Float[Array, "b z h2 w2"] | None = None
 ) -> Float[Array, "b z h2 w2"]:
     r"""Scaled latents of images in [-1, 1]: the mean of :math:`q(z \mid x)`, or a sample of it given unit ``noise``."""
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if images.ndim == 4 and any(side < 1 or side % factor for side in images.shape[2:]):
+        raise ValueError(
+            f"the autoencoder divides heights and widths by {factor}; got images of shape {images.shape}, so crop or "
+            f"resize them to multiples of {factor}."
+        )
     mean, logvar = vae_encode(_wide(vae), images)
     z = mean if noise is None else mean + jnp.exp(logvar / 2) * noise
     return autoencoder_kl.scale(vae.config, z)

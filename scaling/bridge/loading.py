@@ -8,29 +8,35 @@ converted at a time, so that the peak of memory stays near the size of the model
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scaling.bridge.components import AUTOENCODERS, Components, plain_class, read_components
+from scaling.bridge.refusals import no_weights
+from scaling.bridge.sources import Source, join, locate
 from scaling.bridge.weights import FLOATS, Tensor, read_header, read_index, read_json
 from scaling.diffusion import schedules
 from scaling.models.config import ParamSpec, to_jax
-from scaling.models.model import Apply, Model, from_config, parse_config
+from scaling.models.model import ARCHITECTURES, DENOISERS, Apply, Model, from_config, parse_config
 
 __all__ = ["Checkpoint", "Pipeline", "load_model", "load_pipeline", "read_checkpoints"]
 
-Fetch: TypeAlias = Callable[[str], Path | None]
-"""From a file's name, with forward slashes, to its path on this machine; None if there is no such file."""
-
-DENOISERS = ("unet2d", "unet2d_condition", "dit")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json", "tokenizer.json")
+# All that transformers reads for the ids of a text, on disk and from the hub.
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
 # Tensors that are copied at a time; NumPy releases the GIL while it copies.
 WORKERS = 2
 
@@ -97,8 +103,7 @@ def load_model(
     ((3, 3, 1, 32), 'bfloat16')
     """
     dtype = _checked_dtype(dtype)
-    fetch, origin, weights = _located(path_or_hub_id, revision)
-    return _load(_checkpoint(fetch, origin, subfolder or "", dtype, weights), dtype)
+    return _load(_checkpoint(locate(path_or_hub_id, revision), subfolder or "", dtype), dtype)
 
 
 def load_pipeline(
@@ -107,12 +112,14 @@ def load_pipeline(
     revision: str | None = None,
     *,
     scheduler: str | Path | None = None,
+    method: str | None = None,
 ) -> Pipeline:
     """Load the UNet or transformer, autoencoder, text encoders, tokenizers and scheduler that model_index.json lists.
 
     ``scheduler`` is a scheduler_config.json, or a folder with one, that replaces the pipeline's own; with it, a network
-    without a pipeline loads as a pipeline of that network alone. Safety checkers and feature extractors are not loaded.
-    See :func:`load_model` for the other arguments.
+    without a pipeline loads as a pipeline of that network alone. ``method`` replaces the sampling method of the
+    scheduler's class; without it, a scheduler whose steps are not supported is refused only by sampling. Safety
+    checkers and feature extractors are not loaded. See :func:`load_model` for the other arguments.
 
     >>> import scaling
     >>> pipeline = scaling.load_pipeline(scaling.zoo.folder("captioned-digits"))
@@ -120,31 +127,29 @@ def load_pipeline(
     ('unet2d_condition', 'ddim', 1)
     """
     dtype = _checked_dtype(dtype)
-    fetch, origin, weights = _located(path_or_hub_id, revision)
-    index, parts = _parts(fetch, origin)
-    config = _scheduler(fetch, scheduler)
-    if config is None:
-        raise ValueError(
-            f"{origin}: no scheduler_config.json, so the meaning of its timesteps is unknown; give one with scheduler=."
-        )
-    schedule = schedules.from_config(read_json(config))
+    source = locate(path_or_hub_id, revision)
+    origin = source.origin
+    components = _components(source)
+    folders = _folders(source, components)
+    schedule = _schedule(source, components, scheduler, method)
 
     def load(part: str) -> Model:
-        return _load(_checkpoint(fetch, origin, parts[part], dtype, weights), dtype)
+        return _load(_checkpoint(source, folders[part], dtype, components.networks[part]), dtype)
 
-    network = load(next(iter(parts)))
+    network = load(next(iter(folders)))
     if network.apply.architecture not in DENOISERS:
         raise ValueError(
             f"{origin}: a {network.apply.architecture} model removes no noise; give a UNet or a transformer."
         )
-    encoders = [part for part in parts if part.startswith("text_encoder")]
+    autoencoder = next((part for part in AUTOENCODERS if part in folders), None)
+    encoders = [part for part in folders if part.startswith("text_encoder")]
     return Pipeline(
         network=network,
         schedule=schedule,
-        vae=load("vae") if "vae" in parts else None,
+        vae=load(autoencoder) if autoencoder else None,
         text_encoders=tuple(map(load, encoders)),
-        tokenizers=tuple(_tokenizer(fetch, origin, part.replace("text_encoder", "tokenizer")) for part in encoders),
-        settings={name: value for name, value in index.items() if not (name.startswith("_") or name in parts)},
+        tokenizers=tuple(_tokenizer(source, part.replace("text_encoder", "tokenizer")) for part in encoders),
+        settings=components.settings,
     )
 
 
@@ -153,60 +158,73 @@ def read_checkpoints(path_or_hub_id: str | Path, revision: str | None = None) ->
 
     Checks everything that loading checks but reads no weights. See :func:`load_model` for the arguments.
     """
-    fetch, origin, weights = _located(path_or_hub_id, revision)
-    parts = _parts(fetch, origin)[1]
-    return {part: _checkpoint(fetch, origin, folder, None, weights) for part, folder in parts.items()}
+    source = locate(path_or_hub_id, revision)
+    components = _components(source)
+    return {
+        part: _checkpoint(source, folder, None, components.networks[part])
+        for part, folder in _folders(source, components).items()
+    }
 
 
-def _parts(fetch: Fetch, origin: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The content of model_index.json and the folder of each network; without that file, the network at the root."""
-    path = fetch("model_index.json")
-    if path is None:
-        return {}, {"model": ""}
-    index = read_json(path)
-    listed = {name for name, value in index.items() if isinstance(value, list) and any(value)}
-    networks = sorted(listed & {"unet", "transformer"})
-    if len(networks) != 1:
-        raise ValueError(f"{origin}: a pipeline needs either a unet or a transformer; it has {sorted(listed)}.")
+def _components(source: Source) -> Components:
+    """The pipeline's components; without a model_index.json, the network at the root, whose class is not named."""
+    path = source.fetch("model_index.json")
+    return Components({"model": ""}, None, {}) if path is None else read_components(source.origin, read_json(path))
+
+
+def _folders(source: Source, components: Components) -> dict[str, str]:
+    """The folder of each network."""
+    first, *others = components.networks
     # Early pipelines of one network have its files at the root.
-    folder = networks[0] if fetch(f"{networks[0]}/config.json") else ""
-    others = [part for part in ("vae", "text_encoder", "text_encoder_2") if part in listed]
-    return index, {networks[0]: folder} | {part: part for part in others}
+    root = first == "model" or source.fetch(f"{first}/config.json") is None
+    return {first: "" if root else first} | {part: part for part in others}
 
 
-def _scheduler(fetch: Fetch, given: str | Path | None) -> Path | None:
-    if given is None:
-        return fetch("scheduler/scheduler_config.json") or fetch("scheduler_config.json")
-    given = Path(given)
-    return given / "scheduler_config.json" if given.is_dir() else given
+def _schedule(
+    source: Source, components: Components, given: str | Path | None, method: str | None
+) -> schedules.Schedule:
+    if given is not None:
+        path = Path(given)
+        return schedules.read(read_json(path / "scheduler_config.json" if path.is_dir() else path), method)
+    path = source.fetch("scheduler/scheduler_config.json") or source.fetch("scheduler_config.json")
+    if path is None:
+        raise ValueError(
+            f"{source.origin}: no scheduler_config.json, so the meaning of its timesteps is unknown; give one with "
+            "scheduler=."
+        )
+    config = read_json(path)
+    # As in diffusers, the class that model_index.json names reads the scheduler's file, whatever class wrote it.
+    if components.scheduler is not None:
+        config["_class_name"] = components.scheduler
+    return schedules.read(config, method)
 
 
-def _located(path_or_hub_id: str | Path, revision: str | None) -> tuple[Fetch, str, list[str] | None]:
-    """How to fetch files, what to call their location in messages, and the weights file if the path names one."""
-    single = Path(path_or_hub_id)
-    if not single.is_file():
-        return _source(path_or_hub_id, revision), str(path_or_hub_id), None
-    if single.suffix != ".safetensors":
-        raise ValueError(_pickle_refusal(single.name, str(single.parent), None))
-
-    def fetch(name: str) -> Path | None:
-        return None if name == "model_index.json" else _local(single.parent)(name)
-
-    return fetch, str(single.parent), [single.name]
-
-
-def _checkpoint(
-    fetch: Fetch, origin: str, folder: str, dtype: np.dtype | None, weights: list[str] | None
-) -> Checkpoint:
-    place = _join(origin, folder)
-    config_path = fetch(_join(folder, "config.json"))
+def _checkpoint(source: Source, folder: str, dtype: np.dtype | None, named: str = "") -> Checkpoint:
+    place = join(source.origin, folder)
+    config_path = source.fetch(join(folder, "config.json"))
     if config_path is None:
         raise ValueError(f"{place}: no config.json here, nor in the cache; give subfolder= if the model is in one.")
-    config = read_json(config_path)
+    config = _of_class(place, read_json(config_path), named)
     apply = parse_config(config)
-    stored = _by_parameter(apply, _stored(fetch, place, folder, config, dtype, weights))
+    stored = _by_parameter(apply, _stored(source, folder, config, dtype))
     _check(place, apply.parameters(), stored)
     return Checkpoint(place, config, apply, stored)
+
+
+def _of_class(place: str, config: dict[str, Any], named: str) -> dict[str, Any]:
+    """The configuration as the class reads it that model_index.json names, if it names one."""
+    listed = config.get("architectures")
+    own = config.get("_class_name") or (listed[0] if isinstance(listed, list) and len(listed) == 1 else None)
+    if not named or own == named:
+        return config
+    known = ARCHITECTURES.get(plain_class(own)) if isinstance(own, str) else None
+    if known not in (None, ARCHITECTURES[named]):
+        raise ValueError(
+            f"{place}: model_index.json says {named}, config.json says {own}; one of them belongs to other weights."
+        )
+    if named.startswith("CLIP"):
+        return config | {"architectures": [named]}
+    return config if own is not None else config | {"_class_name": named}
 
 
 def _load(checkpoint: Checkpoint, dtype: np.dtype | None) -> Model:
@@ -214,7 +232,20 @@ def _load(checkpoint: Checkpoint, dtype: np.dtype | None) -> Model:
     target = _target_dtype(checkpoint.place, stored, dtype)
 
     def converted(name: str) -> np.ndarray:
-        return to_jax(specs[name].kind, stored[name].read(), target)
+        # What overflows is refused just below.
+        with np.errstate(over="ignore"):
+            array = to_jax(specs[name].kind, stored[name].read(), target)
+        if count := array.size - np.count_nonzero(np.isfinite(array)):
+            overflow = np.all(np.isfinite(stored[name].read()))
+            raise ValueError(
+                f"{checkpoint.place}: {name} has {count} entries that are NaN or infinite"
+                + (
+                    f" as {target}; choose another dtype."
+                    if overflow
+                    else "; the file is damaged, or its training failed."
+                )
+            )
+        return array
 
     # In the order of the files, so that each is read from front to back.
     order = sorted(stored, key=lambda name: (str(stored[name].path), stored[name].start))
@@ -224,22 +255,22 @@ def _load(checkpoint: Checkpoint, dtype: np.dtype | None) -> Model:
     return from_config(checkpoint.config, {name: params[name] for name in specs})
 
 
-def _stored(
-    fetch: Fetch, place: str, folder: str, config: Mapping[str, Any], dtype: np.dtype | None, weights: list[str] | None
-) -> dict[str, Tensor]:
+def _stored(source: Source, folder: str, config: Mapping[str, Any], dtype: np.dtype | None) -> dict[str, Tensor]:
+    place, weights = join(source.origin, folder), source.weights
     if weights is None:
         stem = "diffusion_pytorch_model" if "_class_name" in config else "model"
-        whole = [f"{stem}.safetensors", f"{stem}.safetensors.index.json"]
-        half = [f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json"]
+        whole = (f"{stem}.safetensors", f"{stem}.safetensors.index.json")
+        half = (f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json")
         weights = half + whole if dtype == np.float16 else whole + half
-    first = next((path for name in weights if (path := fetch(_join(folder, name)))), None)
+    first = next((path for name in weights if (path := source.fetch(join(folder, name)))), None)
     if first is None:
-        raise ValueError(_pickle_refusal(f"{place} without {' or '.join(weights)}", place, config))
+        named = plain_class(config.get("_class_name") or config["architectures"][0])
+        raise ValueError(no_weights(place, source.names(folder), weights, named))
     if first.suffix == ".safetensors":
         return read_header(first)
     stored: dict[str, Tensor] = {}
     for file, names in read_index(first).items():
-        path = fetch(_join(folder, file))
+        path = source.fetch(join(folder, file))
         if path is None:
             raise ValueError(f"{first}: its shard {file} is missing.")
         header = read_header(path)
@@ -303,69 +334,16 @@ def _checked_dtype(dtype: Any) -> np.dtype | None:
     return checked
 
 
-def _source(path_or_hub_id: str | Path, revision: str | None) -> Fetch:
-    path = Path(path_or_hub_id)
-    if path.is_dir():
-        if revision is not None:
-            raise ValueError(f"{path} is a folder: revision={revision!r} is for repositories on the hub.")
-        return _local(path)
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(path_or_hub_id)):
-        raise ValueError(f"{path_or_hub_id}: neither a folder nor the name of a repository on the hub (owner/name).")
-    return _hub(str(path_or_hub_id), revision)
-
-
-def _local(folder: Path) -> Fetch:
-    root = folder.resolve()
-    # In huggingface_hub's cache the files of a snapshot are links to its blobs.
-    roots = [root, *(parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")]
-
-    def fetch(name: str) -> Path | None:
-        path = folder / name
-        if not path.is_file():
-            return None
-        if not any(path.resolve().is_relative_to(allowed) for allowed in roots):
-            raise ValueError(f"{path}: links to {path.resolve()}, outside the model's folder; copy the file there.")
-        return path
-
-    return fetch
-
-
-def _hub(repository: str, revision: str | None) -> Fetch:
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    def fetch(name: str) -> Path | None:
-        try:
-            return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
-        except errors.EntryNotFoundError:
-            return None
-        except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-            raise ValueError(f"{repository}: neither a folder nor reachable on the hub: {error}") from error
-
-    return fetch
-
-
-def _tokenizer(fetch: Fetch, origin: str, folder: str) -> Any:
+def _tokenizer(source: Source, folder: str) -> Any:
     from transformers import CLIPTokenizer
 
-    files = [path for name in TOKENIZER_FILES if (path := fetch(f"{folder}/{name}"))]
-    if not files:
-        raise ValueError(f"{_join(origin, folder)}: no vocab.json and merges.txt of a CLIP tokenizer.")
-    return CLIPTokenizer.from_pretrained(files[0].parent, local_files_only=True)
-
-
-def _pickle_refusal(what: str, place: str, config: Mapping[str, Any] | None) -> str:
-    named = (config or {}).get("_class_name")
-    library, named = ("diffusers", named) if named else ("transformers", "CLIPTextModel")
-    return (
-        f"{what}: only safetensors weights are read, because .bin, .pt and .ckpt files are pickles, which can run any "
-        f'code when opened. If you trust them, convert once, with PyTorch: python -c "import {library}; {library}.'
-        f'{named}.from_pretrained({place!r}, use_safetensors=False).save_pretrained({place!r})"'
-    )
-
-
-def _join(folder: str, name: str) -> str:
-    return "/".join(part for part in (folder, name) if part)
+    files = {name: path for name in TOKENIZER_FILES if (path := source.fetch(f"{folder}/{name}"))}
+    if not ({"vocab.json", "merges.txt"} <= files.keys() or "tokenizer.json" in files):
+        raise ValueError(
+            f"{join(source.origin, folder)}: no vocabulary of a CLIP tokenizer; it takes vocab.json and merges.txt, or "
+            "tokenizer.json."
+        )
+    return CLIPTokenizer.from_pretrained(next(iter(files.values())).parent, local_files_only=True)
 
 
 def _some(names: set[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias, get_args
 
-__all__ = ["BETA_SCHEDULES", "METHODS", "PREDICTIONS", "Method", "Prediction"]
+__all__ = ["BETA_SCHEDULES", "METHODS", "OTHER_CLASSES", "PREDICTIONS", "Method", "Prediction"]
 
 Method: TypeAlias = Literal["ddim", "ddpm", "pndm", "euler", "heun", "dpmsolver++"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -16,3 +16,22 @@ PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 """How the betas of a noise schedule run from the first timestep to the last."""
+
+OTHER_CLASSES = (
+    "DDIMInverseScheduler",
+    "DDIMParallelScheduler",
+    "DDPMParallelScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "SASolverScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+)
+"""Classes with the same noise schedules but other steps; any method of :data:`METHODS` samples their models."""

@@ -135,6 +135,11 @@ def as_denoiser(
     def network(x: Array, t: Array) -> Array:
         image = x.reshape(example.shape if x.ndim == 1 else (1, *x.shape))
         out, _ = model.apply(model.params, image, t, context=context, class_labels=class_labels, added=added)
+        if out.shape[1] not in (image.shape[1], 2 * image.shape[1]):
+            raise ValueError(
+                f"the network turns {image.shape[1]} channels into {out.shape[1]}, so it is no denoiser of its input; "
+                "give a network with equally many, or twice as many if it predicts a variance."
+            )
         return out[:, : image.shape[1]].reshape(x.shape)
 
     return to_denoiser(network, schedule)

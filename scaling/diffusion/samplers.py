@@ -21,7 +21,7 @@ from scaling.diffusion.noise import noise_at
 from scaling.diffusion.schedules import Schedule, with_method
 from scaling.diffusion.solvers import Bound, Calls, Solver, Table, make_solver
 from scaling.models.model import Condition, Model
-from scaling.models.taps import Edit, Edits
+from scaling.models.taps import Edit, Edits, each_edit
 
 __all__ = ["ModelFn", "Samples", "guided", "reverse", "sample"]
 
@@ -151,7 +151,8 @@ def sample(
 
     Compiles once per model architecture, shapes, number of calls and set of taps; other keys, schedules, conditions,
     guidance, and values and strengths of edits do not recompile. Raises ``ValueError`` if only one of ``guidance`` and
-    ``unconditional`` is given, and for a strength whose length is not ``num_steps``.
+    ``unconditional`` is given, for a strength whose length is not ``num_steps``, and for a network that embeds the
+    guidance scale if ``condition`` has no such embedding.
 
     Args:
         key: item i draws its noise from ``fold_in(key, first + i)``.
@@ -186,6 +187,7 @@ def sample(
     if (guidance is None) != (unconditional is None):
         raise ValueError("guidance and unconditional go together: give both, or neither.")
     condition = condition or Condition()
+    _check_guidance_embedding(model, condition)
     halves = (condition,) if unconditional is None else (unconditional, condition)
     shape = (num, *_image_shape(model, size))
     strengths = {name: _strengths(name, edit, num_steps) for name, edit in (edits or {}).items()}
@@ -218,6 +220,14 @@ def _sample(
     return reverse(
         key, model_fn, solver, shape, guidance=guidance, init=init, first=first, trajectory=trajectory, has_aux=True
     )
+
+
+def _check_guidance_embedding(model: Model, condition: Condition) -> None:
+    if getattr(model.config, "time_condition", None) and "timestep_cond" not in (condition.added or {}):
+        raise ValueError(
+            "the network takes the guidance scale as an embedding (time_cond_proj_dim, as in latent consistency "
+            "models), and its samples are wrong without; give it as added['timestep_cond'] of the Condition, in Python."
+        )
 
 
 def _cast(table: ArrayLike, dtype: DTypeLike) -> Array:
@@ -274,7 +284,7 @@ def _joined(halves: tuple[Condition, ...], num: int) -> Condition:
 
 
 def _strengths(name: str, edits: Edit | Sequence[Edit], num_steps: int) -> tuple[Edit, ...]:
-    return tuple(_each_step(name, edit, num_steps) for edit in ([edits] if isinstance(edits, Edit) else edits))
+    return tuple(_each_step(name, edit, num_steps) for edit in each_edit(name, edits))
 
 
 def _each_step(name: str, edit: Edit, num_steps: int) -> Edit:

@@ -30,7 +30,7 @@ from jaxtyping import Array, ArrayLike, Float, Float64
 
 from dae_theory.checks import is_concrete
 from dae_theory.types import Scalar
-from scaling.diffusion.choices import BETA_SCHEDULES, METHODS, PREDICTIONS, Method, Prediction
+from scaling.diffusion.choices import BETA_SCHEDULES, METHODS, OTHER_CLASSES, PREDICTIONS, Method, Prediction
 from scaling.models.config import Fields
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "Schedule",
     "add_noise",
     "from_config",
+    "read",
     "sigma_to_timestep",
     "target",
     "timestep_to_sigma",
@@ -57,17 +58,6 @@ CLASSES: dict[str, Method] = {
 }
 """Methods by diffusers' scheduler class, for those whose steps are reproduced."""
 
-OTHER_CLASSES = (
-    "DEISMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "UniPCMultistepScheduler",
-)
-"""Classes with the same noise schedules but other steps; their models can be sampled by any method of METHODS."""
-
 MAX_TIMESTEPS = 1_000_000
 # diffusers' substitute for ᾱ = 0, where σ would be infinite.
 TINY_ALPHA_BAR = 2.0**-24
@@ -82,7 +72,8 @@ class Schedule:
     use has the default below, which has no effect. ``source`` is the file's content, unused fields included.
     """
 
-    method: Method
+    method: Method | None
+    """None if the file's class or settings ask for steps that are not supported; see ``refusal``."""
     source: str
     num_train_timesteps: int
     beta_schedule: str
@@ -112,6 +103,8 @@ class Schedule:
     lower_order_final: bool = True
     euler_at_final: bool = False
     lambda_min_clipped: float = -math.inf
+    refusal: str = ""
+    """Why it cannot be sampled without another method."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -180,9 +173,12 @@ _DEFAULTS: dict[Method, dict[str, Any]] = {
 # Betas belong to the model, not to the sampling method, so their defaults depend on the file's class.
 _BETAS_OF_KARRAS = {"beta_start": 0.00085, "beta_end": 0.012}
 _NOISE_OF_CLASS = {
+    "DPMSolverSDEScheduler": _BETAS_OF_KARRAS,
     "HeunDiscreteScheduler": _BETAS_OF_KARRAS,
     "KDPM2AncestralDiscreteScheduler": _BETAS_OF_KARRAS,
     "KDPM2DiscreteScheduler": _BETAS_OF_KARRAS,
+    "LCMScheduler": _BETAS_OF_KARRAS | {"beta_schedule": "scaled_linear"},
+    "TCDScheduler": _BETAS_OF_KARRAS | {"beta_schedule": "scaled_linear"},
 }
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "beta_schedule": BETA_SCHEDULES,
@@ -204,7 +200,24 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 _IGNORED = frozenset(
     {"disable_corrector", "flow_shift", "predict_x0", "shift_terminal", "solver_p", "tensor_format", "time_shift_type"}
 )
-_KNOWN = frozenset().union(*_DEFAULTS.values()) | _IGNORED
+# Fields of the steps, whatever their values; use_flow_sigmas and use_dynamic_shifting would change the noise itself.
+_OF_OTHER_STEPS = {
+    "corrector_order",
+    "noise_sampler_seed",
+    "original_inference_steps",
+    "predictor_order",
+    "tau_func",
+    "timestep_scaling",
+    "timestep_values",
+}
+_STEPS = (frozenset().union(*_DEFAULTS.values()) | _IGNORED | _OF_OTHER_STEPS) - {
+    *_NOISE,
+    "use_flow_sigmas",
+    "use_dynamic_shifting",
+}
+# Of files of 2022: timesteps in place of those of the method.
+_INERT_IF_NULL = frozenset({"timestep_values"})
+_KNOWN = frozenset().union(*_DEFAULTS.values()) | _IGNORED | (_OF_OTHER_STEPS - _INERT_IF_NULL)
 
 
 def from_config(config: Mapping[str, Any], method: str | None = None) -> Schedule:
@@ -219,12 +232,16 @@ def from_config(config: Mapping[str, Any], method: str | None = None) -> Schedul
     """
     fields = Fields("scheduler", config)
     name = fields.raw("_class_name")
+    # diffusers' Flax classes had the same configurations and steps.
+    name = name.removeprefix("Flax") if isinstance(name, str) else name
     method = _method(name, method)
     try:
         source = json.dumps(dict(config))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{fields.owner} config: it must hold plain JSON values; {error}.") from error
     for field, value in config.items():
+        if value is None and field in _INERT_IF_NULL:
+            continue
         if not (field in _KNOWN or field.startswith("_")):
             raise fields.refusal(
                 field, value, f"this field is not supported; supported are {', '.join(sorted(_KNOWN))}"
@@ -242,9 +259,28 @@ def from_config(config: Mapping[str, Any], method: str | None = None) -> Schedul
     return schedule
 
 
+def read(config: Mapping[str, Any], method: str | None = None) -> Schedule:
+    """Like :func:`from_config`, but steps that are not supported are refused only when it comes to sampling.
+
+    Adding noise, reading activations and denoising need the noise schedule alone; it is read as strictly.
+    """
+    name = str(config.get("_class_name")).removeprefix("Flax")
+    for field in ("use_flow_sigmas", "use_dynamic_shifting"):
+        if config.get(field) and not (name in CLASSES and field not in _DEFAULTS[CLASSES[name]]):
+            raise Fields("scheduler", config).refusal(field, config[field], "noise of flow matching is not supported")
+    try:
+        return from_config(config, method)
+    except ValueError as error:
+        if method is not None:
+            raise
+        refusal = str(error)
+    schedule = from_config({field: value for field, value in config.items() if field not in _STEPS}, "ddim")
+    return dataclasses.replace(schedule, method=None, source=json.dumps(dict(config)), refusal=refusal)
+
+
 def with_method(schedule: Schedule, method: str | None) -> Schedule:
     """The same noise schedule with another sampling method; None keeps the method."""
-    return schedule if method in (None, schedule.method) else from_config(schedule.config, method)
+    return schedule if method is None or method == schedule.method else from_config(schedule.config, method)
 
 
 def add_noise(
@@ -290,7 +326,9 @@ def _method(name: object, method: str | None) -> Method:
         if method is not None:
             return method
         problem = "the config has no _class_name" if name is None else f"the steps of {name} are not supported"
-        raise ValueError(f"{problem}; choose how to sample its noise schedule: method= one of {', '.join(METHODS)}.")
+        raise ValueError(
+            f"{problem}; choose how to sample its noise schedule: method= one of {', '.join(METHODS)} (--sampler)."
+        )
     raise ValueError(f"scheduler {name!r} is not supported; supported are {', '.join((*CLASSES, *OTHER_CLASSES))}.")
 
 

@@ -79,6 +79,8 @@ def make_solver(schedule: Schedule, num_steps: int, *, eta: float = 0.0) -> Solv
     PNDM cannot start, at a signal power of 0; a ``steps_offset`` can lead past the last timestep; PNDM's Runge-Kutta
     start needs four steps.
     """
+    if schedule.method is None:
+        raise ValueError(schedule.refusal)
     check_integer("num_steps", num_steps, minimum=1, maximum=schedule.num_train_timesteps)
     check_nonnegative("eta", eta)
     if eta > 1 or (eta != 0 and schedule.method != "ddim"):

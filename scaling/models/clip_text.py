@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from dae_theory.checks import is_concrete
 from scaling.models.blocks_clip import ClipStyle, clip_encoder, clip_encoder_specs, clip_key, clip_style
@@ -26,7 +26,7 @@ from scaling.models.config import Fields
 from scaling.models.layers import Params, Specs, embedding_specs, layer_norm, linear, linear_specs, norm_specs
 from scaling.models.taps import Tap
 
-__all__ = ["Config", "TextOutput", "apply", "inputs", "parameters", "parse", "pooled_position", "rename"]
+__all__ = ["Config", "TextOutput", "apply", "check_ids", "inputs", "parameters", "parse", "pooled_position", "rename"]
 
 PREFIX = "text_model"
 MAX_VOCABULARY = 1 << 20
@@ -115,8 +115,7 @@ def apply(config: Config, params: Params, tap: Tap, ids: Int[Array, "b t"]) -> T
         raise ValueError(
             f"ids have {ids.shape[1]} tokens, the model has positions for {config.positions}; truncate the text."
         )
-    if is_concrete(ids) and not np.all((np.asarray(ids) >= 0) & (np.asarray(ids) < config.vocabulary)):
-        raise ValueError(f"ids must lie in [0, {config.vocabulary}), the vocabulary; tokenize with this model's own.")
+    check_ids(config, ids)
     tokens = params[f"{PREFIX}.embeddings.token_embedding.weight"]
     # Otherwise a negative id would count from the end.
     ids_or_out = jnp.where(ids < 0, config.vocabulary, ids)
@@ -129,6 +128,12 @@ def apply(config: Config, params: Params, tap: Tap, ids: Int[Array, "b t"]) -> T
     if config.projection:
         pooled = linear(params, tap, "text_projection", pooled)
     return TextOutput(hidden, penultimate, pooled)
+
+
+def check_ids(config: Config, ids: Int[ArrayLike, "b t"]) -> None:
+    """Raise ``ValueError`` for concrete ids outside of the vocabulary, which would give NaN."""
+    if is_concrete(ids) and not np.all((np.asarray(ids) >= 0) & (np.asarray(ids) < config.vocabulary)):
+        raise ValueError(f"ids must lie in [0, {config.vocabulary}), the vocabulary; tokenize with this model's own.")
 
 
 def pooled_position(config: Config, ids: Int[Array, "b t"]) -> Int[Array, " b"]:

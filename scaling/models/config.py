@@ -81,9 +81,14 @@ return_dict_in_generate sep_token_id suppress_tokens task_specific_params temper
 tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torch_dtype torchscript transformers_version
 typical_p use_bfloat16
 """
+# What diffusers' EMAModel adds to the configuration of averaged weights.
+_AVERAGE = frozenset(
+    {"decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup"}
+)
 NO_EFFECT: dict[str, frozenset[str]] = {
-    "UNet2DModel": frozenset({"dropout", "num_train_timesteps"}),
-    "UNet2DConditionModel": frozenset(
+    "UNet2DModel": _AVERAGE | frozenset({"dropout", "num_train_timesteps"}),
+    "UNet2DConditionModel": _AVERAGE
+    | frozenset(
         {
             "dropout",
             # Softmax is always computed in float32 here.
@@ -96,9 +101,9 @@ NO_EFFECT: dict[str, frozenset[str]] = {
             "resnet_skip_time_act",
         }
     ),
-    "DiTTransformer2DModel": frozenset({"dropout", "norm_num_groups", "upcast_attention"}),
+    "DiTTransformer2DModel": _AVERAGE | frozenset({"dropout", "norm_num_groups", "upcast_attention"}),
     # The caller scales latents; sample_size affects tiling only.
-    "AutoencoderKL": frozenset({"force_upcast", "sample_size"}),
+    "AutoencoderKL": _AVERAGE | frozenset({"force_upcast", "sample_size"}),
     "CLIPModel": frozenset({*_TRANSFORMERS.split(), "logit_scale_init_value"}),
     "CLIPTextModel": frozenset(_TRANSFORMERS.split()),
     "CLIPVisionModel": frozenset(_TRANSFORMERS.split()),

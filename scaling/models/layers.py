@@ -256,8 +256,11 @@ def _mix(
     q: Float[Array, "*n t d"], k: Float[Array, "*n s d"], v: Float[Array, "*n s d"], positions: Int[Array, " t"] | None
 ) -> Float[Array, "*n t d"]:
     """Attention of queries q; with ``positions``, each query sees only the keys up to its own position."""
-    wide = widened(q).dtype
-    logits = jnp.matmul(q.shape[-1] ** -0.5 * q, jnp.swapaxes(k, -1, -2), preferred_element_type=wide)
+    wide, scale = widened(q).dtype, q.shape[-1] ** -0.5
+    # In half precision, scaled queries would be rounded once more; otherwise they are the smaller array to scale.
+    exact = q.dtype == wide
+    logits = jnp.matmul(scale * q if exact else q, jnp.swapaxes(k, -1, -2), preferred_element_type=wide)
+    logits = logits if exact else scale * logits
     if positions is not None:
         seen = jnp.arange(k.shape[-2])[None, :] <= positions[:, None]
         logits = jnp.where(jnp.broadcast_to(seen, logits.shape), logits, -jnp.inf)

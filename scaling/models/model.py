@@ -26,6 +26,7 @@ from scaling.models.taps import Edits, Tap
 
 __all__ = [
     "ARCHITECTURES",
+    "DENOISERS",
     "Apply",
     "Condition",
     "Model",
@@ -50,6 +51,9 @@ ARCHITECTURES = {
     "CLIPModel": "clip",
 }
 """Modules of :mod:`scaling.models` by the class that a config.json names."""
+
+DENOISERS = ("unet2d", "unet2d_condition", "dit")
+"""Architectures that remove noise."""
 
 
 class Condition(NamedTuple):
@@ -181,12 +185,14 @@ def parse_config(config: Mapping[str, Any]) -> Apply:
     """The network that a config.json's fields describe; ``ValueError`` names an unsupported class or field."""
     listed = config.get("architectures")
     named = config.get("_class_name") or (listed[0] if isinstance(listed, list) and len(listed) == 1 else None)
-    if not isinstance(named, str) or named not in ARCHITECTURES:
+    # diffusers' Flax classes had the same configurations.
+    plain = named.removeprefix("Flax") if isinstance(named, str) else None
+    if plain not in ARCHITECTURES:
         raise ValueError(
             f"config: class {named!r} (_class_name or architectures) is not supported; supported are "
             f"{', '.join(ARCHITECTURES)}."
         )
-    apply = Apply(ARCHITECTURES[named], None)
+    apply = Apply(ARCHITECTURES[plain], None)
     return dataclasses.replace(apply, config=apply.module.parse(config))
 
 
@@ -222,6 +228,8 @@ def encode_text(
 ) -> tuple[Float[Array, "b t c"], Float[Array, "b p"]]:
     """States of all tokens, and the pooled vector; ``penultimate`` returns the states before the last layer (SDXL).
 
+    Raises ``ValueError`` for ids outside of the vocabulary.
+
     >>> import jax, jax.numpy as jnp, scaling
     >>> config = {"architectures": ["CLIPTextModel"], "vocab_size": 50, "hidden_size": 16, "intermediate_size": 32}
     >>> config |= {"num_hidden_layers": 1, "num_attention_heads": 2, "eos_token_id": 49}
@@ -230,6 +238,8 @@ def encode_text(
     >>> hidden.shape, pooled.shape
     ((1, 4, 16), (1, 16))
     """
+    # Here, because the forward pass is compiled and cannot refuse values.
+    text.apply.module.check_ids(text.config, ids)
     out = text.apply(text.params, ids)[0]
     return (out.penultimate if penultimate else out.hidden), out.pooled
 

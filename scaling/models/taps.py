@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, ArrayLike
 
-__all__ = ["Edit", "Edits", "Kind", "Tap", "check_names", "check_order", "names"]
+__all__ = ["Edit", "Edits", "Kind", "Tap", "check_names", "check_order", "each_edit", "names"]
 
 Kind: TypeAlias = Literal["add", "scale", "replace", "project_out"]
 
@@ -66,7 +66,7 @@ class Tap:
         if isinstance(capture, str):
             raise ValueError(f"capture must be a sequence of names, got the string {capture!r}; write ({capture!r},).")
         self.capture = tuple(capture)
-        self.edits = {name: (edit,) if isinstance(edit, Edit) else tuple(edit) for name, edit in (edits or {}).items()}
+        self.edits = {name: each_edit(name, several) for name, several in (edits or {}).items()}
         self.taps: dict[str, Array] = {}
         self.shapes: dict[str, jax.ShapeDtypeStruct] = {}
 
@@ -85,6 +85,17 @@ class Tap:
     def check(self) -> None:
         """Raise ``ValueError`` for a captured or edited name that the network lacks; suggests the nearest names."""
         check_names(self.shapes, *self.capture, *self.edits)
+
+
+def each_edit(name: str, edits: Any) -> tuple[Edit, ...]:
+    """One edit or a sequence of edits as a tuple; ``ValueError`` for anything else, such as a bare vector."""
+    several = (edits,) if isinstance(edits, Edit) else tuple(edits) if isinstance(edits, list | tuple) else None
+    if several is None or not all(isinstance(edit, Edit) for edit in several):
+        raise ValueError(
+            f"edit of {name!r}: it must be an Edit or a sequence of them, got {type(edits).__name__}; "
+            f"write for example Edit('add', vector, 0.5)."
+        )
+    return several
 
 
 def names(model: Any, *inputs: Any, **more: Any) -> dict[str, jax.ShapeDtypeStruct]:

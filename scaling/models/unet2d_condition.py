@@ -56,8 +56,9 @@ UP = ("UpBlock2D", "CrossAttnUpBlock2D")
 MID = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
 LABELS = (None, "timestep", "identity", "projection", "simple_projection")
 
-# For the shapes of an example: tokens of a prompt, and the numbers in SDXL's original size, crop and target size.
-TEXT_TOKENS, TIME_IDS = 77, 6
+# For the shapes of an example: tokens of a prompt, and the numbers in SDXL's original size, crop and target size; its
+# refiner has an aesthetic score in place of the target size.
+TEXT_TOKENS, TIME_IDS, REFINER_IDS = 77, 6, 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,6 +239,9 @@ def inputs(config: Config, dtype: Any) -> tuple[tuple[Any, ...], dict[str, Any]]
         more["context"] = floats(1, TEXT_TOKENS, width)
     if config.added_time and config.projected:
         ids = min(TIME_IDS, (config.projected - 1) // config.added_time)
+        # SDXL's refiner reads one text encoder, whose pooled vector is as wide as its states, and a score for the size.
+        if config.projected - (width or 0) == REFINER_IDS * config.added_time:
+            ids = REFINER_IDS
         text = config.projected - ids * config.added_time
         more["added"] = {"text_embeds": floats(1, text), "time_ids": floats(1, ids)}
     return (floats(1, config.plan.width_in, *config.sample_size), jax.ShapeDtypeStruct((), jnp.float32)), more
