@@ -52,12 +52,13 @@ def test_defaults_are_the_reference_s(method):
 
 @pytest.mark.parametrize("name", schedules.OTHER_CLASSES)
 def test_fields_of_other_classes_are_known(name):
-    fields = inspect.signature(getattr(diffusers, name).__init__).parameters.keys() - {"self"}
-    assert fields <= schedules._KNOWN
-    assert (
-        from_config({"_class_name": name}, "ddim").beta_end
-        == inspect.signature(getattr(diffusers, name).__init__).parameters["beta_end"].default
-    )
+    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
+    named = {field: value for field, value in parameters.items() if value.kind is value.POSITIONAL_OR_KEYWORD}
+    del named["self"]
+    if not named:
+        pytest.skip(f"{name} is a placeholder of diffusers here: a package that it needs is not installed")
+    assert named.keys() <= schedules._KNOWN
+    assert from_config({"_class_name": name}, "ddim").beta_end == named["beta_end"].default
 
 
 @pytest.mark.parametrize("config", [DDPM, STABLE, COSINE, TRAINED, ZERO_SNR])
