@@ -40,7 +40,7 @@ from scaling.training.steps import Examples, Networks, TrainState, advance, init
 from scaling.training.tokenization import copy_tokenizer, encode, fit_tokenizer
 from sims import store
 from sims.store import checksum
-from sims.store.files import write_text
+from sims.store.files import own_folder, write_text
 
 __all__ = ["TrainSpec", "config_of", "read_corpus", "read_spec", "train"]
 
@@ -91,7 +91,7 @@ def train(
     out = Path(out)
     check_integer("save_every", save_every, minimum=1)
     with store.locked(out):
-        ours = _own_folder(out)
+        ours = own_folder(out, (RECORD,))
         ready = _prepare(spec)
         identity = _identity(spec, ready)
         earlier = read_json(out / RECORD) if ours else {"sessions": []}
@@ -171,16 +171,6 @@ def config_of(spec: TrainSpec, corpus: Corpus) -> dict[str, Any]:
         context=spec.text_channels,
         num_classes=int(max(corpus.labels.max(), 0)) + 1,
     )
-
-
-def _own_folder(out: Path) -> bool:
-    """Whether ``out`` holds a run. ``ValueError`` if it holds anything else."""
-    if (out / RECORD).exists():
-        return True
-    others = sorted(path.name for path in out.iterdir() if path.name != ".lock")
-    if others:
-        raise ValueError(f"{out} holds other files ({', '.join(others[:3])}): choose another folder.")
-    return False
 
 
 def _prepare(spec: TrainSpec) -> Prepared:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+from typing import Any
 
 from sims.commands import options
 from sims.presets import CERTIFY
@@ -31,15 +32,37 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the certificate as JSON and as Markdown, and print the latter."""
+    from sims import store
     from sims.store.files import write_text
     from sims.study import certification
 
     spec = options.spec_from_flags(args, **CERTIFY)
     options.set_precision("float64")
-    result = certification.certification(spec, max_size=args.max_size)
-    text = certification.as_text(result)
-    write_text(args.out / "certificate.json", json.dumps(result, indent=1) + "\n")
-    write_text(args.out / "certificate.md", text)
+    with store.locked(args.out):
+        earlier = _earlier(args.out)
+        result = certification.certification(spec, max_size=args.max_size)
+        if earlier is not None and earlier != _identity(json.loads(json.dumps(result))):
+            raise ValueError(f"{args.out} holds the certificate of other data or noise levels: choose another folder.")
+        text = certification.as_text(result)
+        write_text(args.out / "certificate.json", json.dumps(result, indent=1) + "\n")
+        write_text(args.out / "certificate.md", text)
     if not args.quiet:
         print(text)
         print(f"Written: {args.out}/certificate.json, {args.out}/certificate.md")
+
+
+def _earlier(out: pathlib.Path) -> Any:
+    """Identity of the certificate in ``out``, None if the folder is empty; ``ValueError`` if it holds other files."""
+    from sims.store.files import own_folder
+
+    path = out / "certificate.json"
+    if not own_folder(out, (path.name,)):
+        return None
+    try:
+        return _identity(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is no certificate ({type(error).__name__}): choose another folder.") from error
+
+
+def _identity(result: dict[str, Any]) -> Any:
+    return result["data"], [entry["sigma"] for entry in result["certificates"]]

@@ -1,31 +1,69 @@
-"""Files that are either complete or absent: written under a temporary name, then moved."""
+"""Files that are either complete or absent: written under a temporary name, then moved; and folders of one run."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 
-__all__ = ["replace_file", "write_npz", "write_text"]
+__all__ = ["own_folder", "replace_file", "write_npz", "write_text"]
+
+
+def own_folder(folder: pathlib.Path, records: Collection[str], *, beside: Collection[str] = ()) -> bool:
+    """Whether ``folder`` holds one of the files ``records``, by which its run can be identified.
+
+    ``ValueError`` if it holds none of them, but other files; a lock, temporary files of the records and names of
+    ``beside`` do not count.
+    """
+    if any((folder / name).exists() for name in records):
+        return True
+    ignored = {".lock", *beside, *(partial.name for name in records for partial in _partials(folder / name))}
+    others = sorted(path.name for path in folder.iterdir() if path.name not in ignored) if folder.exists() else []
+    if others:
+        raise ValueError(f"{folder} holds other files ({', '.join(others[:3])}): choose another folder.")
+    return False
 
 
 def replace_file(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
     """Call ``write`` with a temporary path, then move that file to ``path``.
 
-    ``ValueError`` that names the file if it cannot be written.
+    Temporary files are removed on failure, and those of a killed process before writing. ``ValueError`` that names the
+    file and the cause if it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partials = _partials(path)
+    partial = partials[0]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(partials)
         write(partial)
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}; choose a folder that can be written.") from error
+    except (OSError, SafetensorError) as error:
+        # Errors of Pillow and safetensors have no number.
+        cause = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in cause
+        todo = "free some space and run the same command again" if full else "choose a folder that can be written"
+        raise ValueError(f"cannot write {path}: {cause}; {todo}.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            _remove(partials)
+
+
+def _partials(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+    """The temporary file beside ``path``, and that of a writer that itself moves a complete file into place."""
+    return path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.partial.partial")
+
+
+def _remove(files: Collection[pathlib.Path]) -> None:
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

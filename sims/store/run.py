@@ -30,7 +30,7 @@ import xarray as xr
 
 from sims.store import chunks as on_disk
 from sims.store.chunks import AGAIN, BOOKKEEPING, RESULTS, Region, Run, StoreError, blank, disk, pending, write_chunk
-from sims.store.files import write_text
+from sims.store.files import own_folder, write_text
 from sims.store.provenance import environment
 
 __all__ = [
@@ -273,6 +273,8 @@ def _begin(path: Path, spec: dict[str, Any], template: xr.Dataset, chunks: dict[
     if not results.exists():
         if file.exists():
             raise StoreError(f"{file} exists without {RESULTS}; move it away, or choose another folder.")
+        # Shards lie below the run that joins them; a killed process leaves the temporary layout.
+        own_folder(path, (SPEC,), beside=("shards", ".layout"))
         variables = [*map(str, template.data_vars), *BOOKKEEPING]
         record = {"format": FORMAT, "spec": spec, "chunks": chunks, "variables": variables}
         with _layout(path, template, record) as fresh:

@@ -22,7 +22,7 @@ from jaxtyping import Array, Int
 
 from dae_theory import ReluDae
 from sims import store
-from sims.store.files import replace_file, write_text
+from sims.store.files import own_folder, replace_file, write_text
 from sims.store.provenance import environment
 from sims.sweeps.engine import resolve_measures
 from sims.sweeps.measures import CellData, Measure
@@ -107,7 +107,7 @@ def load_dae(path: str | pathlib.Path) -> ReluDae:
 def _claim(out: pathlib.Path, identity: dict[str, Any], facts: list[dict[str, Any]]) -> None:
     """Write the spec and the environment, or check that the folder holds the same spec."""
     path = out / "spec.json"
-    if not path.exists():
+    if not own_folder(out, (path.name,)):
         write_text(path, json.dumps({**identity, "environment": environment(), "data": facts}, indent=1))
         return
     try:
