@@ -127,14 +127,15 @@ class Certificate(NamedTuple):
     """The lowest of the finite turns that :func:`lowest_turn` tries."""
     falls_along_turn: Bool[Array, ""]
     """Whether the objective falls along a turn of a block by more than rounding: negative curvature along rotations, or
-    a negative change along a finite turn. The latter lies at a distance from ``refined``, but the way to it is flat to
-    rounding or falls, so ``refined`` cannot be called a strict minimum."""
+    a negative change along a finite turn. The latter lies at a distance from ``refined``. Where
+    the curvature along rotations is zero to rounding, nothing in between is known to rise; where it is positive, the
+    turn leads over a barrier. In both cases ``refined`` is not called strict."""
     flat_along_turns: Bool[Array, ""]
     """Whether the objective does not fall along a turn, but some curvature along rotations is zero to rounding."""
     strict: Bool[Array, ""]
-    """Whether ``refined`` is a strict local minimum modulo rescalings and splittings: converged, positive curvature
-    modulo symmetry and along rotations, no lower objective along a finite turn, and no zero column that lowers the
-    objective by growing."""
+    """Whether ``refined``, which is ``distance_sq`` away, is a strict local minimum modulo rescalings and splittings:
+    converged, positive curvature modulo symmetry and along rotations, no lower objective along a finite turn, and no
+    zero column that lowers the objective by growing."""
 
     @property
     def verdict(self) -> str:

@@ -99,7 +99,7 @@ def test_a_heading_claims_no_more_than_is_known():
         "regime": "memorizing",
         "structures": [{"holds": True}],
         "conditions": [{"holds": True}],
-        "certificate": {"strict": True, "verdict": "strict"},
+        "certificate": {"strict": True, "verdict": "strict", "distance_sq": 1e-9, "num_live": 8},
     }
     assert certification._heading(entry) == "memorizing, certified"
     failing = {"conditions": [{"holds": False}], "certificate": {"strict": False, "verdict": "negative curvature"}}
@@ -107,7 +107,13 @@ def test_a_heading_claims_no_more_than_is_known():
         "predicted: memorizing (conditions fail, not certified: negative curvature)"
     )
     nearby = entry | {"conditions": [{"holds": False}]}
-    assert certification._heading(nearby).startswith("predicted: memorizing (conditions fail; a strict minimum")
+    assert certification._heading(nearby).startswith(
+        "predicted: memorizing (conditions fail; certified: a strict minimum"
+    )
+    far = entry | {"certificate": entry["certificate"] | {"distance_sq": 1.5}}
+    assert certification._heading(far) == (
+        "predicted: memorizing (conditions hold; certified: a strict minimum at squared distance 1.5)"
+    )
     assert certification._heading(entry | {"regime": "empty", "certificate": {"left_out": "zero"}}) == "empty"
 
 
@@ -147,7 +153,7 @@ def test_a_generalizing_mixture_is_told_as_such(tmp_path):
     certificate = entry["certificate"]
     assert certificate["strict"] == (certificate["verdict"] == "strict")
     page = (tmp_path / "certificate.md").read_text()
-    assert (", certified" in page) == (certificate["strict"] and all(row["holds"] for row in entry["conditions"]))
+    assert certificate["strict"] or "generalizing, certified" not in page
     if not certificate["strict"]:
         assert certificate["verdict"] in page
         assert "predicted: generalizing (" in page

@@ -153,11 +153,15 @@ def _heading(entry: dict[str, Any]) -> str:
     if entry["regime"] == "empty":
         return "empty"
     certificate, met = entry["certificate"], all(row["holds"] for row in entry["conditions"])
-    if certificate.get("strict") and met and entry["structures"][0]["holds"]:
+    # Columns have norms of at most about 1, in both matrices.
+    near = certificate.get("strict") and certificate["distance_sq"] < 1e-2 * certificate["num_live"]
+    if near and met and entry["structures"][0]["holds"]:
         return f"{entry['regime']}, certified"
     conditions_are = "conditions hold" if met else "conditions fail"
     if certificate.get("strict"):
-        return f"predicted: {entry['regime']} ({conditions_are}; a strict minimum is certified nearby)"
+        distance = certificate["distance_sq"]
+        certified = f"certified: a strict minimum at squared distance {distance:.2g}"
+        return f"predicted: {entry['regime']} ({conditions_are}; {certified})"
     reason = certificate.get("verdict")
     return f"predicted: {entry['regime']} ({conditions_are}, not certified{f': {reason}' if reason else ''})"
 
