@@ -37,7 +37,8 @@ from dae_theory.model import ReluDae, live_columns
 from dae_theory.precision import full_precision
 from dae_theory.relu_gaussian import relu_cross_moment, relu_mean
 from dae_theory.risk import exact_objective
-from dae_theory.symmetry import rotation_pairs, symmetry_tangents
+from dae_theory.symmetry import symmetry_tangents
+from dae_theory.turns import Turn, lowest_turn
 from dae_theory.types import Scalar
 from dae_theory.zero_columns import maximize_on_sphere, starting_directions, subset_directions
 
@@ -45,21 +46,15 @@ __all__ = [
     "Certificate",
     "DeadDirection",
     "ResidualLaw",
-    "Turn",
     "certify",
     "dead_direction",
     "hessian",
-    "lowest_turn",
     "residual_law",
 ]
 
 
 # In about k steps Lanczos resolves curvatures down to 1/k² of the largest.
 LANCZOS_STEPS = 400
-
-# Angles of the finite turns, in both directions, and the largest number of pairs of units that are turned.
-TURN_DEGREES = (0.25, 1.0, 2.5, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0, 37.5, 45.0)
-MAX_TURN_PAIRS = 64
 
 # Directions orthogonal to some rows from which the search for a new unit starts, besides the rows.
 NUM_CANDIDATES = 8
@@ -75,15 +70,6 @@ class DeadDirection(NamedTuple):
     """Encoder direction a that maximizes ``‖g(a)‖``, of unit length."""
     decoder: Float[Array, " d"]
     """The best decoder direction for it, ``−g(a)/‖g(a)‖``."""
-
-
-class Turn(NamedTuple):
-    """The turn of two units within a block that lowers the objective most, or raises it least."""
-
-    change: Float[Array, ""]
-    """Change of the exact objective; infinite if no two units share a block."""
-    degrees: Float[Array, ""]
-    """The angle; 0 if there is no turn."""
 
 
 class Certificate(NamedTuple):
@@ -124,7 +110,7 @@ class Certificate(NamedTuple):
     dead_stable: Bool[Array, ""]
     """Whether no zero column was seen to lower the objective by growing; true if no column is zero."""
     turn: Turn
-    """The lowest of the finite turns that :func:`lowest_turn` tries."""
+    """The lowest of the finite turns that :func:`dae_theory.turns.lowest_turn` tries."""
     falls_along_turn: Bool[Array, ""]
     """Whether the objective falls along a turn of a block by more than rounding: negative curvature along rotations, or
     a negative change along a finite turn. The latter lies at a distance from ``refined``. Where
@@ -166,9 +152,9 @@ def certify(
 ) -> Certificate:
     """Certify a local minimum near ``dae``: gradient, Newton refinement, curvature, turns, stability of zero columns.
 
-    What is certified as ``strict`` is positive curvature; that no turn and no zero column lowers the objective holds as
-    far as :func:`lowest_turn` and :func:`dead_direction` search. Not jittable, because ranks are shapes. Raises
-    ``ValueError`` for traced input, weights outside the span of the data, a network of zero columns only, and whatever
+    That no turn and no zero column lowers the objective holds as far as :func:`dae_theory.turns.lowest_turn` and
+    :func:`dead_direction` search. Not jittable, because ranks are shapes. Raises ``ValueError`` for traced input,
+    weights outside the span of the data, a network of zero columns only, and whatever
     :func:`dae_theory.risk.exact_objective` rejects.
 
     Args:
@@ -277,29 +263,6 @@ def dead_direction(
     return DeadDirection(penalty - size, a, -g / jnp.where(size > 0, size, 1.0))
 
 
-def lowest_turn(dae: ReluDae, data: Float[Array, "n d"], sigma: Scalar, penalty: Scalar) -> Turn:
-    r"""The finite turn of a block's orthogonal factor that lowers the exact objective most (derived here).
-
-    A turn mixes two units with the same gates on all rows, in W₁ and W₂ alike,
-    ``(w_i, w_j) → (w_i cos θ + w_j sin θ, w_j cos θ − w_i sin θ)``. It leaves the block's linear map and the penalty
-    unchanged, so the objective changes only by noise that crosses gates, until a gate fails on a sample. Tried are the
-    angles ``TURN_DEGREES`` in both directions, for at most ``MAX_TURN_PAIRS`` pairs of units spread over all: a search,
-    which can prove that the objective falls, not that it does not. Not jittable. Raises ``ValueError`` for traced
-    values.
-    """
-    if not is_concrete(dae, data):
-        raise ValueError("weights and data must be concrete, because gates are compared; call it outside jit.")
-    pairs = np.asarray(rotation_pairs(dae, data), int).reshape(-1, 2)
-    if not len(pairs):
-        return Turn(jnp.full((), jnp.inf, data.dtype), jnp.zeros((), data.dtype))
-    pairs = pairs[np.unique(np.linspace(0, len(pairs) - 1, min(len(pairs), MAX_TURN_PAIRS)).astype(int))]
-    degrees = np.concatenate([TURN_DEGREES, -np.asarray(TURN_DEGREES)])
-    planes, angles = np.repeat(pairs, len(degrees), axis=0), np.tile(degrees, len(pairs))
-    changes = _turn_changes(dae, data, sigma, penalty, jnp.asarray(planes), jnp.asarray(angles, data.dtype))
-    best = int(np.argmin(np.asarray(changes)))
-    return Turn(changes[best], jnp.asarray(angles[best], data.dtype))
-
-
 class ResidualLaw(NamedTuple):
     """A line fitted to ``log ‖R‖²`` against ``1/σ²``."""
 
@@ -347,32 +310,6 @@ def residual_law(
 @jax.jit
 def _gradient_norm(dae: ReluDae, rows: Float[Array, "n d"], sigma: Scalar, penalty: Scalar) -> Float[Array, ""]:
     return jnp.linalg.norm(ravel_pytree(jax.grad(exact_objective)(dae, rows, sigma, penalty))[0])
-
-
-@jax.jit
-@full_precision
-def _turn_changes(
-    dae: ReluDae,
-    rows: Float[Array, "n d"],
-    sigma: Scalar,
-    penalty: Scalar,
-    planes: Int[Array, "t 2"],
-    degrees: Float[Array, " t"],
-) -> Float[Array, " t"]:
-    """Changes of the exact objective along turns in given planes, pairs of units."""
-
-    def objective(turn):
-        (i, j), angle = turn
-        c, s = jnp.cos(jnp.deg2rad(angle)), jnp.sin(jnp.deg2rad(angle))
-        turned = ReluDae(
-            *(w.at[:, i].set(c * w[:, i] + s * w[:, j]).at[:, j].set(c * w[:, j] - s * w[:, i]) for w in dae)
-        )
-        return exact_objective(turned, rows, sigma, penalty)
-
-    # The same program for the network itself, so that its rounding cancels: a turn by nothing.
-    turns = jnp.concatenate([planes[:1], planes]), jnp.concatenate([jnp.zeros_like(degrees[:1]), degrees])
-    values = jax.lax.map(objective, turns)
-    return values[1:] - values[0]
 
 
 def _objective_rounding(value: Float[Array, ""]) -> Float[Array, ""]:

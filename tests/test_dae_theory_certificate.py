@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from dae_theory import ReluDae, block_minimizer, certificate, memorizing_minimizer, minimize_exact_objective
-from dae_theory.certificate import certify, dead_direction, lowest_turn, residual_law
+from dae_theory.certificate import certify, dead_direction, residual_law
 from dae_theory.conditions import all_hold, check_conditions
 from dae_theory.exact_training import from_span, span_basis, to_span
 from dae_theory.risk import exact_objective
+from dae_theory.turns import lowest_turn
 
 # Four points of a regular simplex in R³, ‖x‖² = 6.75.
 SIMPLEX = jnp.array([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]) * 1.5
