@@ -23,7 +23,9 @@ from . import spectra as spectra
 from . import spikiness as spikiness
 from . import structures as structures
 from . import symmetry as symmetry
+from . import turns as turns
 from . import types as types
+from . import zero_columns as zero_columns
 from .certificate import certify as certify
 from .conditions import check_conditions as check_conditions
 from .conditions import separability as separability

@@ -5,6 +5,11 @@ At a closed form the gradient is not zero but exponentially small, of the order 
 two is the remainder R itself. Whether the minimum is strict is decided by its Hessian over the live units, and by a
 directional test for the dead ones, where the objective has a kink and no Hessian.
 
+Blocks of several units are not settled by the printed proof (derived here): the objective is flat along turns of a
+block's orthogonal factor O up to noise that crosses gates, and that noise often lets it fall, exponentially little near
+the closed form and visibly after a large turn. So a certificate also follows finite turns, and distinguishes a strict
+minimum from a network along whose turns the objective is flat to rounding, or falls.
+
 Everything is computed in the span of the data plus one direction orthogonal to it (derived here). Rotations that fix
 the data leave the objective unchanged, so the Hessian does not couple different directions orthogonal to the data and
 is the same along each: one of them represents all. The weights must lie in that span, as those of closed forms do.
@@ -33,13 +38,26 @@ from dae_theory.precision import full_precision
 from dae_theory.relu_gaussian import relu_cross_moment, relu_mean
 from dae_theory.risk import exact_objective
 from dae_theory.symmetry import symmetry_tangents
+from dae_theory.turns import Turn, lowest_turn
 from dae_theory.types import Scalar
+from dae_theory.zero_columns import maximize_on_sphere, starting_directions, subset_directions
 
-__all__ = ["Certificate", "DeadDirection", "ResidualLaw", "certify", "dead_direction", "hessian", "residual_law"]
+__all__ = [
+    "Certificate",
+    "DeadDirection",
+    "ResidualLaw",
+    "certify",
+    "dead_direction",
+    "hessian",
+    "residual_law",
+]
 
 
 # In about k steps Lanczos resolves curvatures down to 1/k² of the largest.
 LANCZOS_STEPS = 400
+
+# Directions orthogonal to some rows from which the search for a new unit starts, besides the rows.
+NUM_CANDIDATES = 8
 
 
 class DeadDirection(NamedTuple):
@@ -89,9 +107,38 @@ class Certificate(NamedTuple):
     """Smallest curvature along rotations; infinite if there are none."""
     dead: DeadDirection
     """The direction in which a zero column is least stable."""
+    dead_stable: Bool[Array, ""]
+    """Whether no zero column was seen to lower the objective by growing; true if no column is zero."""
+    turn: Turn
+    """The lowest of the finite turns that :func:`dae_theory.turns.lowest_turn` tries."""
+    falls_along_turn: Bool[Array, ""]
+    """Whether the objective falls along a turn of a block by more than rounding: negative curvature along rotations, or
+    a negative change along a finite turn. The latter lies at a distance from ``refined``. Where
+    the curvature along rotations is zero to rounding, nothing in between is known to rise; where it is positive, the
+    turn leads over a barrier. In both cases ``refined`` is not called strict."""
+    flat_along_turns: Bool[Array, ""]
+    """Whether the objective does not fall along a turn, but some curvature along rotations is zero to rounding."""
     strict: Bool[Array, ""]
-    """Whether ``refined`` is a strict local minimum modulo symmetry: converged, positive curvature modulo symmetry, no
-    negative curvature along rotations, and no zero column that lowers the objective by growing."""
+    """Whether ``refined``, which is ``distance_sq`` away, is a strict local minimum modulo rescalings and splittings:
+    converged, positive curvature modulo symmetry and along rotations, no lower objective along a finite turn, and no
+    zero column that lowers the objective by growing."""
+
+    @property
+    def verdict(self) -> str:
+        """The outcome in words; the first that applies.
+
+        ``"not converged"``, ``"negative curvature"``, ``"undecided curvature"`` (within ``curvature_error``), ``"zero
+        columns grow"``, ``"falls along a turn"``, ``"flat along turns to rounding"`` or ``"strict"``.
+        """
+        outcomes = {
+            "not converged": not self.converged,
+            "negative curvature": self.min_curvature_modulo_symmetry < -self.curvature_error,
+            "undecided curvature": self.min_curvature_modulo_symmetry <= self.curvature_error,
+            "zero columns grow": not self.dead_stable,
+            "falls along a turn": self.falls_along_turn,
+            "flat along turns to rounding": self.flat_along_turns,
+        }
+        return next((name for name, applies in outcomes.items() if applies), "strict")
 
 
 def certify(
@@ -103,10 +150,12 @@ def certify(
     tolerance: float = 1e-12,
     max_size: int = 1500,
 ) -> Certificate:
-    """Certify a local minimum near ``dae``: gradient, Newton refinement, curvature, and stability of zero columns.
+    """Certify a local minimum near ``dae``: gradient, Newton refinement, curvature, turns, stability of zero columns.
 
-    Not jittable, because ranks are shapes. Raises ``ValueError`` for traced input, weights outside the span of the
-    data, a network of zero columns only, and whatever :func:`dae_theory.risk.exact_objective` rejects.
+    That no turn and no zero column lowers the objective holds as far as :func:`dae_theory.turns.lowest_turn` and
+    :func:`dead_direction` search. Not jittable, because ranks are shapes. Raises ``ValueError`` for traced input,
+    weights outside the span of the data, a network of zero columns only, and whatever
+    :func:`dae_theory.risk.exact_objective` rejects.
 
     Args:
         dae: Weights, two arrays of shape (d, p).
@@ -149,7 +198,10 @@ def certify(
     # Splitting a live unit into a dead one costs nothing, so the slack is at most 0, and 0 up to rounding where stable.
     lowest_slack = -math.sqrt(float(jnp.finfo(rows.dtype).eps)) * float(penalty)
     stable = dead.slack >= lowest_slack if live.size < dae.w1.shape[1] else jnp.asarray(True)
-    positive = (curvature.modulo_symmetry > curvature.error) & (curvature.along_rotations > rounding)
+    turn = lowest_turn(end.dae, rows, sigma, penalty)
+    falls = (curvature.along_rotations < rounding) | (turn.change < -_objective_rounding(end.objective))
+    flat = ~falls & (curvature.along_rotations <= -rounding)
+    positive = curvature.modulo_symmetry > curvature.error
     return Certificate(
         gradient_norm=_gradient_norm(start, rows, sigma, penalty),
         refined=refined,
@@ -165,7 +217,11 @@ def certify(
         num_rotations=jnp.asarray(len(rotations)),
         min_rotation_curvature=curvature.along_rotations,
         dead=dead._replace(encoder=basis @ dead.encoder, decoder=basis @ dead.decoder),
-        strict=end.converged & positive & stable,
+        dead_stable=stable,
+        turn=turn,
+        falls_along_turn=falls,
+        flat_along_turns=flat,
+        strict=end.converged & positive & stable & ~falls & ~flat,
     )
 
 
@@ -195,19 +251,14 @@ def dead_direction(
     .. math:: g(a) = \frac1n \sum_i E\left[(f(y_i) - x_i) [a^\top y_i]_+\right]
 
     which is least at ``b = −g/‖g‖``: zero columns are stable if and only if ``max ‖g(a)‖ <= λ``. The maximum over the
-    unit sphere is sought by the iteration ``a ← ∇‖g‖²/‖∇‖g‖²‖``, started from the rows, their negatives, the negative
-    mean and, if d > rank, a direction orthogonal to the data. The iteration never lowers a convex function; since
-    ‖g‖² need not be convex, the best point visited counts. It stops when no start moves ‖g‖² by more than rounding, or
-    after ``num_steps`` steps. The result is a lower bound of the maximum: it can prove instability, but stability only
-    as far as the search went.
+    unit sphere is sought by :func:`dae_theory.zero_columns.maximize_on_sphere`, started from the rows, their negatives,
+    the negative mean, and the directions of largest ‖g‖ among those orthogonal to all, one or two of the rows. The
+    result is a lower bound of the maximum: it can prove instability, but stability only as far as the search went.
     """
     check_integer("num_steps", num_steps, minimum=1)
     rows = jnp.asarray(data)
-    mean = jnp.mean(rows, axis=0, keepdims=True)
-    normal = _orthogonal(rows) if is_concrete(rows) else jnp.zeros((0, rows.shape[1]), rows.dtype)
-    starts = jnp.concatenate([rows, -rows, -mean, normal])
-    starts = starts / jnp.maximum(jnp.linalg.norm(starts, axis=1, keepdims=True), jnp.finfo(rows.dtype).tiny)
-    a, g = _maximize_correlation(dae, rows, sigma, starts, num_steps)
+    candidates = subset_directions(rows, max(16, min(256, 2**20 // (rows.size * dae.w1.shape[1]))))
+    a, g = _maximize_correlation(dae, rows, sigma, starting_directions(rows), candidates, num_steps)
     size = jnp.linalg.norm(g)
     return DeadDirection(penalty - size, a, -g / jnp.where(size > 0, size, 1.0))
 
@@ -261,52 +312,27 @@ def _gradient_norm(dae: ReluDae, rows: Float[Array, "n d"], sigma: Scalar, penal
     return jnp.linalg.norm(ravel_pytree(jax.grad(exact_objective)(dae, rows, sigma, penalty))[0])
 
 
-class _Ascent(NamedTuple):
-    """State of the search over the sphere from one start, or from k of them."""
-
-    point: Float[Array, "*k d"]
-    value: Float[Array, "*k"]
-    """``‖g‖²`` at the previous point."""
-    best_value: Float[Array, "*k"]
-    best_point: Float[Array, "*k d"]
-    moving: Bool[Array, "*k"]
+def _objective_rounding(value: Float[Array, ""]) -> Float[Array, ""]:
+    return 2**9 * jnp.finfo(value.dtype).eps * jnp.abs(value)
 
 
 @functools.partial(jax.jit, static_argnames="num_steps")
 def _maximize_correlation(
-    dae: ReluDae, rows: Float[Array, "n d"], sigma: Scalar, starts: Float[Array, "k d"], num_steps: int
+    dae: ReluDae,
+    rows: Float[Array, "n d"],
+    sigma: Scalar,
+    starts: Float[Array, "k d"],
+    candidates: Float[Array, "c d"],
+    num_steps: int,
 ) -> tuple[Float[Array, " d"], Float[Array, " d"]]:
-    """The best direction a visited from any start, and ``g(a)``."""
+    """The best direction a visited from any start or from the most promising candidates, and ``g(a)``."""
 
-    def norm_sq(a):
-        return jnp.sum(jnp.square(_error_correlation(dae, rows, sigma, a)))
+    def correlation(a):
+        return _error_correlation(dae, rows, sigma, a)
 
-    def ascend(state):
-        value, slope = jax.value_and_grad(norm_sq)(state.point)
-        length = jnp.linalg.norm(slope)
-        point = jnp.where(length > 0, slope / jnp.where(length > 0, length, 1.0), state.point)
-        better = value > state.best_value
-        return _Ascent(
-            point,
-            value,
-            jnp.where(better, value, state.best_value),
-            jnp.where(better, state.point, state.best_point),
-            jnp.abs(value - state.value) > 4 * jnp.finfo(value.dtype).eps * jnp.abs(value),
-        )
-
-    def step(carry):
-        count, states = carry
-        return count + 1, jax.lax.map(ascend, states, batch_size=8)
-
-    def unfinished(carry):
-        count, states = carry
-        return (count < num_steps) & jnp.any(states.moving)
-
-    below_all = jnp.full(len(starts), -1.0, starts.dtype)
-    initial = _Ascent(starts, below_all, below_all, starts, jnp.ones(len(starts), bool))
-    _, final = jax.lax.while_loop(unfinished, step, (jnp.zeros((), int), initial))
-    a = final.best_point[jnp.argmax(final.best_value)]
-    return a, _error_correlation(dae, rows, sigma, a)
+    sizes = jax.lax.map(lambda a: jnp.sum(jnp.square(correlation(a))), candidates, batch_size=8)
+    promising = jax.lax.top_k(sizes, min(NUM_CANDIDATES, len(candidates)))[1]
+    return maximize_on_sphere(correlation, jnp.concatenate([starts, candidates[promising]]), num_steps)
 
 
 def _error_correlation(
@@ -323,12 +349,6 @@ def _error_correlation(
         return dae.w2 @ cross - x * relu_mean(m_a, std_a)
 
     return jnp.mean(jax.vmap(of_row)(data), axis=0)
-
-
-def _orthogonal(rows: Float[Array, "n d"]) -> Float[Array, "k d"]:
-    basis = span_basis(rows, extra=1)
-    rank = span_basis(rows).shape[1]
-    return basis[:, rank:].T
 
 
 def _check_in_span(dae: ReluDae, small: ReluDae) -> None:

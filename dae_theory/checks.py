@@ -13,7 +13,16 @@ import math
 import numbers
 from typing import Any
 
-__all__ = ["check_data", "check_finite", "check_integer", "check_nonnegative", "check_positive", "is_concrete"]
+__all__ = [
+    "check_data",
+    "check_example",
+    "check_finite",
+    "check_integer",
+    "check_nonnegative",
+    "check_number",
+    "check_positive",
+    "is_concrete",
+]
 
 
 def is_concrete(*values: object) -> bool:
@@ -79,6 +88,32 @@ def check_data(data: Any, *, name: str = "data") -> None:
     check_finite(name, data)
 
 
+def check_example(name: str, value: Any) -> None:
+    """Raise ``ValueError`` unless ``value`` is one example, an array of shape (d,); the message says how to batch."""
+    shape = _shape(name, value)
+    if len(shape) != 1:
+        raise ValueError(
+            f"{name} must be one example, a vector; got shape {shape}"
+            + (", which looks like a batch: apply the function with jax.vmap(...)." if len(shape) > 1 else ".")
+        )
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise ``ValueError`` unless ``value`` is one number, of shape (); the message says how to batch."""
+    shape = _shape(name, value)
+    if shape:
+        raise ValueError(f"{name} must be one number, got shape {shape}; for several, use jax.vmap(...) over {name}.")
+
+
+def _shape(name: str, value: Any) -> tuple[int, ...]:
+    if isinstance(value, (int, float)):
+        return ()
+    shape = getattr(value, "shape", None)
+    if shape is None:
+        raise ValueError(f"{name} must be an array, got {type(value).__name__}; convert it with jax.numpy.asarray.")
+    return tuple(shape)
+
+
 def _smallest(value: Any) -> Any:
     """The smallest entry; infinity where there is none."""
     if isinstance(value, (int, float)):
@@ -86,7 +121,7 @@ def _smallest(value: Any) -> Any:
     import numpy as np
 
     array = np.asarray(value)
-    return array.min() if array.size else np.inf
+    return array.min() if array.size else math.inf
 
 
 def _shown(value: Any) -> str:

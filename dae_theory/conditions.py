@@ -28,6 +28,7 @@ from dae_theory.minimizers import block_minimizer
 from dae_theory.precision import full_precision
 from dae_theory.spectra import Labels, Ranks, check_ranks, empirical_spectra, partition
 from dae_theory.types import Scalar
+from dae_theory.zero_columns import main_term_slack
 
 __all__ = [
     "Check",
@@ -86,7 +87,9 @@ class Checks(NamedTuple):
     other_gates: Check
     r"""Preactivations are negative on all other clusters. Slack: minus the largest one divided by ‖w‖."""
     zero_columns: Check
-    r"""σ‖g‖/√(2π) <= λ for zero columns in addition to the blocks. Slack: the difference."""
+    r"""``max ‖g(a)‖ <= λ`` for zero columns in addition to the blocks, with g of :mod:`dae_theory.zero_columns`. Slack:
+    the difference; 0 where only directions along live units, whose growth merely splits those units, reach λ. The
+    maximum is that of a search, so a negative slack is a proof and a nonnegative one is not."""
 
 
 class Conditions(NamedTuple):
@@ -193,9 +196,12 @@ def check_conditions(
 ) -> Conditions:
     r"""Check every inequality of Theorem 3.1 :cite:`zhang26` at the closed form of :func:`block_minimizer`.
 
-    Zero columns in addition to the blocks can be unstable (derived here) if some direction a is orthogonal to the data:
-    with ``g = (1/n) Σ_i (x_i - W_k W_kᵀ x_i)``, a unit ``w₁ = δ a, w₂ = δ g/‖g‖`` changes the objective by
-    ``2 δ² (λ - σ‖g‖/√(2π))``, since ``E[a·ε]_+ = 1/√(2π)``.
+    Zero columns in addition to the blocks can be unstable (derived here): a unit ``w₁ = δa, w₂ = -δ g(a)/‖g(a)‖``
+    changes the objective by ``2δ² (λ - ‖g(a)‖)``, with g of :func:`dae_theory.zero_columns.main_term_correlation`. A
+    direction a orthogonal to a few samples, on whose rows the unit acts as a bias, can suffice. The largest ‖g‖ is
+    sought from the rows and from directions orthogonal to all, one or two of them
+    (:func:`dae_theory.zero_columns.main_term_slack`); :func:`dae_theory.certificate.dead_direction` searches with the
+    exact g of any network.
 
     Raises ``ValueError`` for input that :func:`block_minimizer` rejects, and for a ``width`` below the number of units.
 
@@ -237,9 +243,7 @@ def check_conditions(
     margin = jnp.min(margins)
 
     in_block = jnp.asarray(blocks.members[:, None] == owners[None, :])
-    g = jnp.mean(data - jnp.where(in_block, data @ w, 0.0) @ w.T, axis=0)
-    zero_slack = penalty - sigma * jnp.linalg.norm(g) / math.sqrt(2 * math.pi)
-    no_limit = jnp.full_like(margin, jnp.inf)
+    zero_slack = main_term_slack(w, data, in_block, sigma, penalty) if extra else jnp.full_like(margin, jnp.inf)
     checks = Checks(
         negative_cosines=_above(-separable.beta),
         few_clusters=_at_least((rank + 1 - p.size).astype(w.dtype)),
@@ -248,7 +252,7 @@ def check_conditions(
         spread=_above(jnp.min(spread_slack)),
         own_gates=_above(jnp.min(inside)),
         other_gates=_above(jnp.min(outside)),
-        zero_columns=_at_least(jnp.where(rank < d, zero_slack, jnp.inf) if extra else no_limit),
+        zero_columns=_at_least(zero_slack),
     )
     ratio = jnp.where(sigma > 0, margin / jnp.where(sigma > 0, sigma, 1.0), jnp.where(margin > 0, jnp.inf, -jnp.inf))
     # Directions without energy count as clipped too, even at λ = 0.
@@ -256,7 +260,13 @@ def check_conditions(
 
 
 def all_hold(conditions: Conditions) -> Bool[Array, ""]:
-    """Whether every inequality holds, so that the closed form is a local minimizer up to the theorem's remainder."""
+    """Whether every inequality holds, so that the closed form is stationary up to the theorem's remainder.
+
+    With one unit per block it is then a local minimizer up to that remainder, as far as the search of ``zero_columns``
+    went. With more units per block that is not settled: the objective is flat along turns of a block's orthogonal
+    factor O up to the noise that crosses gates, and often falls along them
+    (:func:`dae_theory.certificate.certify` tells).
+    """
     return jnp.all(jnp.stack([check.holds for check in conditions.checks]))
 
 
@@ -289,7 +299,9 @@ def _explain(name: str, conditions: Conditions) -> str:
         "spread": f"alpha_k sqrt(p_k - 1) must stay below 1 in every cluster; alpha = {alpha:.3g}",
         "own_gates": "preactivations on a unit's own cluster, divided by its norm, must be positive",
         "other_gates": "preactivations on other clusters, divided by the unit's norm, must be negative",
-        "zero_columns": "there is no zero column, or no direction orthogonal to the data: the condition is vacuous"
+        "zero_columns": "there is no zero column: the condition is vacuous"
         if math.isinf(slack)
-        else "lambda must reach sigma |g|/sqrt(2 pi), or zero columns grow into a bias along the mean residual g",
+        else "zero columns grow: for some direction a, |g(a)| exceeds lambda"
+        if slack < 0
+        else "no direction a with |g(a)| above lambda, in which a zero column would grow, was found",
     }[name]

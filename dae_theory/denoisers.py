@@ -2,7 +2,7 @@ r"""Bayes-optimal denoisers, the references that a trained network is compared w
 
 All take one noisy example ``y = x + σ ε`` of shape (d,) and the noise level σ > 0, and return ``E[x | y]`` for some
 distribution of x; ``functools.partial`` over the last arguments gives a :class:`dae_theory.types.Denoiser`. Batch with
-``jax.vmap``.
+``jax.vmap``. Arguments of another rank raise ``ValueError``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dae_theory.checks import check_positive
+from dae_theory.checks import check_example, check_number, check_positive
 from dae_theory.mixture import GaussianMixture
 from dae_theory.precision import full_precision
 from dae_theory.types import Denoiser, Scalar
@@ -33,7 +33,13 @@ def empirical_denoiser(y: Float[Array, " d"], sigma: Scalar, data: Float[Array, 
         >>> [round(float(value), 3) for value in x]  # softmax weights 1/(1 + exp(∓3.2))
         [0.961, 0.039]
     """
-    check_positive("sigma", sigma)
+    _check_example(y, sigma)
+    shape = getattr(data, "shape", None)
+    if shape is None or len(shape) != 2 or shape[1] != y.shape[0]:
+        raise ValueError(
+            f"data must be an array of shape (n, {y.shape[0]}), samples as rows and as long as y; got "
+            f"{type(data).__name__ if shape is None else f'shape {tuple(shape)}'}. The order is (y, sigma, data)."
+        )
     sq_dist = jnp.sum(jnp.square(y[None, :] - data), axis=-1)
     # Subtract before dividing, and divide twice: σ² underflows to 0 in float32.
     excess = sq_dist - jnp.min(sq_dist)
@@ -57,8 +63,8 @@ def gaussian_denoiser(
         >>> [round(float(value), 3) for value in x]
         [1.5, 0.0]
     """
-    check_positive("sigma", sigma)
-    eigenvalues, vectors = jnp.linalg.eigh(covariance)
+    _check_example(y, sigma)
+    eigenvalues, vectors = _axes(covariance)
     return mean + vectors @ (_gain(eigenvalues, sigma) * ((y - mean) @ vectors))
 
 
@@ -68,7 +74,8 @@ def mixture_responsibilities(y: Float[Array, " d"], sigma: Scalar, mixture: Gaus
 
     .. math:: w_k(y) \propto \rho_k \, \mathcal N(y; \mu_k, \Sigma_k + \sigma^2 I)
     """
-    eigenvalues, vectors = jnp.linalg.eigh(mixture.covariances)
+    _check_example(y, sigma)
+    eigenvalues, vectors = _axes(mixture.covariances)
     return _responsibilities(y, sigma, mixture, eigenvalues, vectors)
 
 
@@ -86,8 +93,8 @@ def mixture_denoiser(y: Float[Array, " d"], sigma: Scalar, mixture: GaussianMixt
         >>> round(float(mixture_denoiser(jnp.zeros(1), 1.0, mixture)[0]), 3)  # halfway between two equal modes
         0.0
     """
-    check_positive("sigma", sigma)
-    eigenvalues, vectors = jnp.linalg.eigh(mixture.covariances)
+    _check_example(y, sigma)
+    eigenvalues, vectors = _axes(mixture.covariances)
     coordinates = jnp.einsum("ki,kij->kj", y[None, :] - mixture.means, vectors)
     filtered = mixture.means + jnp.einsum("kij,kj->ki", vectors, _gain(eigenvalues, sigma) * coordinates)
     return _responsibilities(y, sigma, mixture, eigenvalues, vectors) @ filtered
@@ -104,8 +111,26 @@ def score(denoiser: Denoiser, y: Float[Array, " d"], sigma: Scalar) -> Float[Arr
         >>> round(float(score(wiener, jnp.array([3.0]), sigma=0.5)[0]), 3)  # −y/(1 + σ²)
         -2.4
     """
+    _check_example(y, sigma)
     # Divide twice: σ² underflows to 0 in float32.
     return (denoiser(y, sigma) - y) / sigma / sigma
+
+
+def _check_example(y: Float[Array, " d"], sigma: Scalar) -> None:
+    check_example("y", y)
+    check_number("sigma", sigma)
+    check_positive("sigma", sigma)
+
+
+def _axes(covariances: Float[Array, "*K d d"]) -> tuple[Float[Array, "*K d"], Float[Array, "*K d d"]]:
+    """Eigenvalues and eigenvectors; eigenvalues within the rounding of the largest are 0.
+
+    A singular covariance has eigenvalues of rounding, which are no spread: where they exceed σ² the denoiser would
+    return noise in their directions.
+    """
+    eigenvalues, vectors = jnp.linalg.eigh(covariances)
+    floor = jnp.finfo(eigenvalues.dtype).eps * eigenvalues.shape[-1] * eigenvalues[..., -1:]
+    return jnp.where(eigenvalues > floor, eigenvalues, 0.0), vectors
 
 
 def _gain(eigenvalues: Float[Array, "*K d"], sigma: Scalar) -> Float[Array, "*K d"]:

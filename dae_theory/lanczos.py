@@ -49,8 +49,9 @@ def lanczos(
     """Ritz values of ``product`` after ``num_steps`` k <= m steps from ``start``; jittable.
 
     Eigenvectors orthogonal to ``start`` are invisible. ``without``, orthonormal rows, restricts the matrix to their
-    complement (if they do not span an invariant subspace, to its compression). If the Krylov space is exhausted early,
-    the surplus values are copies of the largest. Raises ``ValueError`` for ``num_steps`` outside 1..m.
+    complement (if they do not span an invariant subspace, to its compression). If the Krylov space is exhausted after
+    j < k steps, the first j values are those of its j dimensions, eigenvalues up to rounding, and the surplus ones are
+    copies of the largest of them, with its residual. Raises ``ValueError`` for ``num_steps`` outside 1..m.
     """
     size = check_integer("num_steps", num_steps, minimum=1, maximum=start.size)
     dtype = start.dtype
@@ -80,9 +81,16 @@ def lanczos(
     start = project(start)
     initial = _Krylov(jnp.zeros((size, start.size), dtype), zeros, zeros, start / jnp.linalg.norm(start))
     final = jax.lax.fori_loop(0, size, step, initial)
-    # After exhaustion the vectors are zero: their diagonal entries are set to the largest, away from the smallest.
+    # After exhaustion the basis vectors are zero. Their diagonal entries are set above all eigenvalues of the rest
+    # (Gershgorin), with which they are not coupled: their values come last, and are replaced.
     used = jnp.sum(jnp.square(final.basis), axis=1) > 0.5
-    diagonal = jnp.where(used, final.diagonal, jnp.max(jnp.where(used, final.diagonal, -jnp.inf)))
-    off_diagonal = jnp.where(used & jnp.roll(used, -1), final.off_diagonal, 0.0)[: size - 1]
-    values, vectors = jnp.linalg.eigh(jnp.diag(diagonal) + jnp.diag(off_diagonal, 1) + jnp.diag(off_diagonal, -1))
-    return Ritz(values, jnp.abs(final.off_diagonal[-1] * vectors[-1]))
+    num_used = jnp.sum(used)
+    off_diagonal = jnp.where(used & (jnp.arange(size) + 1 < num_used), final.off_diagonal, 0.0)
+    row_sums = jnp.abs(final.diagonal) + off_diagonal + jnp.roll(off_diagonal, 1)
+    bound = jnp.max(row_sums)
+    diagonal = jnp.where(used, final.diagonal, jnp.where(bound > 0, 2 * bound, 1.0))
+    off = off_diagonal[: size - 1]
+    values, vectors = jnp.linalg.eigh(jnp.diag(diagonal) + jnp.diag(off, 1) + jnp.diag(off, -1))
+    residuals = jnp.abs(final.off_diagonal[num_used - 1] * vectors[num_used - 1])
+    last = jnp.minimum(jnp.arange(size), num_used - 1)
+    return Ritz(values[last], residuals[last])

@@ -117,7 +117,8 @@ def block_minimizer(
     Blocks are in order of label. A sample repeated m times is a cluster of rank one, with
     ``q = (‖x‖² − nλ/m)/(‖x‖² + σ²)``. The theorem allows any orthogonal O, but the gates do not: it is that of
     :func:`orthogonal_factor`, its columns multiplied by the signs of ``u_jᵀ x̄_k``. Differentiable in σ and λ, and in
-    the data where the kept eigenvalues are distinct. Raises ``ValueError`` for arguments outside the ranges below.
+    the data where the kept eigenvalues are positive and distinct; elsewhere gradients in the data are finite, those of
+    :func:`dae_theory.spectra.principal_axes`. Raises ``ValueError`` for arguments outside the ranges below.
 
     Args:
         data: Samples as rows, shape (n, d).

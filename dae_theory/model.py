@@ -1,8 +1,8 @@
 r"""The two-layer ReLU denoising autoencoder, ``f(y) = W₂ [W₁ᵀ y]₊`` :cite:`zhang26`, eq. (5).
 
-Weights have shape (d, p), as in the paper; there are no biases. Functions take one example ``y`` of shape (d,); batch
-with ``jax.vmap``. The code ``h(y) = [W₁ᵀ y]₊`` of shape (p,) is the representation whose spikiness distinguishes
-memorized from novel samples.
+Weights have shape (d, p), as in the paper; there are no biases. Functions take one example ``y`` of shape (d,) and
+raise ``ValueError`` for another rank; batch with ``jax.vmap``. The code ``h(y) = [W₁ᵀ y]₊`` of shape (p,) is the
+representation whose spikiness distinguishes memorized from novel samples.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from dae_theory.checks import check_integer
+from dae_theory.checks import check_example, check_integer
 from dae_theory.precision import full_precision
 from dae_theory.types import PRNGKey, Scalar
 
@@ -71,6 +71,7 @@ def encode(dae: ReluDae, y: Float[Array, " d"]) -> Float[Array, " p"]:
         >>> encode(dae, jnp.array([1.5, -2.0])).tolist()
         [1.5, 0.0]
     """
+    check_example("y", y)
     return jax.nn.relu(y @ dae.w1)
 
 
@@ -103,6 +104,7 @@ def jacobian(dae: ReluDae, y: Float[Array, " d"]) -> Float[Array, "d d"]:
         >>> jacobian(dae, jnp.array([1.0, -2.0])).tolist()
         [[1.0, 0.0], [0.0, 0.0]]
     """
+    check_example("y", y)
     active = (y @ dae.w1 > 0).astype(y.dtype)
     return (dae.w2 * active[None, :]) @ dae.w1.T
 

@@ -150,6 +150,9 @@ def principal_axes(points: Float[Array, "m d"], rank: int) -> tuple[Float[Array,
     .. math:: X^\top X = U \Lambda U^\top
 
     Computed from the smaller of the two Gram matrices. Eigenvalues that are zero up to rounding are exactly zero.
+    Derivatives are finite everywhere. Where eigenvalues coincide, axes have none: there each is held fixed within the
+    space of the coinciding ones, which gives the derivative of the projection onto that space, if all of it is among
+    the top ``rank``. Axes of eigenvalue zero are held fixed too.
     """
     m, d = points.shape
     # Eigenvalues of the Gram matrix are off by the rounding of the largest; Rayleigh quotients square that error.
@@ -157,17 +160,52 @@ def principal_axes(points: Float[Array, "m d"], rank: int) -> tuple[Float[Array,
         gram = points @ points.T
         # Zero rows would tie at the eigenvalue 0, and ties make derivatives NaN: give them distinct negative ones.
         empty = jnp.all(points == 0, axis=1).astype(gram.dtype)
-        _, vectors = jnp.linalg.eigh(gram - jnp.diag(empty * jnp.cumsum(empty)) * jnp.trace(gram) / m)
+        vectors = _eigenvectors(gram - jnp.diag(empty * jnp.cumsum(empty)) * jnp.trace(gram) / m)
         scaled = points.T @ vectors[:, ::-1][:, :rank]
         lam = jnp.sum(jnp.square(scaled), axis=0)
         # Dividing by √Λ instead would lose orthogonality in the weak directions.
-        axes, _ = jnp.linalg.qr(scaled)
+        axes = _orthonormal(scaled)
     else:
-        _, vectors = jnp.linalg.eigh(points.T @ points)
+        vectors = _eigenvectors(points.T @ points)
         axes = vectors[:, ::-1][:, :rank]
         lam = jnp.sum(jnp.square(points @ axes), axis=0)
     floor = (jnp.finfo(lam.dtype).eps * max(m, d)) ** 2
     return jnp.where(lam > floor * jnp.max(lam), lam, 0.0), axes
+
+
+@jax.custom_jvp
+def _eigenvectors(matrix: Float[Array, "m m"]) -> Float[Array, "m m"]:
+    """Eigenvectors of a symmetric matrix as columns, by ascending eigenvalue."""
+    return jnp.linalg.eigh(matrix)[1]
+
+
+@_eigenvectors.defjvp
+def _(primals, tangents):
+    (matrix,), (change,) = primals, tangents
+    values, vectors = jnp.linalg.eigh(matrix)
+    gaps = values[None, :] - values[:, None]
+    distinct = jnp.abs(gaps) > jnp.finfo(values.dtype).eps * values.size * jnp.max(jnp.abs(values))
+    coupling = vectors.T @ (0.5 * (change + change.T)) @ vectors
+    return vectors, vectors @ jnp.where(distinct, coupling / jnp.where(distinct, gaps, 1.0), 0.0)
+
+
+@jax.custom_jvp
+def _orthonormal(columns: Float[Array, "d r"]) -> Float[Array, "d r"]:
+    """The factor Q of a QR decomposition, whose derivative is zero in columns that are zero up to rounding."""
+    return jnp.linalg.qr(columns)[0]
+
+
+@_orthonormal.defjvp
+def _(primals, tangents):
+    (columns,), (change,) = primals, tangents
+    q, r = jnp.linalg.qr(columns)
+    lengths = jnp.linalg.norm(columns, axis=0)
+    live = lengths > jnp.finfo(q.dtype).eps * max(columns.shape) * jnp.max(lengths)
+    r = jnp.where(live[:, None] & live[None, :], r, jnp.eye(r.shape[0], dtype=r.dtype))
+    scaled = jax.scipy.linalg.solve_triangular(r, jnp.where(live[None, :], change, 0.0).T, trans="T").T
+    along = q.T @ scaled
+    below = jnp.tril(along, -1)
+    return q, jnp.where(live[None, :], q @ (below - below.T - along) + scaled, 0.0)
 
 
 @full_precision

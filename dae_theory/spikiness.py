@@ -1,6 +1,7 @@
 r"""Measures of spikiness of one code ``h`` of shape (p,): few units carry a spiky code, many a balanced one.
 
-All have the signature ``measure(code) -> ()``; batch with ``jax.vmap``. All but :func:`std` are invariant to scale;
+All have the signature ``measure(code) -> ()`` and raise ``ValueError`` unless the code is a vector; batch with
+``jax.vmap``. All but :func:`std` are invariant to scale;
 codes may have either sign. :data:`MEASURES` maps names to functions. For a zero code the value is set by convention, as
 each docstring says.
 """
@@ -10,8 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from dae_theory.checks import check_example
 
 __all__ = ["MEASURES", "hoyer", "kurtosis", "l4_over_l2", "participation_ratio", "std"]
 
@@ -24,9 +28,16 @@ def std(code: Float[Array, " p"]) -> Float[Array, ""]:
     In [0, max|h|]; grows with the scale of the input and of the layer. Divides by p (PyTorch's default divides by
     p − 1). 0 for a zero code.
     """
+    check_example("code", code)
+    # Squares would overflow or underflow. Scaling by a power of two changes no other digit.
+    limits = jnp.finfo(code.dtype)
+    exponent = jnp.clip(jnp.frexp(_largest(code))[1], limits.minexp + 2, limits.maxexp - 2)
+    one = jnp.ones((), code.dtype)
+    scale, inverse = jnp.ldexp(one, exponent), jnp.ldexp(one, -exponent)
+    scaled = code * inverse
     # √ has an infinite derivative at 0, the variance of a constant code: double where.
-    variance = jnp.mean(jnp.square(code - jnp.mean(code)))
-    return jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
+    variance = jnp.mean(jnp.square(scaled - jnp.mean(scaled)))
+    return scale * jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
 
 
 def l4_over_l2(code: Float[Array, " p"]) -> Float[Array, ""]:
@@ -36,6 +47,7 @@ def l4_over_l2(code: Float[Array, " p"]) -> Float[Array, ""]:
 
     0 for a zero code.
     """
+    check_example("code", code)
     unit, alive = _unit(code)
     fourth = jnp.sum(unit**4)
     return jnp.where(alive, jnp.where(alive, fourth, 1.0) ** 0.25, 0.0)
@@ -48,6 +60,7 @@ def participation_ratio(code: Float[Array, " p"]) -> Float[Array, ""]:
 
     0 for a zero code.
     """
+    check_example("code", code)
     unit, alive = _unit(code)
     return jnp.where(alive, 1.0 / jnp.where(alive, jnp.sum(unit**4), 1.0), 0.0)
 
@@ -59,6 +72,7 @@ def hoyer(code: Float[Array, " p"]) -> Float[Array, ""]:
 
     0 for a zero code, and for p = 1, where every code is both one-hot and constant.
     """
+    check_example("code", code)
     unit, alive = _unit(code)
     root = code.size**0.5
     if code.size == 1:
@@ -73,6 +87,7 @@ def kurtosis(code: Float[Array, " p"]) -> Float[Array, ""]:
 
     −2, the smallest value, for a constant code, including a zero code.
     """
+    check_example("code", code)
     scaled, _ = _unit(code)
     unit, alive = _unit(scaled - jnp.mean(scaled))
     # Subtracting the mean of a constant code leaves rounding errors, which are not a spread.
@@ -93,8 +108,13 @@ MEASURES: Mapping[str, Callable[[Float[Array, " p"]], Float[Array, ""]]] = Mappi
 
 def _unit(code: Float[Array, " p"]) -> tuple[Float[Array, " p"], Array]:
     """The code divided by its norm, and whether that is positive; scaled first against overflow and underflow."""
-    largest = jnp.max(jnp.abs(code), initial=0.0)
+    largest = _largest(code)
     alive = largest > 0
     scaled = code / jnp.where(alive, largest, 1.0)
     length = jnp.sqrt(jnp.where(alive, jnp.sum(jnp.square(scaled)), 1.0))
     return scaled / length, alive
+
+
+def _largest(code: Float[Array, " p"]) -> Float[Array, ""]:
+    # The result does not depend on the scale that it provides; a derivative through it would overflow for tiny codes.
+    return jax.lax.stop_gradient(jnp.max(jnp.abs(code), initial=0.0))

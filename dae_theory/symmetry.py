@@ -33,6 +33,7 @@ __all__ = [
     "merge_parallel_columns",
     "pad_columns",
     "parallel_groups",
+    "rotation_pairs",
     "symmetry_tangents",
     "unit_columns",
     "weight_distance_sq",
@@ -209,6 +210,16 @@ def symmetry_tangents(
     return jnp.asarray(basis[in_span].reshape(-1, 2, d, p), dae.w1.dtype)
 
 
+def rotation_pairs(dae: ReluDae, data: Float[Array, "m d"], *, tolerance: Scalar = 1e-3) -> list[tuple[int, int]]:
+    """Pairs of live units with the same gates on all rows of ``data``, not all off: the planes of the rotations."""
+    check_data(data)
+    gates = np.asarray(data) @ np.asarray(dae.w1) > 0
+    _, patterns = np.unique(gates, axis=1, return_inverse=True)
+    eligible = np.asarray(live_columns(dae, tolerance=tolerance)) & gates.any(axis=0)
+    groups = _alike(patterns, eligible)
+    return [(int(i), int(j)) for members in groups for i, j in itertools.combinations(members, 2)]
+
+
 def column_norms(w: Float[Array, "d p"]) -> Float[Array, " p"]:
     """Euclidean norms of columns; the gradient at a zero column is zero, not NaN."""
     square = jnp.sum(jnp.square(w), axis=0)
@@ -271,13 +282,9 @@ def _splittings(dae: ReluDae, data: Array | None, tolerance: Scalar) -> _Actions
 def _rotations(dae: ReluDae, data: Array | None, tolerance: Scalar) -> _Actions:
     if data is None:
         raise ValueError('the family "rotation" needs data, on whose rows units must have the same gates.')
-    check_data(data)
-    gates = np.asarray(data) @ np.asarray(dae.w1) > 0
-    _, patterns = np.unique(gates, axis=1, return_inverse=True)
-    for members in _alike(patterns, np.asarray(live_columns(dae, tolerance=tolerance)) & gates.any(axis=0)):
-        for i, j in itertools.combinations(members, 2):
-            turn = _elementary(dae, (i, j, 1.0), (j, i, -1.0))
-            yield turn, turn
+    for i, j in rotation_pairs(dae, data, tolerance=tolerance):
+        turn = _elementary(dae, (i, j, 1.0), (j, i, -1.0))
+        yield turn, turn
 
 
 def _alike(labels: np.ndarray, eligible: np.ndarray) -> Iterator[np.ndarray]:
@@ -285,7 +292,7 @@ def _alike(labels: np.ndarray, eligible: np.ndarray) -> Iterator[np.ndarray]:
         yield np.flatnonzero(eligible & (labels == label))
 
 
-def _elementary(dae: ReluDae, *entries: tuple[np.intp, np.intp, float]) -> np.ndarray:
+def _elementary(dae: ReluDae, *entries: tuple[int | np.intp, int | np.intp, float]) -> np.ndarray:
     action = np.zeros((dae.w1.shape[1],) * 2)
     for i, j, value in entries:
         action[i, j] = value

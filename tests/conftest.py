@@ -33,13 +33,12 @@ def key(request: pytest.FixtureRequest) -> jax.Array:
 
 @pytest.fixture(autouse=True, scope="module")
 def _compilation(request: pytest.FixtureRequest):
-    """Compile deep networks fast, without most of LLVM's optimizations: most of their tests' time is compilation.
+    """Compile fast, without most of LLVM's optimizations: most of the suite's time is compilation.
 
-    Modules marked `optimized` run long and compile as users do, and so does the theory. ``FULL_OPTIMIZATION=1`` in the
-    environment compiles everything as users do.
+    Modules marked `optimized` compute long and compile as users do. ``FULL_OPTIMIZATION=1`` in the environment, which
+    the long tests and parity with PyTorch run with, compiles everything as users do.
     """
-    deep = request.path.name.startswith("test_scaling_")
-    if not deep or request.node.get_closest_marker("optimized") or os.environ.get("FULL_OPTIMIZATION") == "1":
+    if request.node.get_closest_marker("optimized") or os.environ.get("FULL_OPTIMIZATION") == "1":
         yield
         return
     before = jax.config.read("jax_disable_most_optimizations")

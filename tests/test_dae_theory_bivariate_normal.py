@@ -11,6 +11,8 @@ from scipy.stats import multivariate_normal, norm
 
 from dae_theory.bivariate_normal import bivariate_normal_cdf, gate_covariance, normal_cdf, normal_pdf, wedge
 
+pytestmark = pytest.mark.optimized
+
 cdf = jax.jit(bivariate_normal_cdf)
 slopes = jax.jit(jax.vmap(jax.grad(bivariate_normal_cdf, argnums=(0, 1, 2))))
 curvatures = jax.jit(jax.vmap(jax.hessian(bivariate_normal_cdf, argnums=(0, 1, 2))))

@@ -11,6 +11,8 @@ import scipy.optimize
 
 from dae_theory import boundary, conditions, energies, spectra
 
+pytestmark = pytest.mark.optimized
+
 TRIANGLE = 2.0 * np.array([[1.0, 0, 0], [-0.5, 0.75**0.5, 0], [-0.5, -(0.75**0.5), 0]])
 SIZES = (3, 6, 12, 24, 48)
 

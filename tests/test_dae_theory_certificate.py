@@ -9,8 +9,10 @@ import pytest
 
 from dae_theory import ReluDae, block_minimizer, certificate, memorizing_minimizer, minimize_exact_objective
 from dae_theory.certificate import certify, dead_direction, residual_law
+from dae_theory.conditions import all_hold, check_conditions
 from dae_theory.exact_training import from_span, span_basis, to_span
 from dae_theory.risk import exact_objective
+from dae_theory.turns import lowest_turn
 
 # Four points of a regular simplex in R³, ‖x‖² = 6.75.
 SIMPLEX = jnp.array([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]) * 1.5
@@ -22,6 +24,8 @@ GOLDEN = {
     0.4: (2.953e-3, 1.921e-7, 4.0000e-3, 0.168),
     0.5: (6.616e-3, 9.691e-7, 4.0000e-3, 0.322),
 }
+
+pytestmark = pytest.mark.optimized
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +78,7 @@ def test_a_saddle_is_found_out():
     assert float(c.distance_sq) < 1e-20
     assert float(c.min_curvature_modulo_symmetry) < -1e-3
     assert not bool(c.strict)
+    assert c.verdict == "negative curvature"
 
 
 def test_the_direction_of_a_new_unit_is_stationary_on_the_sphere():
@@ -109,20 +114,105 @@ def test_a_block_is_flat_along_the_turns_of_its_orthogonal_factor():
     assert int(c.num_symmetries) == 6 + 6
     assert abs(float(c.min_rotation_curvature)) < 1e-12
     assert float(c.min_curvature_modulo_symmetry) > 1e-3
-    assert bool(c.strict)
+    # Nothing falls, not even after a turn of 37 degrees, but nothing tells a strict minimum from a flat one either.
+    assert abs(float(c.turn.change)) < 1e-15
+    assert not bool(c.falls_along_turn)
+    assert bool(c.flat_along_turns)
+    assert not bool(c.strict)
+    assert c.verdict == "flat along turns to rounding"
 
 
-def test_a_duplicate_beside_a_generalizing_block_is_a_strict_minimum():
+def opposite_clusters(sigma, mean=1.2):
+    """Two opposite clusters of four rows with two units each, for which every condition holds."""
+    rows = 0.15 * jax.random.normal(jax.random.key(3), (8, 6))
+    data = rows + jnp.repeat(jnp.array([mean, -mean]), 4)[:, None] * jnp.eye(6)[:1]
+    labels = np.repeat([0, 1], 4)
+    assert bool(all_hold(check_conditions(data, labels, sigma, 1e-3, 2)))
+    return data, block_minimizer(data, labels, sigma, 1e-3, 2)
+
+
+@pytest.mark.parametrize("sigma", [0.15, 0.25])
+def test_the_objective_can_fall_along_a_turn_though_every_condition_holds(sigma):
+    data, closed = opposite_clusters(sigma)
+    turn = lowest_turn(closed, data, sigma, 1e-3)
+    assert float(turn.change) < -1e-4
+    assert abs(float(turn.degrees)) > 20
+    c, s = np.cos(np.deg2rad(float(turn.degrees))), np.sin(np.deg2rad(float(turn.degrees)))
+    mix = np.array([[c, -s], [s, c]])
+    turned = [
+        ReluDae(*(jnp.asarray(w).at[:, block].set(w[:, block] @ mix) for w in closed))
+        for block in (slice(0, 2), slice(2, 4))
+    ]
+    # The turn keeps the linear map and the penalty: what changes is what crosses gates.
+    for dae in turned:
+        np.testing.assert_allclose(dae.w2 @ dae.w1.T, closed.w2 @ closed.w1.T, atol=1e-14)
+    before = exact_objective(closed, data, sigma, 1e-3)
+    changes = [float(exact_objective(dae, data, sigma, 1e-3) - before) for dae in turned]
+    np.testing.assert_allclose(min(changes), turn.change, rtol=1e-8)
+
+
+def test_single_units_have_no_turn(certificates):
+    c = certificates[0.3]
+    assert np.isinf(c.turn.change)
+    assert not bool(c.falls_along_turn)
+    assert not bool(c.flat_along_turns)
+    assert c.verdict == "strict"
+
+
+@pytest.mark.slow
+def test_a_block_that_falls_along_a_turn_is_not_certified():
+    """Margins of seven σ: stationary and flat to rounding where the closed form is, and lower after a large turn."""
+    data, closed = opposite_clusters(0.15, mean=2.0)
+    c = certify(closed, data, 0.15, 1e-3)
+    assert float(c.distance_sq) < 1e-20
+    assert abs(float(c.min_rotation_curvature)) < 1e-10
+    assert float(c.turn.change) < -1e-4
+    assert bool(c.falls_along_turn)
+    assert not bool(c.strict)
+
+
+@pytest.mark.slow
+def test_a_strict_minimum_can_be_far_from_the_closed_form():
+    """Margins of two σ: the refinement leaves the block's turns behind, so the distance is not exponentially small."""
+    data, closed = opposite_clusters(0.25)
+    c = certify(closed, data, 0.25, 1e-3)
+    assert c.verdict == "strict"
+    assert float(c.min_rotation_curvature) > 1e-3
+    assert float(c.turn.change) > 0
+    assert float(c.distance_sq) > 1
+
+
+def test_a_duplicate_beside_a_generalizing_block_is_a_minimum_up_to_turns():
     """Corollary 3.4: five copies of one sample have a unit of their own, with the duplicate's q; a cluster three."""
     spread = jnp.diag(jnp.array([0.1, 0.4, 0.3, 0.2]))
     mean = jnp.array([4.0, 0.0, 0.0, 0.0])
     data = jnp.concatenate([mean[None] + spread, mean[None] - spread, jnp.broadcast_to(-0.75 * mean, (5, 4))])
     closed = block_minimizer(data, np.repeat([0, 1], [8, 5]), 0.15, 1e-3, (3, 1))
     c = certify(closed, data, 0.15, 1e-3)
-    assert bool(c.strict)
+    # Flat to rounding nearby, but 8e-10 lower after a turn of 30 degrees.
+    assert abs(float(c.min_rotation_curvature)) < 1e-12
+    assert float(c.turn.change) < -1e-10
+    assert abs(float(c.turn.degrees)) >= 30
+    assert c.verdict == "falls along a turn"
+    assert float(c.min_curvature_modulo_symmetry) > 1e-3
     assert float(c.distance_sq) < 1e-20
     q = (9.0 - 13 / 5 * 1e-3) / (9.0 + 0.15**2)
     np.testing.assert_allclose(jnp.sum(jnp.square(c.refined.w1[:, 3])), q, rtol=1e-10)
+
+
+@pytest.mark.slow
+def test_zero_columns_on_the_simplex_are_a_saddle_for_both():
+    """Conditions and certificate agree, on a simplex without and with a dimension to spare."""
+    for data, sigma, penalty in (
+        (2 / np.sqrt(3) * SIMPLEX, 0.3, 1e-3),
+        (jnp.pad(SIMPLEX, ((0, 0), (0, 1))), 0.1, 1e-9),
+    ):
+        closed = memorizing_minimizer(data, sigma, penalty, 5)
+        dead = dead_direction(closed, data, sigma, penalty)
+        checked = check_conditions(data, np.arange(4), sigma, penalty, 1, width=5).checks.zero_columns
+        assert not bool(checked.holds)
+        assert float(dead.slack) < 0
+        np.testing.assert_allclose(dead.slack, checked.slack, rtol=0.05)
 
 
 @pytest.mark.slow

@@ -20,6 +20,8 @@ from dae_theory.codes import (
 from dae_theory.minimizers import shrinkage
 from dae_theory.model import denoise, encode, init, jacobian
 
+pytestmark = pytest.mark.optimized
+
 SIMPLEX = jnp.array([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]) * 1.5
 SIGMA, DRAWS = 0.8, 200_000
 

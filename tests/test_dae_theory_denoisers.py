@@ -1,6 +1,8 @@
 """Bayes denoisers: definition by Monte Carlo, each as a limit of another, Tweedie's score, and small noise."""
 
 import functools
+import subprocess
+import sys
 
 import chex
 import jax
@@ -125,6 +127,68 @@ def test_one_trace_serves_all_noise_levels():
     for sigma in (0.1, 0.2, 0.3):
         denoise(data[0], jnp.asarray(sigma))
     assert len(traces) == 1
+
+
+@pytest.mark.parametrize("sigma", [2e-3, 2e-2])
+def test_the_score_of_a_singular_covariance_survives_float32(key, sigma):
+    """Rank 8 in dimension 64: eigenvalues of rounding are no spread beside σ²."""
+    root, mean, spread, noise = (
+        np.asarray(jax.random.normal(jax.random.fold_in(key, i), shape))
+        for i, shape in enumerate([(64, 8), (64,), (8,), (64,)])
+    )
+    covariance, y = root @ root.T, mean + root @ spread + sigma * noise
+    expected = -np.linalg.solve(covariance + sigma**2 * np.eye(64), y - mean)
+    y32, mean32, covariance32 = (jnp.asarray(a, jnp.float32) for a in (y, mean, covariance))
+    single = GaussianMixture(jnp.ones(1, jnp.float32), mean32[None], covariance32[None])
+    for denoiser in (
+        functools.partial(denoisers.gaussian_denoiser, mean=mean32, covariance=covariance32),
+        functools.partial(denoisers.mixture_denoiser, mixture=single),
+    ):
+        score = np.asarray(denoisers.score(denoiser, y32, sigma))
+        assert np.linalg.norm(score - expected) < 3e-3 * np.linalg.norm(expected)
+
+
+def test_a_batch_is_refused_without_the_type_checks_of_the_tests():
+    """With n = d or n = p a batch would give an array of the right shape and the wrong values."""
+    code = """
+import functools, jax.numpy as jnp
+from dae_theory import ReluDae, denoise, denoisers, encode, jacobian
+from dae_theory.mixture import GaussianMixture
+square, y = jnp.eye(3), jnp.ones(3)
+dae, mixture = ReluDae(square, square), GaussianMixture(jnp.ones(1), y[None], square[None])
+several = jnp.ones(3)
+calls = {
+    "encode": lambda: encode(dae, square),
+    "denoise": lambda: denoise(dae, square),
+    "jacobian": lambda: jacobian(dae, square),
+    "empirical": lambda: denoisers.empirical_denoiser(square, 0.3, square),
+    "gaussian": lambda: denoisers.gaussian_denoiser(square, 0.3, y, square),
+    "mixture": lambda: denoisers.mixture_denoiser(square, 0.3, mixture),
+    "responsibilities": lambda: denoisers.mixture_responsibilities(square, 0.3, mixture),
+    "score": lambda: denoisers.score(lambda y, sigma: y, square, 0.3),
+    "sigmas, empirical": lambda: denoisers.empirical_denoiser(y, several, square),
+    "sigmas, gaussian": lambda: denoisers.gaussian_denoiser(y, several, y, square),
+    "sigmas, mixture": lambda: denoisers.mixture_denoiser(y, several, mixture),
+    "sigmas, score": lambda: denoisers.score(lambda y, sigma: y, y, several),
+    "swapped": lambda: denoisers.empirical_denoiser(y, square, 0.3),
+    "data first": lambda: denoisers.empirical_denoiser(square, 0.3, y),
+}
+for name, call in calls.items():
+    try:
+        call()
+    except ValueError as error:
+        assert "jax.vmap" in str(error) and "shape (3" in str(error), (name, error)
+    else:
+        raise AssertionError(name)
+for data, words in (([[1.0, 2.0, 3.0]], "got list"), (jnp.ones((2, 4)), "shape (2, 4)"), (y, "shape (3,)")):
+    try:
+        denoisers.empirical_denoiser(y, 0.3, data)
+    except ValueError as error:
+        assert words in str(error) and "(y, sigma, data)" in str(error), error
+    else:
+        raise AssertionError(words)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_lowers_for_accelerators():

@@ -47,6 +47,16 @@ def test_directions_left_out_stay_out(key):
     np.testing.assert_allclose(ritz.values, eigenvalues[2:], atol=1e-10)
 
 
+def test_an_exhausted_space_adds_no_value_that_is_no_eigenvalue():
+    """From equal weights on the eigenvalues 1, 1, 1, 2: two steps say all; more repeat the largest."""
+    for steps in (2, 3, 4):
+        ritz = ritz_values(jnp.diag(jnp.array([1.0, 1.0, 1.0, 2.0])), jnp.ones(4), steps)
+        np.testing.assert_allclose(ritz.values, [1.0] + [2.0] * (steps - 1), atol=1e-14)
+        assert float(jnp.max(ritz.residuals)) < 1e-14
+    one = ritz_values(2 * jnp.eye(3), jnp.ones(3), 3)
+    np.testing.assert_allclose(one.values, 2.0, atol=1e-14)
+
+
 def test_an_exhausted_space_ends_without_false_values(key):
     """Three distinct eigenvalues: three steps say all, and the rest add none."""
     a, _ = matrix(jax.random.fold_in(key, 0), [1.0] * 4 + [2.0] * 4 + [5.0] * 4)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from dae_theory import minimizers, risk
+from dae_theory import minimizers, risk, spectra
 from dae_theory.mixture import GaussianMixture
 
 # Regular simplex of 4 points in R^3, squared norm 6.75.
@@ -358,3 +358,31 @@ def test_lowers_for_accelerators():
         (world, lambda w, s, r: minimizers.generalizing_minimizer(w, s, r, (2, 1))),
     ]:
         jax.jit(function).trace(first, scalar, scalar).lower(lowering_platforms=("tpu", "cuda"))
+
+
+@pytest.mark.parametrize("dim", [3, 8])
+@pytest.mark.parametrize("rows", ["repeated", "collinear", "equal eigenvalues"])
+def test_gradients_in_the_data_are_finite_where_eigenvalues_vanish_or_coincide(rows, dim):
+    """From either Gram matrix; the projection onto coinciding axes has its true derivative."""
+    block = {
+        "repeated": np.array([[2.0, 1.0, 0.0]] * 3),
+        "collinear": np.outer([1.0, 2.0, 3.0], [1.0, 1.0, 0.0]),
+        "equal eigenvalues": np.array([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 1.0]]),
+    }[rows]
+    data = jnp.asarray(np.pad(block, ((0, 0), (0, dim - 3))))
+
+    def gain(data):
+        w = minimizers.block_minimizer(data, np.zeros(3, int), 0.5, 1e-3, 2).w1
+        return jnp.sum(jnp.cos(jnp.arange(dim * dim, dtype=w.dtype)).reshape(dim, dim) * (w @ w.T))
+
+    gradient = jax.grad(gain)(data)
+    assert bool(jnp.all(jnp.isfinite(gradient)))
+    if rows == "equal eigenvalues":
+        move = 1e-5 * jnp.asarray(np.pad([[1.0, 2.0, 3.0], [0.5, -1.0, 0.2], [0.3, 0.1, 1.0]], ((0, 0), (0, dim - 3))))
+
+        def projected(data):
+            axes = spectra.principal_axes(data, 2)[1]
+            return jnp.sum(jnp.cos(jnp.arange(dim * dim, dtype=axes.dtype)).reshape(dim, dim) * (axes @ axes.T))
+
+        difference = projected(data + move) - projected(data - move)
+        np.testing.assert_allclose(2 * jnp.sum(jax.grad(projected)(data) * move), difference, rtol=1e-6)

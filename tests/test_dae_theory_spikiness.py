@@ -1,5 +1,7 @@
 """Spikiness: identities, both ends, scale, and zero codes."""
 
+import inspect
+
 import chex
 import hypothesis
 import hypothesis.extra.numpy
@@ -90,3 +92,27 @@ def test_lowers_for_accelerators():
     for measure in spikiness.MEASURES.values():
         traced = jax.jit(jax.vmap(measure)).trace(jax.ShapeDtypeStruct((3, 8), jnp.float32))
         assert traced.lower(lowering_platforms=("tpu", "cuda")).as_text()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_extreme_codes_keep_their_values_and_finite_gradients(dtype):
+    """std too, whose squares overflow or underflow; a power of two scales all digits exactly."""
+    h = jnp.array([1.0, 2.0, 0.0, 4.0], dtype)
+    limits = jnp.finfo(dtype)
+    for exponent in (limits.maxexp - 4, limits.maxexp // 2 + 2, limits.minexp // 2 - 8, limits.minexp + 12):
+        scale = jnp.ldexp(jnp.ones((), dtype), exponent)
+        assert float(spikiness.std(h * scale)) == float(spikiness.std(h) * scale)
+        for measure in spikiness.MEASURES.values():
+            assert np.isfinite(measure(h * scale))
+            chex.assert_tree_all_finite(jax.grad(measure)(h * scale))
+    slope = jax.grad(spikiness.l4_over_l2)(h)
+    tiny = jnp.ldexp(jnp.ones((), dtype), limits.minexp // 2 - 8)
+    np.testing.assert_allclose(jax.grad(spikiness.l4_over_l2)(h * tiny) * tiny, slope, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", spikiness.MEASURES)
+def test_a_batch_is_refused(name):
+    """Without the type checks of the tests: a batch would give one number for all of its codes."""
+    measure = inspect.unwrap(spikiness.MEASURES[name])
+    with pytest.raises(ValueError, match=r"shape \(3, 3\).*jax\.vmap"):
+        measure(jnp.eye(3))

@@ -14,6 +14,7 @@ import pytest
 
 from sims import __main__ as cli
 from sims import store
+from sims.study import certification
 from sims.sweeps import engine
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -84,11 +85,36 @@ def test_certify_prints_and_writes_conditions_regime_and_certificate(tmp_path, c
     assert all(row["holds"] for row in entry["conditions"])
     certificate = entry["certificate"]
     assert certificate["strict"]
+    assert certificate["verdict"] == "strict"
+    assert ": memorizing, certified" in printed
     assert certificate["num_live"] == 8
     assert certificate["refined_gradient_norm"] < 1e-12
     np.testing.assert_allclose(certificate["min_curvature"], 4e-3, rtol=1e-3)
     # The main term up to what leaks through gates of margin 0.165.
     np.testing.assert_allclose(certificate["objective"], entry["structures"][0]["objective"], rtol=1e-2)
+
+
+def test_a_heading_claims_no_more_than_is_known():
+    entry = {
+        "regime": "memorizing",
+        "structures": [{"holds": True}],
+        "conditions": [{"holds": True}],
+        "certificate": {"strict": True, "verdict": "strict", "distance_sq": 1e-9, "num_live": 8},
+    }
+    assert certification._heading(entry) == "memorizing, certified"
+    failing = {"conditions": [{"holds": False}], "certificate": {"strict": False, "verdict": "negative curvature"}}
+    assert certification._heading(entry | failing) == (
+        "predicted: memorizing (conditions fail, not certified: negative curvature)"
+    )
+    nearby = entry | {"conditions": [{"holds": False}]}
+    assert certification._heading(nearby).startswith(
+        "predicted: memorizing (conditions fail; certified: a strict minimum"
+    )
+    far = entry | {"certificate": entry["certificate"] | {"distance_sq": 1.5}}
+    assert certification._heading(far) == (
+        "predicted: memorizing (conditions hold; certified: a strict minimum at squared distance 1.5)"
+    )
+    assert certification._heading(entry | {"regime": "empty", "certificate": {"left_out": "zero"}}) == "empty"
 
 
 @pytest.mark.slow
@@ -123,7 +149,14 @@ def test_a_generalizing_mixture_is_told_as_such(tmp_path):
     assert entry["regime"] == "generalizing"
     turns = sum(rank * (rank - 1) // 2 for rank in entry["structures"][0]["ranks"])
     assert entry["certificate"]["num_rotations"] == turns > 0
-    assert entry["certificate"]["strict"]
+    # The turns of the blocks decide between a strict minimum and less; the heading says which.
+    certificate = entry["certificate"]
+    assert certificate["strict"] == (certificate["verdict"] == "strict")
+    page = (tmp_path / "certificate.md").read_text()
+    assert certificate["strict"] or "generalizing, certified" not in page
+    if not certificate["strict"]:
+        assert certificate["verdict"] in page
+        assert "predicted: generalizing (" in page
 
 
 def test_sweep_and_train(tmp_path, capsys):

@@ -108,13 +108,24 @@ def test_no_closed_form_for_more_rows_than_units(cell):
 
 def test_conditions_hold_on_the_simplex_and_not_on_one_side(cell):
     data, spec = cell
-    assert np.all(measures.conditions_hold(identity_network(), data, spec) == 1)
+    square = ReluDae(jnp.ones((3, 4)), jnp.ones((3, 4)))
+    assert np.all(measures.conditions_hold(square, data, spec) == 1)
     names = list(measures.conditions_hold.labels["condition"])
     one_side = data._replace(train=jnp.abs(data.train) + 0.1)
     held = dict(zip(names, np.asarray(measures.conditions_hold(identity_network(), one_side, spec)), strict=True))
     assert held["negative_cosines"] == 0
     assert held["other_gates"] == 0
     assert held["own_gates"] == 1
+
+
+def test_zero_columns_are_units_beyond_one_per_row(cell):
+    """On the simplex at σ 0.3 a fifth unit grows, so the closed form with zeros is no minimizer; four units are."""
+    data, spec = cell
+    for width, holds in ((4, 1), (5, 0)):
+        dae = memorizing_minimizer(data.train, 0.3, 1e-3, width)
+        values = dict(zip(measures.Checks._fields, measures.conditions_hold(dae, data, spec), strict=True))
+        assert values.pop("zero_columns") == holds
+        assert all(value == 1 for value in values.values())
 
 
 def test_columns_are_counted_after_merging(cell):

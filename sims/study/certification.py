@@ -74,7 +74,7 @@ def as_text(result: dict[str, Any]) -> str:
         f"penalty {data['penalty']:g}.",
     ]
     for entry in result["certificates"]:
-        lines += ["", f"## sigma = {entry['sigma']:g}: {entry['regime']}", "", entry["search"].capitalize() + ".", ""]
+        lines += ["", f"## sigma = {entry['sigma']:g}: {_heading(entry)}", "", entry["search"].capitalize() + ".", ""]
         structures = [
             (s["name"], s["regime"], f"{s['objective']:.6g}", s["units"], _number(s["margin"]), _yes(s["holds"]))
             for s in entry["structures"]
@@ -140,9 +140,30 @@ def _certificate(dae: Any, rows: Any, sigma: float, penalty: float, max_size: in
         "num_symmetries": int(c.num_symmetries),
         "num_rotations": int(c.num_rotations),
         "min_rotation_curvature": _finite(float(c.min_rotation_curvature)),
+        "turn_change": _finite(float(c.turn.change)),
+        "turn_degrees": float(c.turn.degrees),
         "new_unit_slack": float(c.dead.slack),
+        "verdict": c.verdict,
         "strict": bool(c.strict),
     }
+
+
+def _heading(entry: dict[str, Any]) -> str:
+    """The regime, with what is known of it: certified, or predicted by energies alone."""
+    if entry["regime"] == "empty":
+        return "empty"
+    certificate, met = entry["certificate"], all(row["holds"] for row in entry["conditions"])
+    # Columns have norms of at most about 1, in both matrices.
+    near = certificate.get("strict") and certificate["distance_sq"] < 1e-2 * certificate["num_live"]
+    if near and met and entry["structures"][0]["holds"]:
+        return f"{entry['regime']}, certified"
+    conditions_are = "conditions hold" if met else "conditions fail"
+    if certificate.get("strict"):
+        distance = certificate["distance_sq"]
+        certified = f"certified: a strict minimum at squared distance {distance:.2g}"
+        return f"predicted: {entry['regime']} ({conditions_are}; {certified})"
+    reason = certificate.get("verdict")
+    return f"predicted: {entry['regime']} ({conditions_are}, not certified{f': {reason}' if reason else ''})"
 
 
 def _finite(value: float) -> float | None:

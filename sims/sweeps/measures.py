@@ -134,12 +134,14 @@ def distance_to_closed_form(params: ReluDae, data: CellData, spec: CellSpec) -> 
 def conditions_hold(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, " c"]:
     """1 or 0 for each inequality of Theorem 3.1 with every distinct row a cluster: whether it predicts memorization.
 
-    In the order of :class:`dae_theory.conditions.Checks`. NaN if there are more distinct rows than units.
+    In the order of :class:`dae_theory.conditions.Checks`; units beyond one per distinct row count as zero columns. NaN
+    if there are more distinct rows than units.
     """
     names = Checks._fields
     if max(spec.identity) + 1 > params.w1.shape[1]:
         return jnp.full(len(names), jnp.nan, data.train.dtype)
-    conditions = check_conditions(data.train, np.asarray(spec.identity), spec.sigma, spec.penalty, 1)
+    width = params.w1.shape[1]
+    conditions = check_conditions(data.train, np.asarray(spec.identity), spec.sigma, spec.penalty, 1, width=width)
     return jnp.stack([check.holds for check in conditions.checks]).astype(data.train.dtype)
 
 

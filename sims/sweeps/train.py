@@ -2,10 +2,11 @@ r"""Training of the autoencoder on the paper's objective :cite:`zhang26`, eq. (6
 
 .. math:: L = \frac1n \sum_i E_\epsilon \|f(x_i + \sigma\epsilon) - x_i\|^2 + \lambda (\|W_1\|_F^2 + \|W_2\|_F^2)
 
-A step takes one noise draw for each row. All randomness of step t comes from ``fold_in(key, t)``, and row i's noise
-from ``fold_in(..., i)``: two runs with the same key have the same noise on the same rows, whatever σ, λ or n (common
-random numbers), and a resumed run equals an uninterrupted one. Numbers (σ, λ, learning rate) are traced; names and
-sizes are static.
+A step takes one noise draw for each row. All randomness of step t comes from ``fold_in(key, t)``, and the noise of the
+step's i-th row from ``fold_in(..., i)``: two runs with the same key have the same noise on the same rows, whatever σ or
+λ (common random numbers), and a resumed run equals an uninterrupted one. With full batches this also holds for
+different n; the rows of a mini-batch are drawn among n, so there the i-th noise falls on another row when n changes.
+Numbers (σ, λ, learning rate) are traced; names and sizes are static.
 """
 
 from __future__ import annotations
