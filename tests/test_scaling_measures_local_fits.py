@@ -89,6 +89,7 @@ def test_where_an_image_is_memorized_one_unit_does(silent, key, monkeypatch):
     assert found["fit_l4_over_l2"][0, 0, 0] == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_an_image_alone_is_that_image_among_others_and_blocks_are_fitted(key):
     model = network(PIXEL, "float64")
     images = jnp.asarray(np.random.RandomState(1).standard_normal((2, 3, 8, 8)))

@@ -18,6 +18,8 @@ from scaling.models.model import parse_config
 
 # Float32 rounding through some hundred layers, as a fraction of the largest value.
 TOLERANCE = 2e-5
+# One UNet of each kind stays in the default suite.
+LARGE = {"sdxl_unet", "sd14_unet", "ddpm_celebahq"}
 
 
 @functools.cache
@@ -46,7 +48,7 @@ def check(names):
             assert worst <= TOLERANCE, f"{name} {key}: {worst:.1e}"
 
 
-@pytest.mark.parametrize("names", networks().values(), ids="+".join)
+@pytest.mark.parametrize("names", [n for n in networks().values() if not LARGE & {*n}], ids="+".join)
 def test_outputs_and_taps_are_those_of_pytorch(names):
     check(names)
 
