@@ -268,9 +268,17 @@ def test_more_steps_continue_and_other_specs_are_refused(done, tmp_path, monkeyp
     # Another run's checkpoint put into the folder, and a torn one.
     train(dataclasses.replace(DIT, seed=1, steps=1), tmp_path / "c")
     checkpoint = tmp_path / "a" / "checkpoint.safetensors"
+    own = checkpoint.read_bytes()
     checkpoint.write_bytes((tmp_path / "c" / checkpoint.name).read_bytes())
     with pytest.raises(ValueError, match="is the checkpoint of another training run"):
         train(DIT, tmp_path / "a")
+    # One bit of a weight: the file is as long and as well formed as before.
+    flipped = bytearray(own)
+    flipped[len(own) // 2] ^= 1
+    checkpoint.write_bytes(flipped)
+    with pytest.raises(ValueError, match="do not match its checksum"):
+        train(DIT, tmp_path / "a")
+    checkpoint.write_bytes(own)
     checkpoint.write_bytes(checkpoint.read_bytes()[:-7])
     with pytest.raises(ValueError, match="truncated or damaged"):
         train(DIT, tmp_path / "a")

@@ -42,14 +42,13 @@ def save_pretrained(model: Model, folder: str | Path) -> Path:
         raise ValueError(f"the parameters do not fit the configuration: {', '.join(wrong[:5])}.")
     config = json.loads(model.source)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     stem = "diffusion_pytorch_model" if "_class_name" in config else "model"
     write_tensors(
         folder / f"{stem}.safetensors",
         {name: (model.params[name].dtype, spec.shape) for name, spec in specs.items()},
         (to_torch(spec.kind, np.asarray(model.params[name])) for name, spec in specs.items()),
     )
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     return folder
 
 

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from sims.store.files import replace_file
+
 __all__ = ["FLOATS", "Tensor", "read_header", "read_index", "read_json", "write_tensors"]
 
 MAX_HEADER = 1 << 24
@@ -115,7 +117,7 @@ def write_tensors(path: Path, shapes: Mapping[str, tuple[Any, tuple[int, ...]]],
     """Write a safetensors file, one tensor at a time.
 
     ``shapes`` has dtype and shape by name, and ``arrays`` yields the values in the same order. The file appears under
-    its name only when it is complete.
+    its name only when it is complete. ``ValueError`` that names it if it cannot be written.
     """
     names = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -126,12 +128,14 @@ def write_tensors(path: Path, shapes: Mapping[str, tuple[Any, tuple[int, ...]]],
         offset = stop
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for array in arrays:
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    partial.replace(path)
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for array in arrays:
+                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+    replace_file(path, write)
 
 
 def _json_object(text: bytes, origin: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from scaling.training.captions import from_labels
 from scaling.training.corpus import GROUPS, Corpus
 from scaling.training.run import RECORD, read_corpus, read_spec
 from scaling.training.spec import TrainSpec
-from sims.store.files import write_text
+from sims.store.files import own_folder, write_text
 
 __all__ = ["ETAS", "TOLERANCE", "pack"]
 
@@ -49,8 +49,10 @@ def pack(trained: str | Path, out: str | Path, name: str, flags: Sequence[str]) 
     rounded = _rounded(pipeline)
     difference = _difference(pipeline, rounded, corpus)
     packed = rounded if difference <= TOLERANCE else pipeline
+    # What tells that the folder is this model's is written first, so that an interrupted packing can be repeated.
+    own_folder(out, ["membership.json"])
     out.mkdir(parents=True, exist_ok=True)
-    for part in ("tokenizer", "prompts.json", "membership.json"):
+    for part in ("membership.json", "prompts.json", "tokenizer"):
         source = trained / part
         if source.is_dir():
             shutil.copytree(source, out / part, dirs_exist_ok=True)
