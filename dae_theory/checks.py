@@ -21,6 +21,7 @@ __all__ = [
     "check_nonnegative",
     "check_number",
     "check_positive",
+    "check_seed",
     "is_concrete",
 ]
 
@@ -72,6 +73,14 @@ def check_integer(name: str, value: object, *, minimum: int, maximum: int | None
     if maximum is not None and value > maximum:
         raise ValueError(f"{name} must be at most {maximum}, got {value}.")
     return value
+
+
+def check_seed(name: str, value: object) -> int:
+    """Return ``value`` as an int, or raise ``ValueError`` unless it is an integer in [0, 2^32).
+
+    With 32-bit types ``jax.random.key`` takes a seed modulo 2^32: larger ones would repeat smaller ones.
+    """
+    return check_integer(name, value, minimum=0, maximum=2**32 - 1)
 
 
 def check_data(data: Any, *, name: str = "data") -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import math
 import textwrap
 from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -32,6 +33,9 @@ __all__ = [
 
 T = TypeVar("T", int, float)
 C = TypeVar("C", bound=type)
+
+MAX_POINTS = 100_000
+"""Points of a range."""
 
 AXIS = "a value, a list 1,2,4 or a range geom:START:STOP:NUM / lin:START:STOP:NUM"
 
@@ -171,7 +175,11 @@ def _parse_axis(text: str, kind: type[T], rounded: Callable[[float], T]) -> tupl
     try:
         if name in ("geom", "lin"):
             begin, end, count = rest.split(":")
+            if int(count) > MAX_POINTS:
+                raise argparse.ArgumentTypeError(f"{text!r} has more than {MAX_POINTS:,} points")
             if int(count) < 1 or (name == "geom" and (float(begin) <= 0 or float(end) <= 0)):
+                raise ValueError
+            if not all(math.isfinite(float(x)) for x in (begin, end)):
                 raise ValueError
             points = (np.geomspace if name == "geom" else np.linspace)(float(begin), float(end), int(count))
             return tuple(dict.fromkeys(rounded(x) for x in points))

@@ -23,6 +23,7 @@ from scaling.bridge import weights
 from scaling.diffusion import schedules
 from scaling.models.config import ParamSpec
 from scaling.models.model import parse_config
+from sims.store import files
 
 UNET = {
     "_class_name": "UNet2DModel",
@@ -220,7 +221,7 @@ def test_json_files_that_hold_anything(tmp_path, value, noise):
     path = tmp_path / "model.safetensors.index.json"
     for data in (json.dumps(value).encode(), noise, json.dumps({"weight_map": value}).encode()):
         path.write_bytes(data)
-        refuses_or_loads(lambda: weights.read_json(path))
+        refuses_or_loads(lambda: files.read_json(path))
         refuses_or_loads(lambda: weights.read_index(path))
 
 

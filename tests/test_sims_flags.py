@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from sims.sweeps.spec import Spec
 def parse(*argv):
     parser = argparse.ArgumentParser()
     options.add_spec_flags(parser)
+    options.add_measures_flag(parser)
     return parser.parse_args(argv)
 
 
@@ -100,10 +102,16 @@ def test_a_finished_runs_record_is_a_spec_file(tmp_path):
     path = tmp_path / "spec.json"
     path.write_text(json.dumps({"format": 1, "spec": {**Spec(steps=7).to_dict(), "measures": ["gap"]}}))
     assert options.spec_from_flags(parse("--spec", str(path))) == Spec(steps=7)
+    assert options.measures_from_flags(parse("--spec", str(path))) == ["gap"]
+    assert options.measures_from_flags(parse("--spec", str(path), "--measures", "norm1")) == ["norm1"]
+    path.write_text(json.dumps({"single": {**Spec(steps=8).to_dict(), "measures": "gap"}}))
+    assert options.spec_from_flags(parse("--spec", str(path))) == Spec(steps=8)
+    with pytest.raises(ValueError, match="measures must be a list of names, got 'gap'"):
+        options.measures_from_flags(parse("--spec", str(path)))
 
 
 def test_bad_spec_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match="cannot read the spec file .*nowhere.toml"):
+    with pytest.raises(ValueError, match="nowhere.toml: no such file"):
         options.spec_from_flags(parse("--spec", str(tmp_path / "nowhere.toml")))
     path = tmp_path / "bad.toml"
     path.write_text("steps = ")
@@ -111,5 +119,14 @@ def test_bad_spec_files_are_named(tmp_path):
         options.spec_from_flags(parse("--spec", str(path)))
     path = tmp_path / "list.json"
     path.write_text("[1]")
-    with pytest.raises(ValueError, match="must hold an object"):
+    with pytest.raises(ValueError, match="must be a JSON object, got list"):
         options.spec_from_flags(parse("--spec", str(path)))
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ValueError, match=r"pipe\.json: no regular file"):
+        options.spec_from_flags(parse("--spec", str(tmp_path / "pipe.json")))
+
+
+@pytest.mark.parametrize("text", ["geom:0.1:2:1000000000", "lin:1:1e300:3", "lin:0:1e400:3", "1e400"])
+def test_axes_beyond_bounds_are_refused(text):
+    with pytest.raises((argparse.ArgumentTypeError, ValueError), match=r"more than 100,000 points|at most|not an axis"):
+        Spec(num_samples=flags.parse_ints(text))

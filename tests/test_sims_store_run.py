@@ -17,10 +17,13 @@ import xarray as xr
 
 from sims import store
 from sims.store import chunks
+from sims.store import run as run_module
+from sims.store.repair import repair
 from sims.store.run import StoreError
 
 SPEC = {"sigma": [0.1, 0.5], "data": {"name": "digits", "n": [2, 4, 8]}}
 CHUNKS = {"n": 1, "optimizer": 1}
+UNIT = {"n": slice(1, 2), "optimizer": slice(0, 1)}
 
 
 def make_template():
@@ -97,7 +100,7 @@ def test_plain_xarray_reads_a_run_without_a_warning(undisturbed):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plain = xr.open_zarr(str(undisturbed / "results.zarr"))
-    xr.testing.assert_identical(plain.load(), store.load(undisturbed))
+    xr.testing.assert_identical(plain.load().drop_vars("seal"), store.load(undisturbed))
     assert plain.sel(optimizer="adam", n=4).gap.shape == (2,)
     assert json.loads(plain.attrs["record"])["spec"] == SPEC
 
@@ -280,8 +283,14 @@ def test_a_newer_format_is_refused(copied):
 def test_a_damaged_record_is_refused(copied, content):
     (copied / "spec.json").write_text(content)
     for use in (store.load, work):
-        with pytest.raises(StoreError, match=r"spec\.json.*delete it and run the same command again"):
+        with pytest.raises(StoreError, match=rf"spec\.json.*run `python -m sims repair {copied}`"):
             use(copied)
+    if '"x"' in content:
+        return
+    found = repair(copied)
+    assert found.record
+    assert found[1:] == ([], [], (6, 6))
+    assert work(copied) == (6, 6)
 
 
 def test_a_lost_record_is_mended_by_the_same_command(tmp_path, undisturbed):
@@ -315,9 +324,10 @@ def test_damaged_layout_is_named_and_mended_by_the_same_command(copied, undistur
     if damage == "lost":
         path.unlink()
     for use in (store.load, work) if damage != "lost" else (store.load,):
-        with pytest.raises(StoreError, match=f"{path} was changed, damaged or lost; delete it and run the same"):
+        with pytest.raises(StoreError, match=f"{path} was changed, damaged or lost; run `python -m sims repair"):
             use(copied)
-    path.unlink(missing_ok=True)
+    assert repair(copied, dry_run=True) == repair(copied)
+    assert not path.exists()
     assert work(copied) == (6, 6)
     assert_same(copied, undisturbed)
     store.load(copied)
@@ -338,15 +348,89 @@ def test_a_damaged_chunk_is_named_and_computed_anew(copied, undisturbed, file, d
         path.write_bytes(damaged[damage])
     if done.exists():
         for use in (store.load, work):
-            with pytest.raises(StoreError, match=f"{path} is damaged or lost; delete {done}") as error:
+            with pytest.raises(StoreError, match=f"1 finished unit is damaged: {path} is damaged or lost") as error:
                 use(copied)
             assert "chunk n[1:2], optimizer[0:1]" in str(error.value)
-        done.unlink()
+        assert [unit for unit, _ in repair(copied, dry_run=True).units] == [UNIT]
+        assert repair(copied).progress == (5, 6)
     with store.open_run(copied, SPEC, make_template(), CHUNKS) as run:
         (unit,) = store.pending(run)
-        assert unit == {"n": slice(1, 2), "optimizer": slice(0, 1)}
+        assert unit == UNIT
         store.write_chunk(run, unit, compute(unit), wall_s=1.5)
     assert_same(copied, undisturbed)
+
+
+@pytest.mark.parametrize("pair", [("gap/c/0/0/0", "gap/c/0/1/0"), ("wall_s/c/0/0", "wall_s/c/1/0"), ("gap", "twin")])
+def test_chunks_that_changed_places_are_noticed(tmp_path, pair):
+    template = store.blank({"n": [1, 2], "m": [0]}, dict.fromkeys(("gap", "twin"), (("n", "m"), float)))
+    with store.open_run(tmp_path, {}, template, {"n": 1, "m": 1}) as run:
+        for i, unit in enumerate(store.pending(run)):
+            store.write_chunk(run, unit, {"gap": [[i + 0.5]], "twin": [[i + 2.5]]}, wall_s=float(i))
+    names = [name.replace("c/0/0/0", "c/0/0").replace("c/0/1/0", "c/1/0") for name in pair]
+    one, other = (tmp_path / "results.zarr" / (name if "/" in name else f"{name}/c/1/0") for name in names)
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+    with pytest.raises(StoreError, match="come from other units or variables"):
+        store.load(tmp_path)
+    assert len(repair(tmp_path).units) == (2 if "/" in pair[0] else 1)
+
+
+def test_all_damaged_units_are_named_and_mended_at_once(copied, undisturbed):
+    for path in (copied / "results.zarr" / "gap" / "c").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    with pytest.raises(StoreError, match="6 finished units are damaged") as error:
+        store.load(copied)
+    assert str(error.value).count("is damaged or lost") == 6
+    (copied / "results.zarr" / "norm" / "c" / "0" / "0").unlink()
+    (copied / "results.zarr" / "norm" / "c" / "0" / "0").mkdir()
+    assert repair(copied).progress == (0, 6)
+    assert work(copied) == (6, 6)
+    assert_same(copied, undisturbed)
+
+
+@pytest.mark.parametrize("name", [".spec.json.partial", ".layout", "results.zarr", "results.zarr/gap", ".lock"])
+def test_links_below_the_folder_are_not_followed(tmp_path, undisturbed, name):
+    outside, out = tmp_path / "outside", tmp_path / "out"
+    outside.mkdir()
+    (outside / "file").write_text("mine")
+    if "/" in name:
+        shutil.copytree(undisturbed, out)
+        shutil.rmtree(out / name)
+    else:
+        out.mkdir()
+    (out / name).symlink_to(outside / "file" if name.startswith(".s") or name == ".lock" else outside)
+    with pytest.raises(ValueError, match=f"{name} is a symbolic link: nothing is written through links"):
+        work(out)
+    assert [path.name for path in outside.iterdir()] == ["file"]
+    assert (outside / "file").read_text() == "mine"
+
+
+def test_runs_without_seals_open_and_resume(tmp_path, undisturbed, monkeypatch):
+    with monkeypatch.context() as patch:
+        older = {name: dtype for name, dtype in chunks.BOOKKEEPING.items() if name != "seal"}
+        patch.setattr(chunks, "BOOKKEEPING", older)
+        patch.setattr(run_module, "BOOKKEEPING", older)
+        work(tmp_path, units=2)
+    assert int(store.load(tmp_path).done.sum()) == 2
+    (tmp_path / "results.zarr" / "zarr.json").unlink()
+    assert work(tmp_path) == (6, 6)
+    assert not (tmp_path / "results.zarr" / "seal").exists()
+    xr.testing.assert_identical(store.load(tmp_path).drop_attrs(), store.load(undisturbed).drop_attrs())
+
+
+def test_records_that_name_files_elsewhere_are_refused(copied):
+    record = store.read_spec(copied)
+    for change in ({"files": {"../../x": ""}}, {"files": {"/etc/x": ""}}, {"variables": ["../x"]}, {"sessions": [3]}):
+        (copied / "spec.json").write_text(json.dumps(record | change))
+        with pytest.raises(StoreError, match=r"spec\.json is damaged"):
+            store.load(copied)
+    (copied / "spec.json").write_text("[" * 100_000)
+    with pytest.raises(StoreError, match=r"nested too deep"):
+        store.load(copied)
+    (copied / "spec.json").write_text("\ufeff" + json.dumps(record))
+    assert int(store.load(copied).done.sum()) == 6
 
 
 @pytest.mark.parametrize("moment", ["array", "flush", "flag"])

@@ -158,8 +158,11 @@ def test_a_damaged_chunk_of_a_shard_is_named_and_others_are_merged_later(copied,
         file.unlink()
     assert run("merge", copied) == 2
     error = capsys.readouterr().err
-    assert f"{file} is damaged or lost; delete {done} and run the same command again" in error
-    done.unlink()
+    assert f"{file} is damaged or lost (chunk " in error
+    assert f"run `python -m sims repair {part}`" in error
+    assert run("repair", part) == 0
+    assert "The command that made the run computes" in capsys.readouterr().out
+    assert not done.exists()
     assert sweep(copied, "--shard", "2/3") == 0
     assert run("merge", copied, "--quiet") == 0
     assert_same(copied, undivided)

@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 import pytest
+import safetensors
+import safetensors.numpy
 
 from sims.sweeps import single
 from sims.sweeps.spec import Spec
@@ -79,9 +81,34 @@ def test_damaged_files_are_named(finished, tmp_path):
     out, _ = finished
     (tmp_path / "spec.json").write_bytes((out / "spec.json").read_bytes())
     (tmp_path / "state.safetensors").write_bytes((out / "state.safetensors").read_bytes()[:-9])
-    with pytest.raises(ValueError, match=r"state.safetensors is damaged.*delete it"):
+    with pytest.raises(ValueError, match=r"state.safetensors is damaged.*move it away"):
         single.run(SPEC, NAMES, tmp_path)
     with pytest.raises(ValueError, match="cannot read"):
         single.load_dae(tmp_path / "state.safetensors")
     with pytest.raises(ValueError, match="should hold w1 and w2"):
         single.load_dae(out / "state.safetensors")
+
+
+def test_a_flipped_bit_and_the_state_of_another_run_are_noticed(finished, tmp_path):
+    out, course = finished
+    for name in ("spec.json", "state.safetensors"):
+        (tmp_path / name).write_bytes((out / name).read_bytes())
+    content = bytearray((out / "state.safetensors").read_bytes())
+    content[-3] ^= 1
+    (tmp_path / "state.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="its checksum does not fit"):
+        single.run(SPEC, NAMES, tmp_path)
+    # A spec that was edited, or exchanged, beside the state of the run.
+    (tmp_path / "state.safetensors").write_bytes((out / "state.safetensors").read_bytes())
+    record = json.loads((out / "spec.json").read_text())
+    record["single"]["penalty"] = [0.5]
+    (tmp_path / "spec.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"state\.safetensors is the state of another run"):
+        single.run(Spec.from_dict(SPEC.to_dict() | {"penalty": 0.5}), NAMES, tmp_path)
+    # Checkpoints of earlier versions have neither checksum nor name.
+    with safetensors.safe_open(out / "state.safetensors", framework="numpy") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        older = {"course": json.dumps(json.loads(file.metadata()["course"])["rows"])}
+    safetensors.numpy.save_file(tensors, tmp_path / "state.safetensors", older)
+    (tmp_path / "spec.json").write_bytes((out / "spec.json").read_bytes())
+    assert single.run(SPEC, NAMES, tmp_path) == course

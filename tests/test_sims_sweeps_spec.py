@@ -5,6 +5,8 @@ import json
 
 import hypothesis
 import hypothesis.strategies as st
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from sims.sweeps.spec import Spec
@@ -70,11 +72,74 @@ def test_axes_accept_single_values_and_lists():
         ("duplicates", "0x3", "KxM"),
         ("singles", 5, "needs duplicates"),
         ("held_out", 0.0, "held_out must be positive"),
+        ("held_out", 3.5, "a fraction below 1 or a whole number of rows"),
+        ("center", "false", "center must be true or false, got 'false'"),
+        ("seed", 2**32, "seed must be at most 4294967295"),
+        ("split_seed", 10**20, "split_seed must be at most 4294967295"),
+        ("steps", 2**31, "steps must be at most 2147483647"),
+        ("width", 10**9, "width must be at most 100000000"),
+        ("seeds", 10**9, r"5,000,000,000 training sets .*seed 1,000,000,000.*at most 1,000,000 training sets"),
+        ("sigma", 10**400, "sigma = 1000.* outside the range of float32"),
+        ("penalty", 1e-300, "penalty = 1e-300 is outside the range of float32"),
+        ("duplicates", 3, "duplicates must be KxM"),
+        ("sigma", ({"a": 1},), "axis sigma takes a value or a list of values"),
     ],
 )
 def test_bad_fields_are_named(field, value, message):
     with pytest.raises(ValueError, match=message):
         Spec(**{field: value})
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Spec)])
+def test_wrong_types_are_refused(field):
+    accepted = []
+    wrong = (
+        None,
+        "x",
+        "",
+        [],
+        {},
+        [[1]],
+        [None],
+        [{}],
+        {"a": 1},
+        float("nan"),
+        float("inf"),
+        -1,
+        "false",
+        b"x",
+        10**400,
+    )
+    for value in wrong:
+        try:
+            Spec.from_dict({field: value})
+        except ValueError:
+            continue
+        accepted.append(value)
+    allowed = {
+        "dataset": ["x", "false"],
+        "num_samples": [None],
+        "duplicates": [""],
+        "record_steps": [[]],
+        "separation": [[]],
+    }
+    assert accepted == allowed.get(field, [])
+
+
+def test_axes_and_numbers_of_numpy_are_taken_as_pythons():
+    spec = Spec(
+        sigma=np.linspace(0.25, 1, 4),
+        num_samples=np.arange(2, 4),
+        width=jnp.asarray([4, 8]),
+        seeds=np.int64(3),
+        held_out=np.float64(0.5),
+        tied=np.asarray([False, True]),
+        penalty=[np.float64(0.5)],
+        optimizer=np.asarray(["adam", "sgd"]),
+    )
+    assert spec.sigma == (0.25, 0.5, 0.75, 1.0)
+    assert (spec.num_samples, spec.width, spec.seeds, spec.tied) == ((2, 3), (4, 8), 3, (False, True))
+    assert spec == Spec.from_dict(json.loads(json.dumps(spec.to_dict())))
 
 
 def test_newer_formats_and_unknown_fields_are_refused():

@@ -20,10 +20,11 @@ import numpy as np
 from scaling.bridge.components import AUTOENCODERS, Components, plain_class, read_components
 from scaling.bridge.refusals import no_weights
 from scaling.bridge.sources import Source, join, locate
-from scaling.bridge.weights import FLOATS, Tensor, read_header, read_index, read_json
+from scaling.bridge.weights import FLOATS, Tensor, read_header, read_index
 from scaling.diffusion import schedules
 from scaling.models.config import ParamSpec, to_jax
 from scaling.models.model import ARCHITECTURES, DENOISERS, Apply, Model, from_config, parse_config
+from sims.store.files import read_json
 
 __all__ = ["Checkpoint", "Pipeline", "load_model", "load_pipeline", "read_checkpoints"]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from scaling.bridge.refusals import not_safetensors
-from scaling.bridge.weights import read_json
+from sims.store.files import read_json
 
 __all__ = ["Source", "join", "locate"]
 

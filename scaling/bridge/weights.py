@@ -21,12 +21,11 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from sims.store.files import replace_file
+from sims.store.files import parse_json, read_json, replace_file
 
-__all__ = ["FLOATS", "Tensor", "read_header", "read_index", "read_json", "write_tensors"]
+__all__ = ["FLOATS", "Tensor", "read_header", "read_index", "write_tensors"]
 
 MAX_HEADER = 1 << 24
-MAX_JSON = 1 << 24
 MAX_RANK = 8
 
 _DTYPES: dict[str, Any] = {
@@ -62,15 +61,6 @@ class Tensor(NamedTuple):
         return mapped.view(np.ndarray).view(_DTYPES[self.dtype]).reshape(self.shape)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of at most MAX_JSON bytes; ``ValueError`` for anything else, and for repeated keys."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file.")
-    if path.stat().st_size > MAX_JSON:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes are too many for a configuration (limit {MAX_JSON}).")
-    return _json_object(path.read_bytes(), str(path))
-
-
 def read_header(path: Path) -> dict[str, Tensor]:
     """The tensors in a safetensors file by name; ``ValueError`` if the file is not exactly what its header says."""
     size = path.stat().st_size
@@ -81,7 +71,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path}: truncated, or not a safetensors file: {size} bytes, with a header of {length}.")
         if length > MAX_HEADER:
             raise ValueError(f"{path}: a header of {length} bytes exceeds the limit of {MAX_HEADER}.")
-        header = _json_object(file.read(length), f"{path} (header)")
+        header = parse_json(file.read(length), f"{path} (header)")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict):
         raise ValueError(f"{path}: __metadata__ must be an object, got {type(metadata).__name__}.")
@@ -136,22 +126,6 @@ def write_tensors(path: Path, shapes: Mapping[str, tuple[Any, tuple[int, ...]]],
                 file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
     replace_file(path, write)
-
-
-def _json_object(text: bytes, origin: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields = dict(pairs)
-        if len(fields) < len(pairs):
-            raise ValueError("a key appears twice")
-        return fields
-
-    try:
-        value = json.loads(text.decode(), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{origin}: not valid JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{origin}: must be a JSON object, got {type(value).__name__}.")
-    return value
 
 
 def _tensor(path: Path, name: str, value: Any, data: int) -> Tensor:

@@ -96,8 +96,8 @@ def summary(results: xr.Dataset) -> str:
 
 def _membership(model: str) -> dict[str, list[int]] | None:
     """Rows by group from the model's ``membership.json``; None if there is no such file."""
-    from scaling.bridge.weights import read_json
     from scaling.training.corpus import GROUPS
+    from sims.store.files import read_json
 
     path = Path(model) / "membership.json"
     if not path.exists():

@@ -53,8 +53,8 @@ def _train(args: argparse.Namespace) -> str:
 
 def _line(name: str) -> str:
     from scaling import zoo
-    from scaling.bridge.weights import read_json
     from scaling.zoo.packing import ETAS
+    from sims.store.files import read_json
 
     card = read_json(zoo.folder(name) / "card.json")
     counts = " and ".join(f"{card[name]['count']} (η = {eta:g})" for name, eta in ETAS.items())

@@ -351,7 +351,9 @@ def _value(fields: Fields, name: str, default: Any) -> Any:
 
 
 def _number(fields: Fields, name: str, value: object, *, maximum: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value < maximum:
+    # An integer of hundreds of digits is below infinity, but is no float.
+    huge = isinstance(value, int) and abs(value) >= 1 << 63
+    if huge or isinstance(value, bool) or not isinstance(value, int | float) or not value < maximum:
         raise fields.refusal(name, value, f"it must be a number below {maximum}")
     return float(value)
 

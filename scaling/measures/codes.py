@@ -23,7 +23,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from dae_theory.checks import check_integer
+from dae_theory.checks import check_integer, check_seed
 from dae_theory.types import PRNGKey
 from scaling.bridge.conditioning import condition_on, pixel_size
 from scaling.bridge.identity import identify
@@ -183,7 +183,7 @@ def extract(
     count, channels = len(images.rows), _channels(pipeline)
     condition = condition_on(pipeline, prompt, class_label, size=_shape(images)[:2])
     network, schedule, vae = pipeline.network, pipeline.schedule, pipeline.vae
-    key = jax.random.key(check_integer("seed", seed, minimum=0))
+    key = jax.random.key(check_seed("seed", seed))
     encode = _encoder(key, network, schedule, taps, timestep, vae=vae, pool=pool, latent=latent, condition=condition)
 
     def compute(rows: Int[np.ndarray, " b"]) -> dict[str, Array]:

@@ -148,9 +148,9 @@ class Fields:
         return tuple(self._integer(name, item, 1, maximum) for item in self._list(name, self.raw(name, default)))
 
     def number(self, name: str, default: float) -> float:
-        """A finite positive number."""
+        """A positive number in the range of float32."""
         value = self.raw(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-37 < value < 1e37:
             raise self.refusal(name, value, "it must be a positive number")
         return float(value)
 

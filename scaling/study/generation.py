@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Array, Int
 
-from dae_theory.checks import check_integer
+from dae_theory.checks import check_integer, check_seed
 from scaling.bridge.conditioning import condition_on, null_condition, pixel_size
 from scaling.bridge.identity import identify
 from scaling.bridge.latents import from_latents
@@ -82,7 +82,7 @@ def generate(
     network, vae = pipeline.network, pipeline.vae
     total, size = check_integer("num", num, minimum=1), size or pixel_size(pipeline)
     batch = min(check_integer("batch_size", batch_size, minimum=1), total)
-    key = jax.random.key(check_integer("seed", seed, minimum=0))
+    key = jax.random.key(check_seed("seed", seed))
     schedule = with_method(pipeline.schedule, method)
     make_solver(schedule, num_steps, eta=eta)
     draw = functools.partial(

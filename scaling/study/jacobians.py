@@ -21,7 +21,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Array, Float, Int
 
-from dae_theory.checks import check_integer, check_positive
+from dae_theory.checks import check_integer, check_positive, check_seed
 from dae_theory.types import PRNGKey
 from scaling.backend import compiler_options
 from scaling.bridge.conditioning import condition_on, pixel_size
@@ -164,7 +164,7 @@ def analyze(
     schedule, size = pipeline.schedule, (chosen.images.shape[2], chosen.images.shape[3])
     levels = _levels(schedule, timesteps, sigmas)
     condition = condition_on(pipeline, prompt, class_label, size=size)
-    key = jax.random.key(check_integer("seed", seed, minimum=0))
+    key = jax.random.key(check_seed("seed", seed))
     setting = setting or JacobianSetting()
     check_integer("rank", setting.rank, minimum=1)
     check_integer("chunk_size", setting.chunk_size, minimum=1)

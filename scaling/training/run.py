@@ -25,7 +25,6 @@ from dae_theory.checks import check_integer
 from dae_theory.types import PRNGKey
 from scaling.bridge.export import save_pipeline
 from scaling.bridge.loading import Pipeline
-from scaling.bridge.weights import read_json
 from scaling.diffusion.schedules import Schedule
 from scaling.diffusion.schedules import from_config as read_schedule
 from scaling.models.model import Model, initialize
@@ -40,7 +39,7 @@ from scaling.training.steps import Examples, Networks, TrainState, advance, init
 from scaling.training.tokenization import copy_tokenizer, encode, fit_tokenizer
 from sims import store
 from sims.store import checksum
-from sims.store.files import own_folder, write_text
+from sims.store.files import own_folder, read_json, write_text
 
 __all__ = ["TrainSpec", "config_of", "read_corpus", "read_spec", "train"]
 

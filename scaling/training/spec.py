@@ -146,10 +146,10 @@ class TrainSpec:
 
     def __post_init__(self) -> None:
         # Here, and not at the top: the checks import JAX.
-        from dae_theory.checks import check_integer
+        from dae_theory.checks import check_integer, check_seed
 
         check_integer("steps", self.steps, minimum=1)
-        check_integer("seed", self.seed, minimum=0)
+        check_seed("seed", self.seed)
         if self.arch not in ARCHS:
             raise ValueError(f"arch must be one of {', '.join(ARCHS)}; got {self.arch!r}.")
         self.recipe()

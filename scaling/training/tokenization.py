@@ -17,8 +17,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from scaling.bridge.loading import TOKENIZER_FILES
-from scaling.bridge.weights import read_json
-from sims.store.files import write_text
+from sims.store.files import read_json, write_text
 
 __all__ = ["copy_tokenizer", "encode", "fit_tokenizer"]
 

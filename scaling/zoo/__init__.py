@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from scaling.bridge.loading import Pipeline, load_pipeline
-from scaling.bridge.weights import read_json
+from sims.store.files import read_json
 
 __all__ = ["RECIPES", "folder", "load", "membership", "names", "prompts", "recipe"]
 

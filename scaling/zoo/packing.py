@@ -15,14 +15,13 @@ import numpy as np
 
 from scaling.bridge.export import save_pipeline
 from scaling.bridge.loading import Pipeline, load_pipeline
-from scaling.bridge.weights import read_json
 from scaling.measures.copies import copy_share
 from scaling.study.examination import draw_samples, sample_conditions, sampled_prompts
 from scaling.training.captions import from_labels
 from scaling.training.corpus import GROUPS, Corpus
 from scaling.training.run import RECORD, read_corpus, read_spec
 from scaling.training.spec import TrainSpec
-from sims.store.files import own_folder, write_text
+from sims.store.files import own_folder, read_json, write_text
 
 __all__ = ["ETAS", "TOLERANCE", "pack"]
 

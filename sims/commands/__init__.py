@@ -2,5 +2,5 @@
 
 __all__ = ["COMMANDS"]
 
-COMMANDS = ("demo", "sweep", "merge", "train", "transitions", "certify", "show")
+COMMANDS = ("demo", "sweep", "merge", "train", "transitions", "certify", "show", "repair")
 """In the order of ``--help``."""

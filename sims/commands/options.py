@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import tomllib
 from collections.abc import Collection, Mapping
@@ -24,6 +23,7 @@ __all__ = [
     "add_run_flags",
     "add_spec_flags",
     "add_sweep_flags",
+    "measures_from_flags",
     "set_precision",
     "spec_from_flags",
 ]
@@ -97,7 +97,6 @@ def add_measures_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--measures",
         type=lambda text: text.split(","),
-        default=list(DEFAULT),
         metavar="NAME,...",
         help=f"what to measure (default: {', '.join(DEFAULT)}); there are also {others}",
     )
@@ -117,9 +116,24 @@ def spec_from_flags(args: argparse.Namespace, **defaults: Any) -> Spec:
     ``ValueError`` for a file that cannot be read and for all that :class:`Spec` refuses.
     """
     values = ({} if args.spec is None else _read_fields(args.spec)) | given(args, Spec)
+    values.pop("measures", None)
     # Duplicates imply the number of rows; a default must not contradict them.
     dropped = {"num_samples"} if "duplicates" in values else set()
     return Spec.from_dict({name: value for name, value in defaults.items() if name not in dropped} | values)
+
+
+def measures_from_flags(args: argparse.Namespace) -> list[str]:
+    """The measures of ``--measures``, else those of ``--spec FILE``, else the default ones.
+
+    ``ValueError`` for a file that cannot be read, or whose measures are not names.
+    """
+    if args.measures is not None:
+        return args.measures
+    named = {} if args.spec is None else _read_fields(args.spec)
+    measures = named.get("measures", list(DEFAULT))
+    if not isinstance(measures, list) or not all(isinstance(name, str) for name in measures):
+        raise ValueError(f"{args.spec}: measures must be a list of names, got {measures!r}.")
+    return measures
 
 
 def _add_fields(
@@ -136,15 +150,18 @@ def _add_fields(
 
 
 def _read_fields(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        text = path.read_text()
-        fields = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except OSError as error:
-        raise ValueError(f"cannot read the spec file {path}: {error.strerror}.") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid {'TOML' if path.suffix == '.toml' else 'JSON'}: {error}.") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} must hold an object with fields of the spec, got a {type(fields).__name__}.")
-    # A finished run's spec.json can be given as it is.
-    fields = fields.get("spec", fields)
-    return {name: value for name, value in fields.items() if name != "measures"}
+    from sims.store.files import parse_json, read_small
+
+    content = read_small(path)
+    if path.suffix == ".toml":
+        try:
+            fields = tomllib.loads(content.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not valid TOML: {error}.") from error
+    else:
+        fields = parse_json(content, str(path))
+    # The record of a finished sweep or training run can be given as it is.
+    for name in ("spec", "single"):
+        if isinstance(fields.get(name), dict):
+            return fields[name]
+    return fields

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace, **defaults: Any) -> None:
     from sims import store
     from sims.sweeps import cluster, engine, plan, processes, shards
 
-    spec = options.spec_from_flags(args, **defaults)
+    spec, measures = options.spec_from_flags(args, **defaults), options.measures_from_flags(args)
     options.set_precision(spec.dtype)
     if args.devices is not None:
         processes.split_cores(args.devices)
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace, **defaults: Any) -> None:
         number, _ = processes.join(args.coordinator, num_processes=args.num_processes, process_id=args.process_id)
         args.quiet = args.quiet or number > 0
     if args.dry_run:
-        estimate = plan.plan(spec, args.measures, memory=args.memory, group=args.group, shard=args.shard)
+        estimate = plan.plan(spec, measures, memory=args.memory, group=args.group, shard=args.shard)
         if not args.quiet:
             print(plan.as_text(estimate), end="")
         return
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace, **defaults: Any) -> None:
 
         results = engine.sweep(
             spec,
-            args.measures,
+            measures,
             out=args.out,
             memory=args.memory,
             group=args.group,

@@ -26,8 +26,10 @@ def run(args: argparse.Namespace) -> None:
     spec = options.spec_from_flags(args)
     options.set_precision(spec.dtype)
     with Bar(args.quiet, "steps") as bar:
-        rows = single.run(spec, args.measures, args.out, on_record=bar.move)
+        rows = single.run(spec, options.measures_from_flags(args), args.out, on_record=bar.move)
     if not args.quiet:
         for name, value in rows[-1].items():
-            print(f"{name:34s} {value:.6g}")
+            # Some measures are lists.
+            numbers = value if isinstance(value, list) else [value]
+            print(f"{name:34s} {' '.join(f'{number:.6g}' for number in numbers)}")
         print(f"Written: {args.out}/weights.safetensors, {args.out}/course.json, {args.out}/spec.json")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from dae_theory.checks import check_finite, check_integer
+from dae_theory.checks import check_finite, check_integer, check_seed
 from dae_theory.mixture import GaussianMixture
 from dae_theory.types import Scalar
 from sims.data.duplicates import parse_duplicates
@@ -89,7 +89,7 @@ def load(
     """
     source, name = (read(name), name) if isinstance(name, str) else (name, "array")
     size = len(source.rows)
-    order = np.random.default_rng(check_integer("seed", seed, minimum=0)).permutation(size)
+    order = np.random.default_rng(check_seed("seed", seed)).permutation(size)
     inside = size - _held_out_count(held_out, size)
     pool, outside = order[:inside], order[inside:]
     mean = np.zeros(source.rows.shape[1])

@@ -2,6 +2,7 @@ from . import chunks as chunks
 from . import files as files
 from . import filling as filling
 from . import provenance as provenance
+from . import repair as repair
 from . import run as run
 from .filling import batch_rows as batch_rows
 from .filling import checksum as checksum

@@ -2,8 +2,9 @@
 
 All variables are chunked alike, so that each unit has files of its own; a file holds little-endian numbers and their
 CRC-32C. The layout (metadata and labels) is written once, in one move, and its digests are recorded. A unit is finished
-when the file of its ``done`` flag exists: it is written last, after the others have been flushed to the disk. What to
-compute and who may write is decided in :mod:`sims.store.run`.
+when the file of its ``done`` flag exists: it is written last, after the others have been flushed to the disk. Its
+``seal`` is the CRC-32C of the checksums of all its files with their names and places: files that changed places are
+noticed. What to compute and who may write is decided in :mod:`sims.store.run`.
 """
 
 from __future__ import annotations
@@ -45,13 +46,18 @@ __all__ = [
     "labels",
     "layout",
     "pending",
-    "read_chunk",
+    "read_unit",
+    "remove_unit",
+    "repair_advice",
+    "shown",
     "units",
     "write_chunk",
 ]
 
 RESULTS = "results.zarr"
-BOOKKEEPING = {"wall_s": np.dtype(float), "done": np.dtype(bool)}
+BOOKKEEPING = {"wall_s": np.dtype(float), "seal": np.dtype(np.uint32), "done": np.dtype(bool)}
+"""Variables over the units: seconds, the seal (which runs made before version 0.1 lack), and whether it is finished."""
+
 AGAIN = "run the same command again: finished chunks are kept"
 """How error messages end where the command can resume."""
 
@@ -71,7 +77,12 @@ class Run(NamedTuple):
     chunks: dict[str, int]
     """Size of a unit along each chunked dimension, fixed when the run began."""
     arrays: dict[str, zarr.Array]
-    """The variables, with ``wall_s`` and ``done``."""
+    """The variables, with those of BOOKKEEPING."""
+
+
+def repair_advice(path: Path) -> str:
+    """How error messages end where a run is damaged."""
+    return f"run `python -m sims repair {path}`, which removes what is damaged and says what will be computed anew"
 
 
 @contextlib.contextmanager
@@ -102,23 +113,26 @@ def blank(coords: Mapping[str, Any], variables: Mapping[str, Sequence[Any]]) -> 
 
 
 @contextlib.contextmanager
-def layout(path: Path, template: xr.Dataset, chunks: Mapping[str, int], attrs: Mapping[str, str]) -> Iterator[Path]:
+def layout(
+    path: Path, template: xr.Dataset, chunks: Mapping[str, int], variables: Iterable[str], attrs: Mapping[str, str]
+) -> Iterator[Path]:
     """A results store without chunks, in a temporary folder under ``path``, from which it is to be moved.
 
-    It has the labels and variables of the template, ``wall_s`` and ``done`` over the chunked dimensions, and the
-    attributes of the template and ``attrs``.
+    It has the labels and variables of the template, those of BOOKKEEPING that are among ``variables`` over the chunked
+    dimensions, and the attributes of the template and ``attrs``.
     """
     folder = path / ".layout"
     shutil.rmtree(folder, ignore_errors=True)
+    names = set(variables)
     coords = template.coords.to_dataset().assign_attrs({**template.attrs, **attrs})
     # Zarr specifies only text of variable length.
     text = {name: label.astype(object) for name, label in coords.coords.items() if label.dtype.kind == "U"}
-    variables = {str(name): (array.dims, array.dtype, array.attrs) for name, array in template.data_vars.items()}
-    variables |= {name: (tuple(chunks), dtype, {}) for name, dtype in BOOKKEEPING.items()}
+    made = {str(name): (array.dims, array.dtype, array.attrs) for name, array in template.data_vars.items()}
+    made |= {name: (tuple(chunks), dtype, {}) for name, dtype in BOOKKEEPING.items() if name in names}
     try:
         coords.assign_coords(text).to_zarr(folder, zarr_format=3, consolidated=False)
         group = zarr.open_group(folder, mode="r+")
-        for name, (dimensions, dtype, attributes) in variables.items():
+        for name, (dimensions, dtype, attributes) in made.items():
             group.create_array(
                 name,
                 shape=tuple(template.sizes[dim] for dim in dimensions),
@@ -160,14 +174,14 @@ def attach(
     Args:
         path: folder of the run.
         chunks: size of a unit along each chunked dimension.
-        variables: names of the arrays, with ``wall_s`` and ``done``.
+        variables: names of the arrays, with those of BOOKKEEPING.
         files: digests (:func:`digests`) by path under the results.
         mode: ``r`` to read, ``r+`` to write.
     """
     results = path / RESULTS
     for name, digest in files.items():
         if not (results / name).is_file() or _digest(results / name) != digest:
-            raise StoreError(f"{results / name} was changed, damaged or lost; delete it and {AGAIN}.")
+            raise StoreError(f"{results / name} was changed, damaged or lost; {repair_advice(path)}.")
     # Otherwise a chunk of nothing but NaN would leave no file and look lost.
     with zarr.config.set({"array.write_empty_chunks": True}):
         group = zarr.open_group(results, mode=mode, use_consolidated=False)
@@ -222,28 +236,46 @@ def write_chunk(run: Run, unit: Region, arrays: Mapping[str, Any], *, wall_s: fl
     from the template's, or if the disk refuses: this unit then stays pending, and finished ones stay finished.
     """
     values = {**_checked(run, unit, arrays), "wall_s": np.asarray(wall_s)}
-    with disk(f"write {_shown(unit)} in", run.path):
+    with disk(f"write {shown(unit)} in", run.path):
         for name, value in values.items():
             run.arrays[name][indices(run.arrays[name], unit)] = value
-        _flush(run, values, unit)
+        if "seal" in run.arrays:
+            ends = {name: _file(run, name, unit).read_bytes()[-4:] for name in values}
+            run.arrays["seal"][indices(run.arrays["seal"], unit)] = _seal(run, unit, ends)
+        _flush(run, [name for name in run.arrays if name != "done"], unit)
         run.arrays["done"][indices(run.arrays["done"], unit)] = True
         _flush(run, ["done"], unit)
 
 
-def read_chunk(run: Run, name: str, unit: Region) -> np.ndarray:
-    """Values of the variable ``name`` in a finished unit. ``StoreError`` if its file is damaged or lost."""
-    # The checksum is that of zarr's codec, which could read the chunk too, but takes 15 times as long: half a
-    # millisecond, for every unit and variable of a run each time that it is opened.
-    array, file = run.arrays[name], _file(run, name, unit)
-    raw = file.read_bytes() if file.exists() else b""
-    body, checksum = raw[:-4], raw[-4:]
-    whole = len(body) == math.prod(array.chunks) * array.dtype.itemsize
-    if not whole or google_crc32c.value(body).to_bytes(4, "little") != checksum:
-        done = _file(run, "done", unit)
-        raise StoreError(f"{file} is damaged or lost; delete {done} and {AGAIN}, only {_shown(unit)} is computed anew.")
-    values = np.frombuffer(body, array.dtype.newbyteorder("<")).reshape(array.chunks)
-    # The last chunk of a dimension is padded.
-    return values[(*(slice(part.stop - part.start) for part in indices(array, unit)), ...)]
+def read_unit(run: Run, unit: Region) -> dict[str, np.ndarray]:
+    """Values of a finished unit: of every variable, and ``wall_s`` and ``done``.
+
+    ``StoreError`` that names the file if one is damaged, lost, or from another place.
+    """
+    values, ends = {}, {}
+    for name in run.arrays:
+        values[name], ends[name] = _read_chunk(run, name, unit)
+    if "seal" in run.arrays:
+        del ends["seal"], ends["done"]
+        if (values.pop("seal") != _seal(run, unit, ends)).any():
+            raise StoreError(f"files of {shown(unit)} in {run.path / RESULTS} come from other units or variables")
+    return values
+
+
+def remove_unit(run: Run, unit: Region) -> None:
+    """Remove the files of a unit, its ``done`` flag first: it becomes pending."""
+    for name in reversed(run.arrays):
+        file = _file(run, name, unit)
+        if file.is_dir() and not file.is_symlink():
+            shutil.rmtree(file)
+        else:
+            file.unlink(missing_ok=True)
+
+
+def shown(unit: Region) -> str:
+    """A unit as text for messages, by the indices of its chunk."""
+    parts = ", ".join(f"{dim}[{part.start}:{part.stop}]" for dim, part in unit.items())
+    return f"chunk {parts}" if parts else "the only chunk"
 
 
 def _fill(dtype: np.dtype) -> np.ndarray:
@@ -255,14 +287,33 @@ def _digest(file: Path) -> str:
 
 
 def _file(run: Run, name: str, unit: Region) -> Path:
+    return run.path / RESULTS / name / _place(run, name, unit)
+
+
+def _read_chunk(run: Run, name: str, unit: Region) -> tuple[np.ndarray, bytes]:
+    """Values of one variable in a finished unit, and the checksum at the end of its file."""
+    # The checksum is that of zarr's codec, which could read the chunk too, but takes 15 times as long: half a
+    # millisecond, for every unit and variable of a run each time that it is opened.
+    array, file = run.arrays[name], _file(run, name, unit)
+    raw = file.read_bytes() if file.is_file() and not file.is_symlink() else b""
+    body, checksum = raw[:-4], raw[-4:]
+    whole = len(body) == math.prod(array.chunks) * array.dtype.itemsize
+    if not whole or google_crc32c.value(body).to_bytes(4, "little") != checksum:
+        raise StoreError(f"{file} is damaged or lost ({shown(unit)})")
+    values = np.frombuffer(body, array.dtype.newbyteorder("<")).reshape(array.chunks)
+    # The last chunk of a dimension is padded.
+    return values[(*(slice(part.stop - part.start) for part in indices(array, unit)), ...)], checksum
+
+
+def _seal(run: Run, unit: Region, checksums: Mapping[str, bytes]) -> int:
+    parts = [f"{name}/{_place(run, name, unit)}:".encode() + checksums[name] for name in sorted(checksums)]
+    return google_crc32c.value(b"".join(parts))
+
+
+def _place(run: Run, name: str, unit: Region) -> str:
     array = run.arrays[name]
     place = tuple(unit[dim].start // run.chunks[dim] if dim in unit else 0 for dim in dims(array))
-    return run.path / RESULTS / name / array.metadata.encode_chunk_key(place)
-
-
-def _shown(unit: Region) -> str:
-    parts = ", ".join(f"{dim}[{part.start}:{part.stop}]" for dim, part in unit.items())
-    return f"chunk {parts}" if parts else "the only chunk"
+    return array.metadata.encode_chunk_key(place)
 
 
 def _is_unit(run: Run, unit: Region) -> bool:
@@ -279,14 +330,14 @@ def _checked(run: Run, unit: Region, arrays: Mapping[str, Any]) -> dict[str, np.
         raise StoreError(f"{unit} is not pending in {run.path}; write each unit of pending(run) once.")
     wanted = [name for name in run.arrays if name not in BOOKKEEPING]
     if set(arrays) != set(wanted):
-        raise StoreError(f"{_shown(unit)} needs exactly the variables {wanted}, got {list(arrays)}.")
+        raise StoreError(f"{shown(unit)} needs exactly the variables {wanted}, got {list(arrays)}.")
     values = {name: np.asarray(arrays[name]) for name in wanted}
     for name, value in values.items():
         array = run.arrays[name]
         shape = tuple(part.stop - part.start for part in indices(array, unit))
         if value.shape != shape or not np.can_cast(value.dtype, array.dtype, "same_kind"):
             raise StoreError(
-                f"{name!r} of {_shown(unit)} must have shape {shape} over {dims(array)} and dtype {array.dtype}, "
+                f"{name!r} of {shown(unit)} must have shape {shape} over {dims(array)} and dtype {array.dtype}, "
                 f"got {value.shape} and {value.dtype}."
             )
     return values

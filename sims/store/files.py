@@ -1,9 +1,13 @@
-"""Files that are either complete or absent: written under a temporary name, then moved; and folders of one run."""
+"""Files that are either complete or absent: written under a temporary name, then moved; and folders of one run.
+
+Settings and records are read by :func:`read_json`, which bounds size, depth and type of what it reads.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
 from collections.abc import Callable, Collection, Mapping
@@ -12,15 +16,28 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 
-__all__ = ["own_folder", "replace_file", "write_npz", "write_text"]
+__all__ = [
+    "own_folder",
+    "parse_json",
+    "read_json",
+    "read_small",
+    "refuse_links",
+    "replace_file",
+    "write_npz",
+    "write_text",
+]
+
+MAX_BYTES = 1 << 24
+"""Of a file of settings or text."""
 
 
 def own_folder(folder: pathlib.Path, records: Collection[str], *, beside: Collection[str] = ()) -> bool:
     """Whether ``folder`` holds one of the files ``records``, by which its run can be identified.
 
     ``ValueError`` if it holds none of them, but other files; a lock, temporary files of the records and names of
-    ``beside`` do not count.
+    ``beside`` do not count. ``ValueError`` also for symbolic links below it (:func:`refuse_links`).
     """
+    refuse_links(folder)
     if any((folder / name).exists() for name in records):
         return True
     ignored = {".lock", *beside, *(partial.name for name in records for partial in _partials(folder / name))}
@@ -28,6 +45,17 @@ def own_folder(folder: pathlib.Path, records: Collection[str], *, beside: Collec
     if others:
         raise ValueError(f"{folder} holds other files ({', '.join(others[:3])}): choose another folder.")
     return False
+
+
+def refuse_links(folder: pathlib.Path) -> None:
+    """``ValueError`` if there is a symbolic link below ``folder``: writing through it would change files elsewhere."""
+    for root, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            if os.path.islink(os.path.join(root, name)):
+                link = os.path.join(root, name)
+                raise ValueError(
+                    f"{link} is a symbolic link: nothing is written through links; move it out of {folder}."
+                )
 
 
 def replace_file(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
@@ -92,3 +120,46 @@ def write_npz(path: pathlib.Path, arrays: Mapping[str, Any], *, compress: bool =
             (np.savez_compressed if compress else np.savez)(file, **plain)
 
     replace_file(path, write)
+
+
+def read_small(path: pathlib.Path) -> bytes:
+    """The bytes of a regular file of at most 16 MiB; ``ValueError`` that names it for anything else.
+
+    A pipe or a device would never end, or never begin.
+    """
+    try:
+        if not path.is_file():
+            kind = "no regular file" if path.exists() else "no such file"
+            raise ValueError(f"{path}: {kind}.")
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise ValueError(f"{path}: {size} bytes are too many for a file of settings (limit {MAX_BYTES}).")
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read {str(path)[:300]!r}: {error.strerror}.") from error
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object from a small file (:func:`read_small`); ``ValueError`` for anything else, and for repeated keys."""
+    return parse_json(read_small(path), str(path))
+
+
+def parse_json(text: bytes | str, origin: str) -> dict[str, Any]:
+    """A JSON object from text, with or without a byte-order mark; ``ValueError`` that names ``origin`` otherwise."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            raise ValueError("a key appears twice")
+        return fields
+
+    try:
+        decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        value = json.loads(decoded, object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError(f"{origin}: not valid JSON: nested too deep.") from None
+    except ValueError as error:
+        raise ValueError(f"{origin}: not valid JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{origin}: must be a JSON object, got {type(value).__name__}.")
+    return value

@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -29,8 +28,19 @@ import numpy as np
 import xarray as xr
 
 from sims.store import chunks as on_disk
-from sims.store.chunks import AGAIN, BOOKKEEPING, RESULTS, Region, Run, StoreError, blank, disk, pending, write_chunk
-from sims.store.files import own_folder, write_text
+from sims.store.chunks import (
+    BOOKKEEPING,
+    RESULTS,
+    Region,
+    Run,
+    StoreError,
+    blank,
+    disk,
+    pending,
+    repair_advice,
+    write_chunk,
+)
+from sims.store.files import own_folder, parse_json, read_json, refuse_links, write_text
 from sims.store.provenance import environment
 
 __all__ = [
@@ -59,6 +69,9 @@ FORMAT = 1
 """Version of the layout; folders of later versions are refused."""
 
 SPEC, LOCK = "spec.json", ".lock"
+NAME = r"\w+(\.\w+)*"
+"""Names of variables."""
+
 ORIGIN = {"format": int, "spec": dict, "chunks": dict, "variables": list}
 FIELDS = ORIGIN | {"files": dict, "sessions": list}
 
@@ -84,8 +97,11 @@ class Count(NamedTuple):
 def locked(path: Path) -> Iterator[None]:
     """Hold the folder ``path``, created if needed, as its only writer; a killed process releases it.
 
-    ``StoreError`` if another process holds it, or if it cannot be written.
+    ``StoreError`` if another process holds it, if it cannot be written, or if there is a symbolic link below it:
+    through it, files elsewhere would be written or removed.
     """
+    with disk("write in", path):
+        refuse_links(path)
     lock = filelock.FileLock(path / LOCK, timeout=0)
     with disk("write in", path):
         path.mkdir(parents=True, exist_ok=True)
@@ -129,8 +145,7 @@ def open_run(
             record = _begin(path, spec, template, dict(chunks))
         run = _attach(path, record, "r+")
         _check_same(run, template)
-        for name, unit in itertools.product(run.arrays, on_disk.finished(run)):
-            on_disk.read_chunk(run, name, unit)
+        _read_units(run)
         todo = len(pending(run))
         if todo:
             record["sessions"].append(session)
@@ -177,13 +192,17 @@ def read(out: str | os.PathLike[str]) -> tuple[xr.Dataset, dict[str, Any]]:
     path = Path(out)
     record = _record_of(path)
     run = _attach(path, record, "r")
-    finished = on_disk.finished(run)
     dataset = on_disk.labels(run)
-    for name, array in run.arrays.items():
-        values = np.full(array.shape, array.fill_value, array.dtype)
-        for unit in finished:
-            values[on_disk.indices(array, unit)] = on_disk.read_chunk(run, name, unit)
-        dataset[name] = xr.Variable(on_disk.dims(array), values, dict(array.attrs))
+    arrays = {name: array for name, array in run.arrays.items() if name != "seal"}
+    filled = {name: np.full(array.shape, array.fill_value, array.dtype) for name, array in arrays.items()}
+
+    def keep(unit: Region, values: Mapping[str, np.ndarray]) -> None:
+        for name, value in values.items():
+            filled[name][on_disk.indices(arrays[name], unit)] = value
+
+    _read_units(run, keep)
+    for name, array in arrays.items():
+        dataset[name] = xr.Variable(on_disk.dims(array), filled[name], dict(array.attrs))
     return dataset, record
 
 
@@ -212,17 +231,17 @@ def read_spec(out: str | os.PathLike[str]) -> dict[str, Any]:
     ``StoreError`` if the record is missing, damaged, or of a newer format.
     """
     file = Path(out) / SPEC
+    if not os.path.lexists(file):
+        raise StoreError(f"{out} holds no run: there is no {file}; name the folder that a run was given.")
     try:
-        record = json.loads(file.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise StoreError(f"{out} holds no run: there is no {file}; name the folder that a run was given.") from None
-    except (OSError, ValueError) as error:
-        raise StoreError(f"cannot read {file} ({error}); delete it and {AGAIN}.") from error
-    version = record.get("format") if isinstance(record, dict) else None
+        record = read_json(file)
+    except ValueError as error:
+        raise StoreError(f"cannot read {file} ({error}); {repair_advice(Path(out))}.") from error
+    version = record.get("format")
     if isinstance(version, int) and version > FORMAT:
         raise StoreError(f"{file} has format {version}, this version reads {FORMAT}; update the package.")
-    if version is None or any(not isinstance(record.get(field), kind) for field, kind in FIELDS.items()):
-        raise StoreError(f"{file} is damaged: it needs the fields {', '.join(FIELDS)}; delete it and {AGAIN}.")
+    if not _is_whole(record, FIELDS):
+        raise StoreError(f"{file} is damaged: it needs the fields {', '.join(FIELDS)}; {repair_advice(Path(out))}.")
     return record
 
 
@@ -261,7 +280,7 @@ def _check_template(template: xr.Dataset, chunks: Mapping[str, int]) -> None:
             raise StoreError(f"variable {name!r} lacks the chunked dimensions {lacking}: units would share its cells.")
         if array.dtype.kind not in "biuf":
             raise StoreError(f"variable {name!r} has dtype {array.dtype}; the store takes real numbers and booleans.")
-        if name in BOOKKEEPING or not re.fullmatch(r"\w+(\.\w+)*", str(name)):
+        if name in BOOKKEEPING or not re.fullmatch(NAME, str(name)):
             raise StoreError(
                 f"variable {name!r} needs another name: words with dots between, not {' or '.join(BOOKKEEPING)}."
             )
@@ -300,25 +319,80 @@ def _begin(path: Path, spec: dict[str, Any], template: xr.Dataset, chunks: dict[
 
 def _layout(path: Path, template: xr.Dataset, record: dict[str, Any]) -> contextlib.AbstractContextManager[Path]:
     origin = {field: record[field] for field in ORIGIN}
-    return on_disk.layout(path, template, record["chunks"], {"record": json.dumps(origin)})
+    return on_disk.layout(path, template, record["chunks"], record["variables"], {"record": json.dumps(origin)})
 
 
 def _record_of(path: Path) -> dict[str, Any]:
     """The record of a run: from spec.json, or if that is lost from the copy in the results."""
     results, file = path / RESULTS, path / SPEC
-    try:
-        origin = json.loads(json.loads((results / "zarr.json").read_bytes())["attributes"]["record"])
-        if not file.exists():
-            return origin | {"files": on_disk.digests(results, origin["variables"]), "sessions": []}
-    except (OSError, ValueError, LookupError, TypeError):
-        # The digest in spec.json reports the damage later.
-        return read_spec(path)
+    origin = origin_of(path)
+    if origin is not None and not file.exists():
+        return restored(path, origin)
     record = read_spec(path)
+    if origin is None:
+        # The digest in the record reports the damage later.
+        return record
     if origin != {field: record[field] for field in ORIGIN}:
         raise StoreError(
             f"{file} and {results / 'zarr.json'} describe different runs; restore the one that was edited."
         )
     return record
+
+
+def _is_whole(record: Mapping[str, Any], fields: Mapping[str, type]) -> bool:
+    """Whether a record read from a file has these fields, and names nothing outside its folder."""
+    if not all(isinstance(record.get(field), kind) for field, kind in fields.items()):
+        return False
+    files = [Path(name) for name in record.get("files", ())]
+    return (
+        all(isinstance(name, str) and re.fullmatch(NAME, name) for name in record["variables"])
+        and all(isinstance(size, int) and size >= 1 for size in record["chunks"].values())
+        and all(isinstance(session, dict) for session in record.get("sessions", ()))
+        and not any(file.is_absolute() or ".." in file.parts for file in files)
+    )
+
+
+def origin_of(path: Path) -> dict[str, Any] | None:
+    """The copy of a run's record in its results; None if that is lost or damaged."""
+    file = path / RESULTS / "zarr.json"
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        origin = parse_json(read_json(file)["attributes"]["record"], str(file))
+        if _is_whole(origin, ORIGIN):
+            return origin
+    return None
+
+
+def restored(path: Path, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a run from the copy in its results, without sessions."""
+    return {**origin, "files": on_disk.digests(path / RESULTS, origin["variables"]), "sessions": []}
+
+
+def damaged_units(run: Run) -> list[tuple[Region, str]]:
+    """The finished units that cannot be read, each with what is wrong."""
+    bad: list[tuple[Region, str]] = []
+    for unit in on_disk.finished(run):
+        try:
+            on_disk.read_unit(run, unit)
+        except StoreError as error:
+            bad.append((unit, str(error)))
+    return bad
+
+
+def _read_units(run: Run, keep: Callable[[Region, Mapping[str, np.ndarray]], None] | None = None) -> None:
+    """Read every finished unit; one ``StoreError`` for all that are damaged."""
+    bad: list[str] = []
+    for unit in on_disk.finished(run):
+        try:
+            values = on_disk.read_unit(run, unit)
+        except StoreError as error:
+            bad.append(str(error))
+        else:
+            if keep is not None:
+                keep(unit, values)
+    if bad:
+        more = f"; and {len(bad) - 8} more" if len(bad) > 8 else ""
+        what = "1 finished unit is" if len(bad) == 1 else f"{len(bad)} finished units are"
+        raise StoreError(f"{what} damaged: {'; '.join(bad[:8])}{more}. To go on, {repair_advice(run.path)}.")
 
 
 def _differences(field: str, stored: Any, requested: Any) -> Iterator[str]:

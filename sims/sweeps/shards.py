@@ -46,7 +46,10 @@ def merge(out: str | pathlib.Path, *, on_unit: Callable[[int, int], None] | None
         for region in pending:
             source = next((source for source in sources if on_disk.is_finished(source, region)), None)
             if source is not None:
-                values = {name: on_disk.read_chunk(source, name, region) for name in source.arrays}
+                try:
+                    values = on_disk.read_unit(source, region)
+                except store.StoreError as error:
+                    raise store.StoreError(f"{error}; {on_disk.repair_advice(source.path)}.") from error
                 wall_s = float(values.pop("wall_s").item())
                 del values["done"]
                 yield region, values, wall_s

@@ -8,6 +8,7 @@ bitwise equal results; ``OUT/weights.safetensors`` has W₁ (``w1``) and W₂ (`
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from jaxtyping import Array, Int
 
 from dae_theory import ReluDae
 from sims import store
-from sims.store.files import own_folder, replace_file, write_text
+from sims.store.files import own_folder, read_json, replace_file, write_text
 from sims.store.provenance import environment
 from sims.sweeps.engine import resolve_measures
 from sims.sweeps.measures import CellData, Measure
@@ -73,12 +74,13 @@ def run(
             init_scale=init_scale,
             dtype=data.train.dtype,
         )
-        state, course = _restore(out / "state.safetensors", state)
+        belongs = _sha256(json.dumps([spec.to_dict(), list(chosen)]))
+        state, course = _restore(out / "state.safetensors", state, belongs)
         for num_steps in segments_of(spec)[len(course) :]:
             state, values = go(state, data, jnp.asarray(num_steps))
             row = {"step": int(state.step), **{n: np.asarray(v).tolist() for n, v in zip(chosen, values, strict=True)}}
             course.append(row)
-            _save_state(out / "state.safetensors", state, course)
+            _save_state(out / "state.safetensors", state, course, belongs)
             if on_record is not None:
                 on_record(int(state.step), spec.steps)
         save_dae(out / "weights.safetensors", state.dae)
@@ -111,11 +113,11 @@ def _claim(out: pathlib.Path, identity: dict[str, Any], facts: list[dict[str, An
         write_text(path, json.dumps({**identity, "environment": environment(), "data": facts}, indent=1))
         return
     try:
-        stored = json.loads(path.read_text()).get("single")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); choose another --out or delete it.") from error
+        stored = read_json(path).get("single")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); choose another --out.") from error
     requested = json.loads(json.dumps(identity["single"]))
-    if stored is None:
+    if not isinstance(stored, dict):
         raise ValueError(f"{out} holds something other than a single run; choose another --out.")
     different = [
         f"{k} is {stored.get(k)!r} there, {requested.get(k)!r} here" for k in requested if stored.get(k) != requested[k]
@@ -124,23 +126,44 @@ def _claim(out: pathlib.Path, identity: dict[str, Any], facts: list[dict[str, An
         raise ValueError(f"{out} holds another run: {'; '.join(different)}. Choose another --out.")
 
 
-def _save_state(path: pathlib.Path, state: TrainState, course: list[Row]) -> None:
-    tensors = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
-    metadata = {"course": json.dumps(course)}
+def _save_state(path: pathlib.Path, state: TrainState, course: list[Row], belongs: str) -> None:
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+    record = {"rows": course, "belongs": belongs, "checksum": _digest(leaves, course)}
+    # One entry: safetensors writes several in no fixed order.
+    metadata = {"course": json.dumps(record)}
+    tensors = {str(i): leaf for i, leaf in enumerate(leaves)}
     replace_file(path, lambda partial: safetensors.numpy.save_file(tensors, partial, metadata))
 
 
-def _restore(path: pathlib.Path, state: TrainState) -> tuple[TrainState, list[Row]]:
-    """The state and course at the last checkpoint, or ``state`` and no course if there is none."""
+def _restore(path: pathlib.Path, state: TrainState, belongs: str) -> tuple[TrainState, list[Row]]:
+    """The state and course at the last checkpoint, or ``state`` and no course if there is none.
+
+    ``ValueError`` if the file is damaged or of another run. Checkpoints of earlier versions have no checksum.
+    """
     if not path.exists():
         return state, []
     leaves, tree = jax.tree.flatten(state)
+    again = "move it away to train from the start"
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             stored = [file.get_tensor(str(i)) for i in range(len(leaves))]
-            course = json.loads(file.metadata()["course"])
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it to train from the start.") from error
-    if any(a.shape != b.shape or a.dtype != b.dtype for a, b in zip(stored, leaves, strict=True)):
-        raise ValueError(f"{path} is the state of another network; delete it to train from the start.")
+            record = json.loads(file.metadata()["course"])
+        if isinstance(record, list):
+            record = {"rows": record, "belongs": belongs, "checksum": _digest(stored, record)}
+        course = record["rows"]
+        if record["checksum"] != _digest(stored, course):
+            raise ValueError("its checksum does not fit")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path} is damaged ({error}); {again}.") from error
+    alike = all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(stored, leaves, strict=True))
+    if not alike or record["belongs"] != belongs:
+        raise ValueError(f"{path} is the state of another run; {again}.")
     return jax.tree.unflatten(tree, [jnp.asarray(a) for a in stored]), course
+
+
+def _digest(leaves: list[np.ndarray], course: list[Row]) -> str:
+    return _sha256(" ".join([*map(store.checksum, leaves), json.dumps(course)]))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

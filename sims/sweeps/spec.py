@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from dae_theory.checks import check_integer
+from dae_theory.checks import check_integer, check_seed
 from sims.data.duplicates import parse_duplicates
 from sims.flags import documented, flag, parse_bools, parse_floats, parse_ints, parse_names
 
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     Numbers = tuple[float, ...]
     Names = tuple[str, ...]
     Switches = tuple[bool, ...]
+    Integer, Number, Name, Switch = int, float | int, str, bool
 else:
     # A single value or a list becomes a tuple at construction, so what __init__ takes is checked there.
-    Integers = Numbers = Names = Switches = Any
+    Integers = Numbers = Names = Switches = Integer = Number = Name = Switch = Any
 
 __all__ = ["FORMAT", "LOOP_AXES", "OPTIMIZERS", "OPTIONAL_AXES", "SCHEDULES", "VALUE_AXES", "Spec"]
 
@@ -39,6 +40,18 @@ LOOP_AXES = (*OPTIONAL_AXES, "num_samples", "width")
 
 VALUE_AXES = ("penalty", "learning_rate", "init_scale", "sigma")
 """Axes of numbers: all combinations are mapped inside one compiled program."""
+
+MAX_UNITS = 1_000_000
+"""Training sets of a sweep; each has files of its own."""
+
+MAX_CELLS = 1_000_000_000
+"""Numbers of one measure in a sweep."""
+
+MAX_ROWS = 100_000_000
+"""Rows of a training set, and hidden units."""
+
+LARGEST = 2**31 - 1
+"""Sizes and counts: what 32-bit integers hold."""
 
 OPTIMIZERS = ("sgd", "momentum", "rmsprop", "adam", "adamw")
 SCHEDULES = ("constant", "cosine")
@@ -80,8 +93,8 @@ class Spec:
         type=parse_floats,
         metavar="S,...",
     )
-    center: bool = flag(False, "subtract the mean of the training rows, from held-out rows too", group=DATA_FLAGS)
-    separable: int = flag(
+    center: Switch = flag(False, "subtract the mean of the training rows, from held-out rows too", group=DATA_FLAGS)
+    separable: Integer = flag(
         0,
         "keep a greedy subset of this many rows with pairwise negative cosines; 0: all rows",
         group=DATA_FLAGS,
@@ -94,16 +107,16 @@ class Spec:
         type=parse_names,
         metavar="KxM,...",
     )
-    singles: int = flag(
+    singles: Integer = flag(
         0, "number >= 0 of rows that appear once, with one KxM: n = K M + singles", group=DATA_FLAGS, metavar="N"
     )
-    held_out: float | int = flag(
+    held_out: Number = flag(
         0.2,
         "rows never trained on: a fraction of the data set below 1, or a count from 1",
         group=DATA_FLAGS,
         metavar="F",
     )
-    split_seed: int = flag(
+    split_seed: Integer = flag(
         0, "seed >= 0 of the split into training pool and held-out rows", group=DATA_FLAGS, metavar="SEED"
     )
     num_samples: Integers = flag(
@@ -135,7 +148,7 @@ class Spec:
         type=parse_floats,
         metavar="S,...",
     )
-    seeds: int = flag(
+    seeds: Integer = flag(
         3, "repetitions >= 1, each with its own training rows, start and noise", group=TRAINING_FLAGS, metavar="K"
     )
     optimizer: Names = flag(
@@ -145,7 +158,7 @@ class Spec:
         type=parse_names,
         metavar="NAME,...",
     )
-    schedule: str = flag(
+    schedule: Name = flag(
         "constant", "learning rate over the run: constant, or cosine to zero", group=TRAINING_FLAGS, choices=SCHEDULES
     )
     batch_size: Integers = flag(
@@ -155,7 +168,7 @@ class Spec:
         type=parse_ints,
         metavar="B,...",
     )
-    steps: int = flag(2000, "optimizer steps >= 1", group=TRAINING_FLAGS, metavar="T")
+    steps: Integer = flag(2000, "optimizer steps >= 1", group=TRAINING_FLAGS, metavar="T")
     record_steps: Integers = flag(
         (),
         "numbers of steps in [0, steps], increasing, after which to measure; if left out at the end",
@@ -172,29 +185,34 @@ class Spec:
         const=(True,),
         metavar="false,true",
     )
-    weight_decay: float | int = flag(
+    weight_decay: Number = flag(
         0.0,
         "decoupled weight decay >= 0 of adamw, which does not minimize the paper's objective; coupled decay is penalty",
         group=TRAINING_FLAGS,
         metavar="W",
     )
-    eval_samples: int = flag(
+    eval_samples: Integer = flag(
         256,
         "training rows, and held-out rows, that measures use at most, >= 1",
         group=TRAINING_FLAGS,
         metavar="N",
     )
-    eval_draws: int = flag(4, "noise draws for each of these rows, >= 1", group=TRAINING_FLAGS, metavar="N")
-    dtype: str = flag("float32", "precision of training", group=TRAINING_FLAGS, choices=DTYPES)
-    seed: int = flag(0, "root >= 0 of all randomness", group=TRAINING_FLAGS, metavar="SEED")
+    eval_draws: Integer = flag(4, "noise draws for each of these rows, >= 1", group=TRAINING_FLAGS, metavar="N")
+    dtype: Name = flag("float32", "precision of training", group=TRAINING_FLAGS, choices=DTYPES)
+    seed: Integer = flag(0, "root >= 0 of all randomness", group=TRAINING_FLAGS, metavar="SEED")
 
     def __post_init__(self) -> None:
         for name in (*OPTIONAL_AXES, "width", *VALUE_AXES, "record_steps"):
             object.__setattr__(self, name, _as_axis(name, getattr(self, name)))
+        for field in dataclasses.fields(self):
+            if field.name != "num_samples":
+                object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
+        if not isinstance(self.center, bool):
+            raise ValueError(f"center must be true or false, got {self.center!r}.")
         self._check_data()
         for name in ("num_samples", "width"):
             for value in getattr(self, name):
-                check_integer(name, value, minimum=1)
+                check_integer(name, value, minimum=1, maximum=MAX_ROWS)
         for name in ("sigma", "learning_rate", "init_scale"):
             for value in getattr(self, name):
                 _check_number(name, value, positive=True)
@@ -202,13 +220,16 @@ class Spec:
             for value in getattr(self, name):
                 _check_number(name, value, positive=False)
         _check_number("held_out", self.held_out, positive=True)
+        if self.held_out > 1 and self.held_out != int(self.held_out):
+            raise ValueError(f"held_out must be a fraction below 1 or a whole number of rows, got {self.held_out}.")
         _check_number("weight_decay", self.weight_decay, positive=False)
         for name in ("seeds", "steps", "eval_samples", "eval_draws"):
-            check_integer(name, getattr(self, name), minimum=1)
-        for name in ("separable", "split_seed", "seed"):
-            check_integer(name, getattr(self, name), minimum=0)
+            check_integer(name, getattr(self, name), minimum=1, maximum=LARGEST)
+        check_integer("separable", self.separable, minimum=0, maximum=LARGEST)
+        for name in ("split_seed", "seed"):
+            check_seed(name, getattr(self, name))
         for value in self.batch_size:
-            check_integer("batch_size", value, minimum=0)
+            check_integer("batch_size", value, minimum=0, maximum=LARGEST)
         for value in self.tied:
             if not isinstance(value, bool):
                 raise ValueError(f"tied must be true or false, got {value!r}.")
@@ -227,10 +248,17 @@ class Spec:
             raise ValueError(f"record_steps must increase, got {self.record_steps}.")
         if not self.record_steps:
             object.__setattr__(self, "record_steps", (self.steps,))
+        lengths = ", ".join(f"{name} {size:,}" for name, size in self.shape.items() if size > 1)
+        if self.num_cells // self.cells_per_unit > MAX_UNITS or math.prod(self.shape.values()) > MAX_CELLS:
+            raise ValueError(
+                f"the axes make {self.num_cells:,} cells in {self.num_cells // self.cells_per_unit:,} training sets "
+                f"({lengths}); a sweep has at most {MAX_UNITS:,} training sets and {MAX_CELLS:,} recorded cells. Make "
+                "several sweeps."
+            )
 
     def _check_data(self) -> None:
         """Find ``num_samples`` where it is left out, and refuse axes that contradict one another."""
-        check_integer("singles", self.singles, minimum=0)
+        check_integer("singles", self.singles, minimum=0, maximum=LARGEST)
         if self.singles and (len(self.duplicates) > 1 or "" in self.duplicates):
             raise ValueError(
                 f"singles = {self.singles} needs duplicates, one value such as 20x60; else give num_samples, and rows "
@@ -243,6 +271,9 @@ class Spec:
                 raise ValueError(
                     f"separation is an axis of mixture: data sets that do not give it themselves, not of {name!r}."
                 )
+        for name in self.duplicates:
+            if not isinstance(name, str):
+                raise ValueError(f"duplicates must be KxM, such as 20x60, or empty; got {name!r}.")
         repeated = {name: math.prod(parse_duplicates(name)) if name else 0 for name in self.duplicates}
         if self.num_samples is None:
             if len(repeated) > 1:
@@ -252,7 +283,7 @@ class Spec:
         object.__setattr__(self, "num_samples", _as_axis("num_samples", self.num_samples))
         for name, rows in repeated.items():
             for n in self.num_samples:
-                check_integer("num_samples", n, minimum=1)
+                check_integer("num_samples", n, minimum=1, maximum=MAX_ROWS)
                 if n < rows or (self.singles and n != rows + self.singles):
                     single = f" and singles = {self.singles} make {rows + self.singles}" if self.singles else " alone"
                     raise ValueError(
@@ -328,8 +359,20 @@ class Spec:
         return cls(**values)
 
 
+def _plain(value: Any) -> Any:
+    """Python's own numbers and lists in place of NumPy's and JAX's."""
+    if isinstance(value, tuple):
+        return tuple(_plain(item) for item in value)
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def _as_axis(name: str, value: Any) -> tuple[Any, ...]:
+    value = _plain(value)
     axis = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    axis = tuple(_plain(item) for item in axis)
+    for item in axis:
+        if not isinstance(item, (str, bool, int, float)):
+            raise ValueError(f"axis {name} takes a value or a list of values, got {item!r} in it.")
     if not axis and name not in ("record_steps", "separation"):
         raise ValueError(f"axis {name} is empty; give it at least one value.")
     if len(set(axis)) < len(axis):
@@ -338,10 +381,12 @@ def _as_axis(name: str, value: Any) -> tuple[Any, ...]:
 
 
 def _check_number(name: str, value: Any, *, positive: bool) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < math.inf:
         raise ValueError(f"{name} must be a finite number, got {value!r}.")
     if value < 0 or (positive and value == 0):
         raise ValueError(f"{name} must be {'positive' if positive else 'zero or more'}, got {value}.")
+    if value and not 1e-37 < value < 1e37:
+        raise ValueError(f"{name} = {value!r} is outside the range of float32, 1e-37 to 1e37; rescale the data.")
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
