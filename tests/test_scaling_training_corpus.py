@@ -68,6 +68,28 @@ def test_sets_are_nested_and_offsets_disjoint():
     assert set(corpus.load("digits", num_samples=50, seed=1).rows) != set(large.rows)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_equal_pictures_are_one_image_that_is_repeated(tmp_path, seed):
+    place, random = tmp_path / "repeated", np.random.default_rng(0)
+    place.mkdir()
+    pictures = random.integers(0, 256, (6, 4, 4), np.uint8)
+    for name, i in enumerate([0, 1, 0, 2, 3, 0, 4, 5, 0, 0]):
+        Image.fromarray(pictures[i]).save(place / f"{name}.png")
+    found = corpus.load(str(place), num_samples=4, seed=seed)
+    members = corpus.membership(found)
+    assert sorted(itertools.chain(*members.values())) == list(range(10))
+    side = [part for part, rows in members.items() if 0 in rows]
+    assert all(set(members[part]) & {0, 2, 5, 8, 9} in (set(), {0, 2, 5, 8, 9}) for part in members)
+    assert side in (["duplicated"], ["held_out"])
+    assert (len(found.images), len(found.held_out), found.size) == (4, 2, 10)
+    assert len(corpus.training_rows(found)) == (8 if side == ["duplicated"] else 4)
+    named = corpus.load(str(place), duplicates="2x3", singles=2, seed=seed)
+    assert max(named.counts) in (3, 5, 15)
+    (tmp_path / "a.json").write_text(json.dumps([f"picture {i}" for i in range(10)]))
+    with pytest.raises(ValueError, match="rows 0 and 2 are the same image, but have captions 'picture 0' and"):
+        captions.from_file(found, tmp_path / "a.json")
+
+
 def test_variants_differ_in_the_corner_alone():
     found = corpus.load("digits", duplicates="5x12", singles=3, variants="2x4")
     assert found.counts.tolist() == [12] * 3 + [3] * 8 + [1] * 3
@@ -114,7 +136,7 @@ def test_other_kinds_of_data_sets(tmp_path, folder, monkeypatch):
 def test_bad_files_are_named_and_skipped_only_when_asked(folder):
     (folder / "cat" / "torn.png").write_bytes((folder / "cat" / "1.png").read_bytes()[:60])
     Image.new("RGB", (9, 8)).save(folder / "dog" / "wide.png")
-    with pytest.raises(ValueError, match=r"2 of the 12 files.*torn\.png is damaged.*wide\.png has.*--skip-bad"):
+    with pytest.raises(ValueError, match=r"2 of 12 images.*torn\.png is damaged.*wide\.png has.*--skip-bad"):
         corpus.load(str(folder), num_samples=7)
     kept = corpus.load(str(folder), num_samples=7, skip_bad=True)
     assert (kept.size, len(kept.files), len(kept.skipped)) == (10, 10, 2)
@@ -126,7 +148,7 @@ def test_bad_files_are_named_and_skipped_only_when_asked(folder):
     with pytest.raises(ValueError, match="holds no images"):
         corpus.load(str(folder))
     (folder / "cat" / "torn.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="1 of the 1 files"):
+    with pytest.raises(ValueError, match="1 of 1 images"):
         corpus.load(str(folder), skip_bad=True)
 
 
@@ -196,6 +218,22 @@ def test_prompts_of_a_file(tmp_path, folder):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, entries)))
     named = captions.from_file(photos, tmp_path / "a.jsonl")
     assert named.prompts[named.of[3]] == f"photo {photos.files[photos.rows[3]]}"
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [*entries, entries[2]])))
+    with pytest.raises(ValueError, match=rf"line 11: {entries[2]['file_name']} has a caption in an earlier line"):
+        captions.from_file(photos, tmp_path / "a.jsonl")
+
+
+def test_lines_belong_to_files_in_the_order_of_their_numbers(tmp_path):
+    place = tmp_path / "numbered"
+    place.mkdir()
+    for i in range(1, 13):
+        Image.new("L", (4, 4), i).save(place / f"{i}.png")
+    photos = corpus.load(str(place), num_samples=9)
+    assert photos.files[:4] == ("1.png", "10.png", "11.png", "12.png")
+    (tmp_path / "a.txt").write_text("\ufeff" + "\n".join(f"number {i}" for i in range(1, 13)))
+    named = captions.from_file(photos, tmp_path / "a.txt")
+    for image, prompt in enumerate(named.of):
+        assert named.prompts[prompt] == f"number {photos.files[photos.rows[image]].removesuffix('.png')}"
 
 
 @pytest.mark.parametrize(

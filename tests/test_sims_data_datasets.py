@@ -229,3 +229,33 @@ def test_a_prefix_longer_than_its_pool_is_refused():
         datasets.prefix(pool, 11)
     with pytest.raises(ValueError, match="num_samples must be at least 1"):
         datasets.prefix(pool, 0)
+
+
+def repeated_source():
+    """Ten rows, one of them five times and one twice."""
+    rows = np.random.default_rng(0).integers(0, 256, (10, 6), np.uint8)
+    rows[[2, 4, 7, 9]] = rows[0]
+    rows[8] = rows[3]
+    return Source(rows, np.arange(10))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_equal_rows_are_on_one_side_of_the_split(seed):
+    source = repeated_source()
+    np.testing.assert_array_equal(datasets.first_of_equal(source.rows), [0, 1, 0, 3, 0, 5, 6, 0, 3, 0])
+    data = datasets.load(source, held_out=4, seed=seed)
+    assert len(data.train) + len(data.held_out) == 10
+    assert len(data.held_out) <= 4
+    assert not {row.tobytes() for row in data.train} & {row.tobytes() for row in data.held_out}
+    assert not set(data.train_rows) & set(data.held_out_rows)
+    found = datasets.describe(data)
+    assert (found["num_repeats"], found["num_held_out_seen"]) == (5, 0)
+    for row, times in zip(data.train_rows, data.multiplicity, strict=True):
+        assert times == {0: 5, 3: 2}.get(row, 1) or row not in (0, 3)
+    # What stood before the cut stays where it was.
+    order = np.random.default_rng(seed).permutation(10)
+    np.testing.assert_array_equal(data.train_labels[:6], order[:6])
+
+
+def test_zeros_of_both_signs_are_equal():
+    assert datasets.first_of_equal(np.array([[0.0, 1.0], [-0.0, 1.0]])).tolist() == [0, 0]

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import pickle
 import struct
 import tracemalloc
@@ -232,6 +233,32 @@ def test_damaged_and_clipping_images_are_refused(tmp_path):
     deep = save_image(tmp_path / "deep.png", np.full((2, 2), 40000, np.uint16))
     with pytest.raises(ValueError, match=r"deep\.png has pixels of mode I;16"):
         formats.read_image(deep)
+
+
+def test_only_formats_of_photographs_are_decoded(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    for read in (formats.read_image, formats.image_size):
+        with pytest.raises(ValueError, match=r"a\.png is damaged, or not an image: cannot identify"):
+            read(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("read", [formats.read_image, formats.read_npy, formats.read_cifar10, formats.npz_keys])
+def test_pipes_are_refused_at_once(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"pipe: it is no regular file"):
+        read(tmp_path / "pipe")
+
+
+def test_expansion_is_bounded_before_it_happens(file, monkeypatch):
+    monkeypatch.setattr(formats, "FREE_EXPANSION", 1 << 12)
+    zeros = np.zeros((100, 100, 100), np.uint8)
+    stream = io.BytesIO()
+    np.savez_compressed(stream, x=zeros)
+    path = file(stream.getvalue())
+    refused_without_memory(lambda: formats.read_npz(path, [["x"]]), "claims 1000128 bytes from")
+    path = file(gzip.compress(idx_bytes(zeros)))
+    refused_without_memory(lambda: formats.read_idx(path, 3), "holds at most")
 
 
 def test_decompression_bombs_are_refused(tmp_path, monkeypatch):

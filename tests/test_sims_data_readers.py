@@ -1,6 +1,9 @@
 """Sources by name: what each reader makes of its files, and how names and options are understood."""
 
 import gzip
+import os
+import re
+import shutil
 import struct
 
 import jax
@@ -59,6 +62,28 @@ def test_missing_idx_labels_are_refused_or_done_without(mnist):
         readers.read(f"idx:{folder}")
 
 
+def test_folders_beside_idx_files_and_several_splits(mnist):
+    folder, arrays = mnist
+    # As Kaggle unpacks it: train-images-idx3-ubyte/train-images-idx3-ubyte beside train-images.idx3-ubyte.
+    for name in ("train-images", "train-labels"):
+        (content,) = [array for key, array in arrays.items() if key.startswith(name)]
+        for file in folder.glob(f"{name}*"):
+            file.unlink()
+        kind = "idx3" if name.endswith("images") else "idx1"
+        (folder / f"{name}-{kind}-ubyte").mkdir()
+        write_idx(folder / f"{name}-{kind}-ubyte" / f"{name}-{kind}-ubyte", content)
+        write_idx(folder / f"{name}.{kind}-ubyte", content)
+    source = readers.read(str(folder))
+    np.testing.assert_array_equal(source.rows, arrays["train-images-idx3-ubyte"].reshape(6, 20))
+    np.testing.assert_array_equal(source.labels, arrays["train-labels-idx1-ubyte.gz"])
+    for split in ("balanced", "letters"):
+        write_idx(folder / f"emnist-{split}-train-images-idx3-ubyte.gz", arrays["train-images-idx3-ubyte"])
+        write_idx(folder / f"emnist-{split}-train-labels-idx1-ubyte.gz", arrays["train-labels-idx1-ubyte.gz"])
+    with pytest.raises(ValueError, match=r"several files of images: .*-balanced.*-letters.*name one, as in"):
+        readers.read(str(folder))
+    assert len(readers.read(str(folder / "emnist-letters-train-images-idx3-ubyte.gz")).rows) == 6
+
+
 def test_no_images_at_all_are_refused(tmp_path):
     write_idx(tmp_path / "train-images-idx3-ubyte", np.zeros((0, 4, 4), np.uint8))
     write_idx(tmp_path / "train-labels-idx1-ubyte", np.zeros(0, np.uint8))
@@ -91,6 +116,21 @@ def test_cifar10_color_gray_and_parts(cifar):
     assert gray.image_shape == (32, 32, 1)
     np.testing.assert_array_equal(readers.read(f"cifar10:{folder}?part=test").labels, batches[5, :, 0])
     assert len(readers.read(str(folder / "test_batch.bin")).rows) == 2
+
+
+def test_cifar10_further_down_and_as_pickles(cifar, tmp_path_factory):
+    folder, batches = cifar
+    above = tmp_path_factory.mktemp("above")
+    shutil.copytree(folder, above / "data" / "cifar-10-batches-bin")
+    np.testing.assert_array_equal(readers.read(str(above)).rows, readers.read(str(folder)).rows)
+    assert len(batches) == 6
+    shutil.copytree(folder, above / "again")
+    with pytest.raises(ValueError, match=r"data_batch_1\.bin in several folders"):
+        readers.read(str(above))
+    pickled = tmp_path_factory.mktemp("pickled")
+    (pickled / "data_batch_1").write_bytes(b"\x80\x02}q\x01")
+    with pytest.raises(ValueError, match="as Python pickles, which can run any code.*binary version"):
+        readers.read(str(pickled))
 
 
 def test_a_missing_cifar10_batch_is_named(cifar):
@@ -160,6 +200,54 @@ def test_unfit_arrays_are_refused(tmp_path, arrays, options, message):
     assert "x.npz" in str(error.value) or "values must be" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("arrays", "options", "expected"),
+    [
+        ({"x_train": 6, "y_train": 6, "x_test": 6, "y_test": 6}, "data=x_test", "y_test"),
+        (
+            {"x_train": 6, "y_train": 6, "x_test": 6},
+            "data=x_test",
+            r"labels belong to x_test\? There are y_train",
+        ),
+        ({"x_train": 6, "y_train": 6, "x_test": 6}, "data=x_test&labels=none", None),
+        ({"x_train": 6, "y_train": 6, "x_test": 6}, "data=x_test&labels=y_train", "y_train"),
+        ({"train_images": 6, "train_labels": 6, "labels": 6}, "data=train_images", "train_labels"),
+        ({"images": 6, "labels": 6, "y": 6}, "", "labels"),
+        ({"data": 6, "y_a": 6, "y_b": 6}, "", r"There are y_a, y_b; say \?labels=KEY"),
+        ({"arr_0": 6, "arr_1": 6}, "", "arr_1"),
+        ({"x": 6, "weights": 6}, "", None),
+        ({"x": 6}, "labels=y", "no array y, but x"),
+    ],
+)
+def test_labels_are_paired_by_name(tmp_path, arrays, options, expected):
+    stored = {name: np.full((size, 4), i, np.uint8) for i, (name, size) in enumerate(arrays.items())}
+    stored = {n: a[:, 0].astype(int) if re.search("y|label|arr_1|weights", n) else a for n, a in stored.items()}
+    np.savez(tmp_path / "a.npz", **stored)
+    if expected is not None and expected not in arrays:
+        with pytest.raises(ValueError, match=expected):
+            readers.read(f"npz:{tmp_path / 'a.npz'}?{options}")
+    else:
+        labels = readers.read(f"npz:{tmp_path / 'a.npz'}?{options}").labels
+        np.testing.assert_array_equal(labels, -1 if expected is None else stored[expected])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("dim=1000000000", "its rows are|its covariances are"),
+        ("size=100000000000", "mixture size must be at most"),
+        ("size=1000000000,dim=32", "its rows are 32,000,000,000 numbers"),
+        ("modes=100000,dim=1000", "its covariances are"),
+        ("seed=4294967296", "mixture seed must be at most 4294967295"),
+        ("spread=1e300", "at most 1e15"),
+        ("separation=1e300", "at most 1e15"),
+    ],
+)
+def test_mixtures_beyond_memory_are_refused_first(options, message):
+    with pytest.raises(ValueError, match=message):
+        readers.read(f"mixture:{options}")
+
+
 def test_any_values_may_be_kept(tmp_path):
     np.save(tmp_path / "x.npy", np.full((2, 3), 7.0))
     np.testing.assert_array_equal(
@@ -194,8 +282,68 @@ def test_images_by_folder(photos):
 def test_the_first_image_that_differs_is_named(photos):
     folder, _ = photos
     Image.fromarray(np.zeros((6, 9, 3), np.uint8)).save(folder / "dog" / "0.png")
-    with pytest.raises(ValueError, match=r"dog/0\.png has .*\(6, 9, 3\) and .*3\.png has \(6, 8, 3\).*resize"):
+    with pytest.raises(ValueError, match=r"1 of 5 .*dog/0\.png has .*\(6, 9\), most have \(6, 8\).*resize"):
         readers.read(f"images:{folder}")
+
+
+def test_all_bad_images_are_named_at_once_and_left_out_if_asked(photos):
+    folder, pictures = photos
+    (folder / "cat" / "a.png").write_bytes(b"no image")
+    os.mkfifo(folder / "cat" / "pipe.png")
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(folder / "b.png")
+    with pytest.raises(ValueError, match=r"3 of 7 .*b\.png has .*a\.png is damaged.*pipe\.png: it is no regular file"):
+        readers.read(str(folder))
+    source = readers.read(f"images:{folder}?skip_bad=1")
+    np.testing.assert_array_equal(source.rows, [pictures[name].reshape(-1) for name in sorted(pictures)])
+    np.testing.assert_array_equal(source.labels, [-1, 0, 0, 1])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [".ipynb_checkpoints/1.png", ".Trash-1000/files/1.png", "__MACOSX/cat/._1.png", "@eaDir/1.png", "cat/._1.png"],
+)
+def test_hidden_and_system_folders_are_no_data(photos, name):
+    folder, _ = photos
+    before = readers.read(str(folder))
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.zeros((6, 8, 3), np.uint8)).save(folder / name)
+    (folder / "dog" / "folder.png").mkdir()
+    after = readers.read(str(folder))
+    np.testing.assert_array_equal(after.rows, before.rows)
+    np.testing.assert_array_equal(after.labels, before.labels)
+
+
+def test_odd_channels_are_converted_to_those_of_most_images(photos):
+    folder, pictures = photos
+    gray = RNG.integers(0, 256, (6, 8), np.uint8)
+    Image.fromarray(gray).save(folder / "cat" / "0.png")
+    with pytest.warns(UserWarning, match=r"cat/0\.png: gray in a folder of color images, converted"):
+        source = readers.read(str(folder))
+    np.testing.assert_array_equal(source.rows[1].reshape(6, 8, 3), np.repeat(gray[..., None], 3, axis=2))
+    np.testing.assert_array_equal(readers.read(f"images:{folder}?color=rgb").rows, source.rows)
+    assert readers.read(f"images:{folder}?color=gray").image_shape == (6, 8, 1)
+    assert readers.read(f"patches:{folder}?size=2").image_shape == (2, 2, 3)
+    with pytest.raises(ValueError, match="color must be rgb or gray"):
+        readers.read(f"images:{folder}?color=red")
+    for i in range(4):
+        Image.fromarray(gray).save(folder / f"more{i}.png")
+    with pytest.warns(UserWarning, match=r"3\.png.*in color in a folder of gray images"):
+        assert readers.read(str(folder)).image_shape == (6, 8, 1)
+    assert len(pictures) == 4
+
+
+def test_frames_and_transparency_that_are_not_used_are_said(photos):
+    folder, _ = photos
+    frames = [Image.new("RGB", (8, 6), color) for color in ("red", "blue")]
+    frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
+    Image.new("RGBA", (8, 6), (1, 2, 3, 0)).save(folder / "clear.png")
+    Image.new("RGBA", (8, 6), (1, 2, 3, 255)).save(folder / "opaque.png")
+    with pytest.warns(UserWarning, match="is not used|is used") as warned:
+        readers.read(str(folder))
+    (message,) = [str(warning.message) for warning in warned]
+    assert "clear.png: its transparency is not used" in message
+    assert "moving.gif: its first frame is used" in message
+    assert "opaque" not in message
 
 
 def test_patches_tile_the_images(photos):

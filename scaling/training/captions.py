@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
 from scaling.training.corpus import Corpus, membership
+from sims.data.folders import natural_order
 
 __all__ = ["KINDS", "Captions", "from_file", "from_labels", "records"]
 
@@ -55,8 +56,10 @@ def from_labels(corpus: Corpus) -> Captions:
 def from_file(corpus: Corpus, path: str | Path) -> Captions:
     """The captions in a file: ``.txt``, a line for each row of the data set; ``.json``, a list of as many strings.
 
-    For a folder of images also ``.jsonl``: objects with ``file_name``, relative to the folder, and ``text``, one for
-    each image. ``ValueError`` if the file cannot be read, or its captions do not match the images one to one.
+    For a folder of images the lines of ``.txt`` and ``.json`` belong to its files in the order in which people count,
+    2.png before 10.png. There, ``.jsonl`` depends on no order: objects with ``file_name``, relative to the folder, and
+    ``text``, one for each image. ``ValueError`` if the file cannot be read, or its captions do not match the images one
+    to one.
     """
     path = Path(path)
     readers = {".txt": _lines, ".json": _listed, ".jsonl": _named}
@@ -65,7 +68,9 @@ def from_file(corpus: Corpus, path: str | Path) -> Captions:
     try:
         if path.stat().st_size > MAX_FILE:
             raise ValueError(f"captions {path}: the file has {path.stat().st_size} bytes, more than {MAX_FILE}.")
-        text = path.read_text(encoding="utf-8")
+        if path.exists() and not path.is_file():
+            raise ValueError(f"captions {path}: this is no regular file.")
+        text = path.read_text(encoding="utf-8-sig")
         captions = readers[path.suffix](text, corpus)
     except OSError as error:
         raise ValueError(f"captions {path}: cannot be read: {error.strerror}.") from error
@@ -81,7 +86,17 @@ def from_file(corpus: Corpus, path: str | Path) -> Captions:
             f"captions {path}: caption {wrong[0]} is {captions[wrong[0]]!r}, not a text; {len(wrong)} captions are "
             "wrong."
         )
-    return _captions(corpus, [captions[row].strip() for row in corpus.rows])
+    if corpus.files and path.suffix != ".jsonl":
+        ordered = natural_order(corpus.files)
+        captions = [caption for _, caption in sorted(zip(ordered, captions, strict=True))]
+    texts = [caption.strip() for caption in captions]
+    for row, first in enumerate(corpus.first.tolist()):
+        if texts[row] != texts[first]:
+            raise ValueError(
+                f"captions {path}: rows {first} and {row} are the same image, but have captions {texts[first]!r} and "
+                f"{texts[row]!r}; give them one caption, or leave one of them out."
+            )
+    return _captions(corpus, [texts[row] for row in corpus.rows])
 
 
 def records(captions: Captions, corpus: Corpus) -> list[dict[str, Any]]:
@@ -145,7 +160,13 @@ def _named(text: str, corpus: Corpus) -> list[Any]:
             continue
         if not isinstance(entry, dict) or not {"file_name", "text"} <= entry.keys():
             raise ValueError(f"captions, line {number}: must be an object with file_name and text.")
-        texts[entry["file_name"]] = entry["text"]
+        name = entry["file_name"]
+        if not isinstance(name, str):
+            raise ValueError(f"captions, line {number}: file_name must be a text, got {name!r}.")
+        name = PurePosixPath(name).as_posix()
+        if name in texts:
+            raise ValueError(f"captions, line {number}: {name} has a caption in an earlier line; keep one of them.")
+        texts[name] = entry["text"]
     unknown, lacking = sorted(texts.keys() - set(corpus.files)), [file for file in corpus.files if file not in texts]
     # A skipped file may have a caption.
     skipped = " ".join(corpus.skipped)

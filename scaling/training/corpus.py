@@ -4,6 +4,9 @@ A seed shuffles the rows of a data set as in :mod:`sims.data.datasets`. The firs
 N are trained on once, and the last are held out, so that training sets of growing size are nested. ``offset`` skips
 rows, for training sets that share none. A repeated image may come in variants, which differ in one corner only, like
 images of one template :cite:`webster23`.
+
+Rows of the data set that are equal in every pixel are one image, which is trained on as often as the data set holds it,
+or held out, but never both. Images that are nearly equal are different ones.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from PIL import Image, ImageOps
 
 from dae_theory.checks import check_integer
 from sims.data import datasets
-from sims.data.formats import read_image
+from sims.data.pictures import read_pictures
 from sims.data.readers import Source, image_files, kind_of, read
 
 __all__ = ["FASHION", "GROUPS", "Corpus", "load", "membership", "training_rows", "variants_of"]
@@ -34,9 +37,6 @@ DIGIT_CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", 
 HELD_OUT = 0.2
 """The share of rows that is held out if all others are trained on."""
 
-SHOWN = 5
-"""Files that an error message lists."""
-
 
 class Corpus(NamedTuple):
     """A training set and held-out images; images are (C, H, W) in [-1, 1]."""
@@ -47,7 +47,7 @@ class Corpus(NamedTuple):
     labels: Int[np.ndarray, " u"]
     """Classes from 0; -1 if unknown."""
     rows: Int[np.ndarray, " u"]
-    """Their rows in the data set; variants of an image have the same row."""
+    """Their rows in the data set, the first of equal ones; variants of an image have the same row."""
     counts: Int[np.ndarray, " u"]
     """How many times each is repeated."""
     held_out: Float32[np.ndarray, "m c h w"]
@@ -61,6 +61,8 @@ class Corpus(NamedTuple):
     """The file of each row, for a folder of images."""
     skipped: tuple[str, ...]
     """Files that were skipped, each with the reason."""
+    first: Int[np.ndarray, " size"]
+    """For each row of the data set the first row that is the same image."""
 
 
 def load(
@@ -82,7 +84,8 @@ def load(
     Args:
         name: ``digits``, ``fashion-mnist``, a folder of images, a .npz file, or anything that
             :func:`sims.data.readers.read` takes.
-        num_samples: number of training images, none repeated; None: all that are not held out.
+        num_samples: number of distinct training images, repeated only as in the data set; None: all that are not held
+            out.
         duplicates: instead, ``"KxM"``: repeat K images M times each ...
         singles: ... and train on this many more, once each.
         variants: ``"TxV"``: the last T of the K images come in V variants, each repeated M/V times.
@@ -98,24 +101,27 @@ def load(
     source, classes, files, skipped = _read(name, resolution, gray, skip_bad)
     if source.image_shape is None:
         raise ValueError(f"the rows of {name} are no images: training needs rows of a known height and width.")
-    size = len(source.rows)
-    count, times, once, reserved = _sizes(name, size, num_samples, duplicates, singles, held_out, offset)
     whole = datasets.load(source, held_out=0, seed=seed)
+    # The first of equal images stands for all of them, in the order of the shuffle.
+    _, distinct, present = np.unique(whole.train_rows, return_index=True, return_counts=True)
+    present, distinct = present[np.argsort(distinct)], np.sort(distinct)
+    size = len(distinct)
+    count, times, once, reserved = _sizes(name, size, num_samples, duplicates, singles, held_out, offset)
     if np.max(np.abs(whole.train), initial=0.0) > 1 + 1e-6:
         raise ValueError(f"the images of {name} must lie in [-1, 1]; give the range of its values, as in ?values=0:1.")
-    pictures = _resized(whole.train.reshape(size, *source.image_shape), resolution)
-    labels, rows = whole.train_labels, whole.train_rows
+    pictures = _resized(whole.train[distinct].reshape(size, *source.image_shape), resolution)
+    labels, rows = whole.train_labels[distinct], whole.train_rows[distinct]
     templates, per_template = _variants(variants, count, times)
     repeats = np.ones(count + once, np.int64)
     repeats[count - templates : count] = per_template
     trained = np.repeat(np.arange(offset, offset + count + once), repeats)
-    counts = np.repeat([times] * count + [1] * once, repeats)
+    counts = np.repeat([times] * count + [1] * once, repeats) * present[trained]
     images = pictures[trained]
     if templates:
         changed = slice(count - templates, count - templates + templates * per_template)
         first = images[changed][::per_template]
         images[changed] = np.concatenate([variants_of(image, per_template) for image in first])
-        counts[changed] = times // per_template
+        counts[changed] //= per_template
     out = slice(size - reserved, size)
     return Corpus(
         name=name,
@@ -126,10 +132,11 @@ def load(
         held_out=pictures[out],
         held_out_labels=labels[out],
         held_out_rows=rows[out],
-        size=size,
+        size=len(source.rows),
         classes=classes,
         files=files,
         skipped=skipped,
+        first=datasets.first_of_equal(source.rows),
     )
 
 
@@ -143,10 +150,13 @@ def membership(corpus: Corpus) -> dict[str, list[int]]:
     totals = Counter[int]()
     for row, count in zip(corpus.rows.tolist(), corpus.counts.tolist(), strict=True):
         totals[row] += count
+    equal: dict[int, list[int]] = {}
+    for row, first in enumerate(corpus.first.tolist()):
+        equal.setdefault(first, []).append(row)
     return {
-        "duplicated": [row for row, total in totals.items() if total > 1],
+        "duplicated": [row for first, total in totals.items() if total > 1 for row in equal[first]],
         "train": [row for row, total in totals.items() if total == 1],
-        "held_out": corpus.held_out_rows.tolist(),
+        "held_out": [row for first in corpus.held_out_rows.tolist() for row in equal[first]],
     }
 
 
@@ -195,32 +205,11 @@ def _folder(
     path: Path, resolution: int | None, gray: bool, skip_bad: bool
 ) -> tuple[Source, tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
     files, labels = image_files(path)
-    pictures: dict[int, np.ndarray] = {}
-    bad: dict[int, str] = {}
-    for i, file in enumerate(files):
-        try:
-            pictures[i] = read_image(file, gray=gray, size=None if resolution is None else (resolution, resolution))
-        except ValueError as error:
-            bad[i] = str(error).removesuffix(".")
-    shapes = Counter(picture.shape for picture in pictures.values())
-    if shapes:
-        usual = shapes.most_common(1)[0][0]
-        others = {i: picture.shape for i, picture in pictures.items() if picture.shape != usual}
-        bad |= {
-            i: f"{files[i]} has (height, width, channels) {shape}, most have {usual}" for i, shape in others.items()
-        }
-    good = [i for i in pictures if i not in bad]
-    if bad and not (skip_bad and good):
-        reasons = [*[bad[i] for i in sorted(bad)[:SHOWN]], *[f"and {len(bad) - SHOWN} more"] * (len(bad) > SHOWN)]
-        raise ValueError(
-            f"{len(bad)} of the {len(files)} files in {path} cannot be used: {'; '.join(reasons)}. Repair them, bring "
-            "them to one size (--resolution N, --gray), or skip them (--skip-bad)."
-        )
-    stacked = np.stack([pictures[i] for i in good])
-    source = Source(stacked.reshape(len(stacked), -1), labels[good], stacked.shape[1:])
+    size = None if resolution is None else (resolution, resolution)
+    found = read_pictures(files, color="gray" if gray else "", size=size, skip_bad=skip_bad)
+    source = Source(found.values.reshape(len(found.values), -1), labels[found.kept], found.values.shape[1:])
     names = tuple(sorted({file.relative_to(path).parts[0] for file in files if file.parent != path}))
-    used = tuple(files[i].relative_to(path).as_posix() for i in good)
-    return source, names, used, tuple(bad[i] for i in sorted(bad))
+    return source, names, tuple(files[i].relative_to(path).as_posix() for i in found.kept), found.problems
 
 
 def _sizes(

@@ -4,6 +4,10 @@ A seed permutes the rows of a source; the last ones are held out, the others are
 the first n of the pool. Data sets of one seed are therefore nested in n and share their held-out rows: a sweep over n
 loads the pool once and takes prefixes (:func:`prefix`). For each row, also a repeated one, its index in the source is
 recorded.
+
+Rows of a source that are equal in every value are one sample, present several times: held-out rows that equal a row of
+the pool go to its end, so that no sample is on both sides, and all have the index of the first of them. Rows that are
+nearly equal are different samples.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int, Num
 
 from dae_theory.checks import check_finite, check_integer, check_seed
 from dae_theory.mixture import GaussianMixture
@@ -21,7 +25,17 @@ from dae_theory.types import Scalar
 from sims.data.duplicates import parse_duplicates
 from sims.data.readers import Source, read
 
-__all__ = ["Dataset", "center", "describe", "load", "max_cosine", "parse_duplicates", "prefix", "separable_rows"]
+__all__ = [
+    "Dataset",
+    "center",
+    "describe",
+    "first_of_equal",
+    "load",
+    "max_cosine",
+    "parse_duplicates",
+    "prefix",
+    "separable_rows",
+]
 
 NEGATIVE = -1e-6
 """A cosine below this is still negative after rows are rounded to float32."""
@@ -49,6 +63,8 @@ class Dataset(NamedTuple):
     """(height, width, channels) of a row, if rows are images."""
     mixture: GaussianMixture | None
     """The distribution of the rows, centered with them, if it is known."""
+    num_repeats: int = 0
+    """Rows of the source that equal an earlier one in every value."""
 
     @property
     def multiplicity(self) -> Int[np.ndarray, " n"]:
@@ -92,6 +108,9 @@ def load(
     order = np.random.default_rng(check_seed("seed", seed)).permutation(size)
     inside = size - _held_out_count(held_out, size)
     pool, outside = order[:inside], order[inside:]
+    first = first_of_equal(source.rows)
+    seen = np.isin(first[outside], first[pool])
+    pool, outside = np.concatenate([pool, outside[seen]]), outside[~seen]
     mean = np.zeros(source.rows.shape[1])
     if separable:
         searched = _values(source, pool)
@@ -105,14 +124,22 @@ def load(
         name,
         (train - mean[None, :]).astype(dtype),
         source.labels[rows],
-        rows,
+        first[rows],
         (_values(source, outside) - mean[None, :]).astype(dtype),
         source.labels[outside],
-        outside,
+        first[outside],
         mean.astype(dtype),
         source.image_shape,
         _shifted(source.mixture, mean, dtype),
+        int(np.sum(first != np.arange(size))),
     )
+
+
+def first_of_equal(rows: Num[np.ndarray, "N d"]) -> Int[np.ndarray, " N"]:
+    """For each row the index of the first row that equals it in every value: its own, if none does before."""
+    # Zero has two signs, and equal rows one representation.
+    places: dict[bytes, int] = {}
+    return np.array([places.setdefault((row + 0).tobytes(), i) for i, row in enumerate(rows)], np.int64)
 
 
 def prefix(dataset: Dataset, num_samples: int, *, center: bool = False) -> Dataset:
@@ -183,8 +210,8 @@ def describe(dataset: Dataset) -> dict[str, Any]:
 
     ``beta`` is the largest cosine between distinct training rows and ``beta_classes`` that between means of classes, as
     in Definition 3.1 :cite:`zhang26` with each row, or class, a cluster (None for fewer than two). ``num_distinct``
-    counts training rows with different values, ``num_held_out_seen`` held-out rows that equal a training row. Takes
-    O(n² d).
+    counts training rows with different values, ``num_held_out_seen`` held-out rows that equal a training row, and
+    ``num_repeats``, where there are any, rows of the source that equal an earlier one. Takes O(n² d).
     """
     distinct = {row.tobytes(): row for row in dataset.train + 0.0}
     seen = sum(row.tobytes() in distinct for row in dataset.held_out + 0.0)
@@ -206,6 +233,7 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         "norm_max": float(norms.max()),
         "beta": max_cosine(np.stack(list(distinct.values()))),
         "beta_classes": max_cosine(np.stack(means)) if means else None,
+        **({"num_repeats": dataset.num_repeats} if dataset.num_repeats else {}),
     }
 
 

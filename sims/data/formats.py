@@ -11,6 +11,7 @@ import gzip
 import io
 import math
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -21,10 +22,27 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-__all__ = ["read_cifar10", "read_idx", "read_image", "read_npy", "read_npz"]
+__all__ = [
+    "FORMATS",
+    "image_size",
+    "npz_keys",
+    "read_cifar10",
+    "read_idx",
+    "read_image",
+    "read_npy",
+    "read_npz",
+    "read_picture",
+]
 
 MAX_DEFLATE = 1032
 """The largest factor by which a deflated stream can expand."""
+
+FREE_EXPANSION = 1 << 28
+PLAIN_EXPANSION = 100
+"""Compressed data of more than FREE_EXPANSION bytes may expand by this factor; images and arrays expand by less."""
+
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+"""Formats of pictures that are decoded, whatever a file's name is: others may start other programs."""
 
 COMPONENTS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 """Modes of Pillow with at most 8 bits a channel; others would be clipped silently."""
@@ -38,13 +56,14 @@ def read_idx(file: Path, ndim: int) -> np.ndarray:
         magic = stream.read(4)
         sizes = struct.unpack(f">{ndim}I", stream.read(4 * ndim)) if magic == bytes((0, 0, 8, ndim)) else ()
         claimed = math.prod(sizes)
-        plausible = sizes and claimed <= expansion * size
+        plausible = sizes and claimed <= expansion * size and _is_plain(claimed, size)
         body = stream.read(claimed + 1) if plausible else b""
     if not sizes:
         raise ValueError(f"{file} is not {what}: it begins with {magic.hex()}, not {bytes((0, 0, 8, ndim)).hex()}.")
     if not plausible or len(body) != claimed:
         claim = " x ".join(map(str, sizes))
-        actual = f"{len(body)}{'+' * (len(body) > claimed)}" if plausible else f"at most {expansion * size}"
+        most = min(expansion * size, max(FREE_EXPANSION, PLAIN_EXPANSION * size))
+        actual = f"{len(body)}{'+' * (len(body) > claimed)}" if plausible else f"at most {most}"
         raise ValueError(f"{file} claims {claim} = {claimed} bytes of data but holds {actual}; get it again.")
     return np.frombuffer(body, np.uint8).reshape(sizes)
 
@@ -76,14 +95,41 @@ def read_npz(file: Path, choices: Sequence[Sequence[str]]) -> list[np.ndarray | 
         return [None if key is None else _read_member(archive, members[key]) for key in keys]
 
 
+def npz_keys(file: Path) -> list[str]:
+    """The names of the arrays in a .npz archive."""
+    with _readable(file, "a .npz archive"), zipfile.ZipFile(file) as archive:
+        return [member.filename.removesuffix(".npy") for member in archive.infolist()]
+
+
+def image_size(file: Path) -> tuple[int, int]:
+    """Height and width of an image as it will be read, from its header alone."""
+    with _readable(file, "an image"), Image.open(file, formats=FORMATS) as stored:
+        width, height = stored.size
+        # Values 5 to 8 of the orientation tag turn an image by 90 degrees.
+        turned = stored.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    return (width, height) if turned else (height, width)
+
+
 def read_image(file: Path, *, gray: bool = False, size: tuple[int, int] | None = None) -> UInt8[np.ndarray, "h w c"]:
     """Read an image as (height, width, channels): one channel if it is gray or ``gray`` is set, else three.
 
     With ``size`` (height, width) it is cropped about its center to that aspect ratio and resampled.
     """
-    with _readable(file, "an image"), Image.open(file) as stored:
+    return read_picture(file, gray=gray, size=size)[0]
+
+
+def read_picture(
+    file: Path, *, gray: bool = False, size: tuple[int, int] | None = None
+) -> tuple[UInt8[np.ndarray, "h w c"], str]:
+    """An image as from :func:`read_image`, and what of the file was not used: further frames, transparency."""
+    notes: list[str] = []
+    with _readable(file, "an image"), Image.open(file, formats=FORMATS) as stored:
         stored.load()
         mode = stored.mode
+        if getattr(stored, "n_frames", 1) > 1:
+            notes.append("its first frame is used")
+        if stored.has_transparency_data and np.asarray(stored.convert("RGBA"))[..., 3].min() < 255:
+            notes.append("its transparency is not used")
         picture = ImageOps.exif_transpose(stored)
         if mode in COMPONENTS:
             picture = picture.convert("L" if gray or mode in ("1", "L", "LA") else "RGB")
@@ -92,11 +138,14 @@ def read_image(file: Path, *, gray: bool = False, size: tuple[int, int] | None =
         values = np.asarray(picture)
     if mode not in COMPONENTS:
         raise ValueError(f"{file} has pixels of mode {mode}; images need 8 bits a channel: convert it first.")
-    return values.reshape(*values.shape[:2], -1)
+    return values.reshape(*values.shape[:2], -1), f"{file}: {', '.join(notes)}" if notes else ""
 
 
 @contextlib.contextmanager
 def _readable(file: Path, what: str) -> Iterator[None]:
+    # A pipe or a device would never begin, or never end.
+    if file.exists() and not file.is_file() and not file.is_dir():
+        raise ValueError(f"cannot read {file}: it is no regular file; it should be {what}.")
     try:
         yield
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
@@ -106,8 +155,14 @@ def _readable(file: Path, what: str) -> Iterator[None]:
         EOFError,
         ValueError,
         TypeError,
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        MemoryError,
         RuntimeError,
         SyntaxError,
+        tokenize.TokenError,
         struct.error,
         zlib.error,
         zipfile.BadZipFile,
@@ -129,6 +184,11 @@ def _unzipped(file: Path) -> Iterator[tuple[io.BufferedIOBase, int]]:
             yield raw, 1
 
 
+def _is_plain(claimed: int, size: int) -> bool:
+    """Whether ``size`` compressed bytes may become ``claimed`` ones: no more than images and arrays do."""
+    return claimed <= max(FREE_EXPANSION, PLAIN_EXPANSION * size)
+
+
 def _read_array(stream: io.BufferedIOBase | IO[bytes], size: int) -> np.ndarray:
     """Read an array in NumPy's format from a stream of ``size`` bytes."""
     headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -147,7 +207,7 @@ def _read_array(stream: io.BufferedIOBase | IO[bytes], size: int) -> np.ndarray:
 def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{member.filename} is neither stored nor deflated")
-    if member.file_size > MAX_DEFLATE * member.compress_size:
+    if member.file_size > MAX_DEFLATE * member.compress_size or not _is_plain(member.file_size, member.compress_size):
         raise ValueError(f"{member.filename} claims {member.file_size} bytes from {member.compress_size}")
     with archive.open(member) as stream:
         return _read_array(stream, member.file_size)

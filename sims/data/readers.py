@@ -7,8 +7,10 @@ damaged or unknown source is a ``ValueError`` that names it and says what was ex
 
 from __future__ import annotations
 
+import fnmatch
 import inspect
 import math
+import re
 import urllib.parse
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,9 +22,11 @@ import numpy as np
 from jaxtyping import Int, Num
 
 from dae_theory import mixture as mx
-from dae_theory.checks import check_integer, check_nonnegative
+from dae_theory.checks import check_integer, check_nonnegative, check_seed
 from dae_theory.types import Scalar
-from sims.data.formats import read_cifar10, read_idx, read_image, read_npy, read_npz
+from sims.data.folders import visible_files
+from sims.data.formats import npz_keys, read_cifar10, read_idx, read_image, read_npy, read_npz
+from sims.data.pictures import channels_of, read_pictures
 
 __all__ = [
     "READERS",
@@ -40,6 +44,10 @@ __all__ = [
     "read",
     "syntax",
 ]
+
+
+MAX_NUMBERS = 1 << 30
+"""Numbers in the rows, and in the covariances, of a mixture."""
 
 
 class Source(NamedTuple):
@@ -122,13 +130,21 @@ def mixture(
         size: rows drawn; row i does not depend on it.
         seed: of means, covariances and rows.
     """
-    check_integer("mixture modes", modes, minimum=1)
-    check_integer("mixture dim", dim, minimum=1)
-    check_integer("mixture size", size, minimum=1)
-    check_integer("mixture seed", seed, minimum=0)
+    check_integer("mixture modes", modes, minimum=1, maximum=MAX_NUMBERS)
+    check_integer("mixture dim", dim, minimum=1, maximum=MAX_NUMBERS)
+    check_integer("mixture size", size, minimum=1, maximum=MAX_NUMBERS)
+    check_seed("mixture seed", seed)
     rank = check_integer("mixture rank", rank, minimum=0, maximum=dim) or dim
     check_nonnegative("mixture separation", separation)
     check_nonnegative("mixture spread", spread)
+    for name, numbers in {"rows": size * dim, "covariances": modes * dim * max(rank, dim)}.items():
+        if numbers > MAX_NUMBERS:
+            raise ValueError(
+                f"mixture of {modes} modes in {dim} dimensions, size {size}: its {name} are {numbers:,} "
+                f"numbers, more than {MAX_NUMBERS:,}; choose fewer."
+            )
+    if max(separation, spread) > 1e15:
+        raise ValueError(f"mixture separation and spread must be at most 1e15, got {separation} and {spread}.")
     if not 0 < decay <= 1:
         raise ValueError(f"mixture decay must be above 0 and at most 1, got {decay}.")
     shares = np.array(_numbers("mixture weights", weights) if weights else [1.0] * modes)
@@ -155,13 +171,20 @@ def idx(path: Path, *, part: str = "train", labels: bool = True) -> Source:
     """IDX files (MNIST, Fashion-MNIST), plain or gzipped: ``idx:FOLDER?part=train`` (or t10k), or a file of images.
 
     Labels are read from the file beside the images whose name has ``labels`` and ``idx1`` in place of ``images`` and
-    ``idx3``; ``labels=0`` reads none.
+    ``idx3``; ``labels=0`` reads none. Of a folder with several such files (EMNIST's splits), one must be named.
     """
     if path.is_dir():
-        matches = sorted(path.glob(f"*{part}*images*idx3*"))
+        folder = path
+        matches = [file for file in visible_files(folder) if fnmatch.fnmatch(file.name, f"*{part}*images*idx3*")]
+        # Some archives unpack each file into a folder of its own, beside the file or without it.
+        matches = [file for file in matches if file.parent == folder] or matches
+        by_name = {file.name.removesuffix(".gz"): file for file in reversed(matches)}
         if not matches:
-            raise ValueError(f"{path} has no file {part}-images-idx3-ubyte, plain or .gz.")
-        path = matches[0]
+            raise ValueError(f"{folder} has no file {part}-images-idx3-ubyte, plain or .gz.")
+        if len(by_name) > 1:
+            names = ", ".join(str(file.relative_to(folder)) for file in sorted(by_name.values()))
+            raise ValueError(f"{folder} has several files of images: {names}; name one, as in idx:{matches[0]}.")
+        (path,) = by_name.values()
     pictures = read_idx(path, 3)
     classes = _unknown(pictures)
     if labels:
@@ -185,8 +208,8 @@ def cifar10(path: Path, *, part: str = "train", gray: bool = False) -> Source:
         parts = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
         if part not in parts:
             raise ValueError(f"the part of cifar10 must be train or test, got {part!r}.")
-        nested = path / "cifar-10-batches-bin"
-        files = [(nested if nested.is_dir() else path) / name for name in parts[part]]
+        folder = _cifar10_folder(path, parts[part][0])
+        files = [folder / name for name in parts[part]]
     pictures, labels = [], []
     for file in files:
         records = read_cifar10(file)
@@ -209,55 +232,62 @@ def npy(path: Path, *, labels: str = "", values: str = "") -> Source:
 def npz(path: Path, *, data: str = "", labels: str = "", values: str = "") -> Source:
     """A NumPy archive: ``npz:FILE?data=KEY&labels=KEY&values=0:1``.
 
-    The keys default to the first one present of data, images, x, x_train, arr_0, and of labels, y, y_train, arr_1.
-    ``values`` is as for ``npy``.
+    The key of the data defaults to the first one present of data, images, x, x_train, arr_0. The labels are the array
+    that is called as the data, with labels or y in place of data, images or x: y_test for x_test, arr_1 for arr_0.
+    ``labels=none`` reads none. ``values`` is as for ``npy``.
     """
+    stored = npz_keys(path)
     keys = [data] if data else ["data", "images", "x", "X", "x_train", "arr_0"]
-    label_keys = [labels] if labels else ["labels", "y", "Y", "y_train", "arr_1"]
-    array, classes = read_npz(path, (keys, label_keys))
-    if array is None or (labels and classes is None):
-        lacking = keys if array is None else label_keys
-        raise ValueError(f"{path} has no array {' or '.join(lacking)}; name its keys: ?data=KEY&labels=KEY.")
+    key = next((key for key in keys if key in stored), None)
+    if key is None or (labels not in ("", "none") and labels not in stored):
+        lacking = keys if key is None else [labels]
+        raise ValueError(
+            f"{path} has no array {' or '.join(lacking)}, but {', '.join(stored) or 'none'}; name its keys: "
+            "?data=KEY&labels=KEY."
+        )
+    named = None if labels == "none" else labels or _labels_of(path, key, stored)
+    array, classes = read_npz(path, ([key], [named] if named else []))
+    assert array is not None
     return _of_arrays(path, array, classes, values)
 
 
-def images(path: Path, *, resize: str = "", gray: bool = False) -> Source:
-    """A folder of images, with a folder for each class: ``images:FOLDER?resize=32&gray=1`` (resize N or HxW).
+def images(path: Path, *, resize: str = "", gray: bool = False, color: str = "", skip_bad: bool = False) -> Source:
+    """A folder of images, with a folder for each class: ``images:FOLDER?resize=32&color=gray`` (resize N or HxW).
 
     Classes are the inner folders in order of name; images outside of them have no class. To resize, an image is cropped
-    about its center to the new aspect ratio and resampled.
+    about its center to the new aspect ratio and resampled. ``color`` is rgb or gray (``gray=1`` is the same as
+    ``color=gray``); left out, it is what most images are. ``skip_bad=1`` leaves out what cannot be read or has another
+    size than most.
     """
-    size = _sides(resize) if resize else None
     files, classes = image_files(path)
-    pictures = [read_image(file, gray=gray, size=size) for file in files]
-    for file, picture in zip(files, pictures, strict=True):
-        if picture.shape != pictures[0].shape:
-            raise ValueError(
-                f"{file} has (height, width, channels) {picture.shape} and {files[0]} has {pictures[0].shape}; "
-                "make all alike, or add ?resize=N&gray=1."
-            )
-    return _of_images(np.stack(pictures), classes)
+    size = _sides(resize) if resize else None
+    found = read_pictures(files, color="gray" if gray else color, size=size, skip_bad=skip_bad)
+    return _of_images(found.values, classes[found.kept])
 
 
-def patches(path: Path, *, size: int = 8, stride: int = 0, gray: bool = False) -> Source:
+def patches(path: Path, *, size: int = 8, stride: int = 0, gray: bool = False, color: str = "") -> Source:
     """Square patches of the images in a folder: ``patches:FOLDER?size=8&stride=8&gray=1`` (stride 0: the size).
 
-    Classes are as for ``images``. With a stride below the size, patches overlap, and held-out patches share pixels with
-    training patches.
+    Classes and ``color`` are as for ``images``. With a stride below the size, patches overlap, and held-out patches
+    share pixels with training patches.
     """
     check_integer("patch size", size, minimum=1)
     stride = check_integer("patch stride", stride, minimum=0) or size
     files, classes = image_files(path)
+    color = "gray" if gray else color
+    pictures = [read_image(file, gray=color == "gray") for file in files]
+    channels = channels_of(color, [picture.shape[2] for picture in pictures])
     cut: list[np.ndarray] = []
-    for file in files:
-        picture = read_image(file, gray=gray)
-        if min(picture.shape[:2]) < size or (cut and picture.shape[2] != cut[0].shape[3]):
+    for file, picture in zip(files, pictures, strict=True):
+        if min(picture.shape[:2]) < size:
             raise ValueError(
-                f"{file} has (height, width, channels) {picture.shape}; patches need {size} x {size} pixels and in all "
-                "images the same channels: choose a smaller size, or add ?gray=1."
+                f"{file} has (height, width, channels) {picture.shape}; patches need {size} x {size} pixels: choose a "
+                "smaller size."
             )
+        if picture.shape[2] != channels:
+            picture = np.repeat(picture, 3, axis=2) if channels == 3 else read_image(file, gray=True)
         windows = np.lib.stride_tricks.sliding_window_view(picture, (size, size), (0, 1))[::stride, ::stride]
-        cut.append(windows.transpose(0, 1, 3, 4, 2).reshape(-1, size, size, picture.shape[2]))
+        cut.append(windows.transpose(0, 1, 3, 4, 2).reshape(-1, size, size, channels))
     return _of_images(np.concatenate(cut), np.repeat(classes, [len(windows) for windows in cut]))
 
 
@@ -293,9 +323,10 @@ def _parsed(name: str, text: str, kind: type) -> object:
 def kind_of(path: Path) -> str:
     """The kind in :data:`READERS` of the file or folder ``path``; ``ValueError`` if it is not recognized."""
     if path.is_dir():
-        if any(path.glob("*images*idx3*")):
+        names = {file.name for file in visible_files(path)}
+        if any(fnmatch.fnmatch(name, "*images*idx3*") for name in names):
             return "idx"
-        return "cifar10" if any(path.glob("**/data_batch_1.bin")) else "images"
+        return "cifar10" if names & {"data_batch_1.bin", "data_batch_1"} else "images"
     if path.suffix in (".npy", ".npz"):
         return path.suffix[1:]
     if "idx3" in path.name:
@@ -303,6 +334,37 @@ def kind_of(path: Path) -> str:
     if path.suffix == ".bin":
         return "cifar10"
     raise ValueError(f"cannot recognize {path}; name its kind, as in npy:{path}. Kinds are {', '.join(READERS)}.")
+
+
+def _cifar10_folder(path: Path, batch: str) -> Path:
+    """The folder below ``path`` with the batches of CIFAR-10, binary version."""
+    files = visible_files(path)
+    found = sorted({file.parent for file in files if file.name == batch})
+    if len(found) > 1:
+        raise ValueError(f"{path} has {batch} in several folders: {', '.join(map(str, found))}; name one of them.")
+    if not found and any(file.name == batch.removesuffix(".bin") for file in files):
+        raise ValueError(
+            f"{path} holds CIFAR-10 as Python pickles, which can run any code and are not read. Get the binary version "
+            "(cifar-10-binary.tar.gz), from the page where this one is offered."
+        )
+    return found[0] if found else path
+
+
+def _labels_of(path: Path, key: str, stored: Sequence[str]) -> str | None:
+    """The array of labels that belongs to the array ``key`` by its name; ``ValueError`` if only others are there."""
+    pairs = {"data": ("labels", "targets", "y"), "images": ("labels", "targets", "y"), "arr_0": ("arr_1",)}
+    pairs |= {"x": ("y", "labels"), "X": ("y", "Y", "labels")}
+    for stem, names in pairs.items():
+        for name in names:
+            candidate = re.sub(rf"(?<![a-zA-Z0-9]){stem}(?![a-zA-Z0-9])", name, key)
+            if candidate != key and candidate in stored:
+                return candidate
+    others = [name for name in stored if re.fullmatch(r"(.*_)?([yY]|labels?|targets?)(_.*)?", name)]
+    if others:
+        raise ValueError(
+            f"{path}: which labels belong to {key}? There are {', '.join(others)}; say ?labels=KEY, or ?labels=none."
+        )
+    return None
 
 
 def _numbers(name: str, text: str) -> list[float]:
@@ -362,11 +424,11 @@ def _of_arrays(path: Path, array: np.ndarray, labels: np.ndarray | None, values:
 
 
 def image_files(path: Path) -> tuple[list[Path], np.ndarray]:
-    """The images in a folder, in order of name, and the class of each."""
+    """The images in a folder, in order of name, and the class of each; hidden files and folders are none."""
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder of images.")
     endings = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings and not file.name.startswith("."))
+    files = [file for file in visible_files(path) if file.suffix.lower() in endings]
     if not files:
         raise ValueError(f"{path} holds no images ({', '.join(sorted(endings))}).")
     folders = [file.relative_to(path).parts[0] if file.parent != path else None for file in files]

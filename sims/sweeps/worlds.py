@@ -86,6 +86,8 @@ def cell_data(
     order = np.asarray(jax.random.permutation(rows_key, len(world.pool)))
     identity = np.asarray(spec.identity(num_samples, duplicates))
     train = world.pool[order[identity]]
+    # Rows that the source itself repeats are one sample too.
+    identity = np.unique(datasets.first_of_equal(train), return_inverse=True)[1]
     mean = train.mean(axis=0) if spec.center and not spec.separable else np.zeros(train.shape[1], train.dtype)
     population = world.population._replace(means=world.population.means - mean[None, :])
     data = CellData(jnp.asarray(train - mean), jnp.asarray(world.held_out - mean), population, eval_key)
