@@ -3,6 +3,8 @@
 import os
 import pathlib
 
+import xla_flags
+
 # Before jax is imported: the library itself never sets global state.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_ENABLE_X64"] = "1"
@@ -11,6 +13,7 @@ os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_DEBUG_KEY_REUSE"] = "1"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ["XLA_FLAGS"] = xla_flags.wanted()
 # One device, whichever test of a worker is the first to run a command in its process.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -35,10 +38,10 @@ def key(request: pytest.FixtureRequest) -> jax.Array:
 def _compilation(request: pytest.FixtureRequest):
     """Compile fast, without most of LLVM's optimizations: most of the suite's time is compilation.
 
-    Modules marked `optimized` compute long and compile as users do. ``FULL_OPTIMIZATION=1`` in the environment, which
-    the long tests and parity with PyTorch run with, compiles everything as users do.
+    Modules marked `optimized`, which compute long, keep these optimizations. ``FULL_OPTIMIZATION=1`` in the
+    environment, which the long tests and parity with PyTorch run with, compiles everything as users do.
     """
-    if request.node.get_closest_marker("optimized") or os.environ.get("FULL_OPTIMIZATION") == "1":
+    if request.node.get_closest_marker("optimized") or xla_flags.OPTIMIZED:
         yield
         return
     before = jax.config.read("jax_disable_most_optimizations")
