@@ -182,6 +182,7 @@ def test_a_strict_minimum_can_be_far_from_the_closed_form():
     assert float(c.distance_sq) > 1
 
 
+@pytest.mark.slow
 def test_a_duplicate_beside_a_generalizing_block_is_a_minimum_up_to_turns():
     """Corollary 3.4: five copies of one sample have a unit of their own, with the duplicate's q; a cluster three."""
     spread = jnp.diag(jnp.array([0.1, 0.4, 0.3, 0.2]))
@@ -266,6 +267,7 @@ def test_both_methods_end_at_the_same_minimum_and_hold_dead_units(method):
     np.testing.assert_allclose(distance, GOLDEN[0.3][1], rtol=5e-4)
 
 
+@pytest.mark.slow
 def test_the_span_has_the_same_minimum(key):
     frame = jnp.linalg.qr(jax.random.normal(key, (7, 3)))[0]
     data = SIMPLEX @ frame.T

@@ -18,7 +18,7 @@ def run(*argv):
 
 
 # Two figures examine deep networks; one of them stays in the default suite.
-FIGURES = [pytest.param(n, marks=pytest.mark.slow) if n == "deep_duplication" else n for n in cli.FIGURES]
+FIGURES = [pytest.param(n, marks=pytest.mark.slow) if n.startswith("deep") else n for n in cli.FIGURES]
 
 
 @pytest.mark.parametrize("name", FIGURES)

@@ -45,6 +45,7 @@ def fits(key, model, images, units, function=compiled, **more):
     return jax.tree.map(np.asarray, found)
 
 
+@pytest.mark.slow
 def test_of_the_identity_so_many_units_keep_so_many_directions(silent, key):
     """The best linear map of rank r misses (d − r)/d of the noise; gates close on all but the image's own direction."""
     d, sigma = 64, float(timestep_to_sigma(SCHEDULE, jnp.float64(TIMESTEP)))
@@ -69,6 +70,7 @@ def test_a_block_that_says_nothing_leaves_nothing_to_explain(silent, key):
     np.testing.assert_array_equal(found["fit_open"][1], 1)
 
 
+@pytest.mark.slow
 def test_where_an_image_is_memorized_one_unit_does(silent, key, monkeypatch):
     """A denoiser that gives the image back: the fit is Corollary 3.2's unit, with its risk."""
     image = jnp.asarray(np.random.RandomState(0).uniform(-1, 1, (1, 1, 8, 8)))
@@ -101,6 +103,7 @@ def test_an_image_alone_is_that_image_among_others_and_blocks_are_fitted(key):
     assert np.all((both["fit_open"] >= 0) & (both["fit_open"] <= 1))
 
 
+@pytest.mark.slow
 def test_a_block_is_fitted_from_its_input_to_its_output(key):
     """By hand: both activations of noisy images as the network sees them."""
     model, x = network(PIXEL, "float64"), jnp.asarray(np.random.RandomState(2).standard_normal((3, 8, 8)))

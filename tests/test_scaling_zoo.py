@@ -88,6 +88,7 @@ def test_the_command_lists_all_and_shows_a_card(capsys):
     assert capsys.readouterr().out.startswith("# digits-10")
 
 
+@pytest.mark.slow
 def test_a_recipe_trains_and_packs(tmp_path, monkeypatch):
     tiny = "--num-samples 6 --held-out 20 --channels 8 --batch-size 2 --steps 2"
     monkeypatch.setattr(zoo, "RECIPES", {"tiny": tiny})
