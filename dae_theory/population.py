@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+from scipy.special import stdtrit
 
 from dae_theory.bivariate_normal import normal_cdf
 from dae_theory.checks import check_data, check_integer, check_nonnegative, is_concrete
@@ -65,13 +66,13 @@ class Rate(NamedTuple):
     slope: float
     """The exponent."""
     standard_error: float
-    """Standard error of ``slope``, from the spread over repetitions."""
+    """Standard error of ``slope`` over repetitions, by the jackknife."""
     interval: tuple[float, float]
-    """95% confidence interval of ``slope``."""
+    """95 % interval of ``slope``, with Student's t of R - 1 degrees of freedom."""
     intercept: float
     """``log C``."""
     chi_sq: float
-    """Sum of squared deviations from the law in units of standard errors: about S − 2 if the law holds."""
+    """Squared deviations from the best law in units of the points' standard errors: about S − 2 if the law holds."""
 
 
 @full_precision
@@ -175,10 +176,11 @@ def learning_curve(
 def fit_rate(sizes: Int[np.ndarray, " S"] | Sequence[int], values: Float[Array, "R S"]) -> Rate:
     r"""Exponent of ``√(E v²) ∝ n^slope`` from R repetitions at S sizes.
 
-    Weighted least squares of ``½ log mean(v²)`` on ``log n``, with weights from the spread of v² over repetitions: if
-    ``m`` is its mean and ``s`` its standard deviation, the variance of ``½ log m`` is about ``s²/(4 R m²)``. The
-    columns must be independent of one another. Raises ``ValueError`` for fewer than two sizes or repetitions, for
-    values that do not vary, and for non-finite ones.
+    The least-squares line of ``½ log mean(v²)`` on ``log n``, in which every size weighs alike: weights from the spread
+    over few repetitions would be noisy themselves. Its uncertainty is the jackknife's :cite:`tukey58`, from the lines
+    without one repetition each, and covers what differs between repetitions. The columns must be independent of one
+    another. Raises ``ValueError`` for fewer than two sizes or repetitions, for values that do not vary, and for
+    non-finite ones.
     """
     check_data(jnp.asarray(values))
     squares = np.square(np.asarray(values, np.float64))
@@ -191,15 +193,18 @@ def fit_rate(sizes: Int[np.ndarray, " S"] | Sequence[int], values: Float[Array, 
     mean = squares.mean(axis=0)
     error = squares.std(axis=0, ddof=1) / (2 * math.sqrt(repeats) * mean)
     if not np.all(error > 0):
-        raise ValueError("values do not vary over repetitions; the fit needs their spread for its weights.")
-    design = np.stack([np.log(n), np.ones_like(n)], axis=1) / error[:, None]
-    target = 0.5 * np.log(mean) / error
-    covariance = np.linalg.inv(design.T @ design)
-    slope, intercept = covariance @ design.T @ target
-    deviation = math.sqrt(covariance[0, 0])
-    chi_sq = float(np.sum(np.square(target - design @ np.array([slope, intercept]))))
-    interval = (float(slope - 1.96 * deviation), float(slope + 1.96 * deviation))
-    return Rate(float(slope), deviation, interval, float(intercept), chi_sq)
+        raise ValueError("values do not vary over repetitions; the interval needs their spread.")
+    design = np.stack([np.log(n), np.ones_like(n)], axis=1)
+    target = 0.5 * np.log(mean)
+    line = np.linalg.pinv(design)
+    slope, intercept = line @ target
+    without = 0.5 * np.log((squares.sum(axis=0)[None, :] - squares) / (repeats - 1)) @ line[0]
+    deviation = math.sqrt((repeats - 1) * without.var())
+    reach = float(stdtrit(repeats - 1, 0.975)) * deviation
+    # The best law in units of the standard errors of the points.
+    weighted, scaled = design / error[:, None], target / error
+    chi_sq = float(np.linalg.lstsq(weighted, scaled)[1].sum())
+    return Rate(float(slope), deviation, (float(slope) - reach, float(slope) + reach), float(intercept), chi_sq)
 
 
 def _stratified(weights: np.ndarray, n: int) -> np.ndarray:

@@ -60,7 +60,8 @@ def _reduced(results: xr.Dataset) -> dict[str, np.ndarray]:
         "transition": found.estimate.values,
         "transition_low": found.low.values,
         "transition_high": found.high.values,
-        "seeds": np.array(here.sizes["seed"]),
+        # Of which anything was computed.
+        "seeds": np.array(int(here.gap.notnull().any(["num_samples", "sigma"]).sum())),
     }
 
 
@@ -73,7 +74,8 @@ def draw(arrays: Arrays) -> matplotlib.figure.Figure:
     )
     figure.colorbar(mesh, ax=left, label="1 - train error/held-out error")
     inside = np.isfinite(arrays["transition"])
-    low, high = (arrays[f"transition_{end}"][inside] for end in ("low", "high"))
+    # Ends of intervals that lie outside the grid are open: drawn to its edge.
+    low, high = (np.clip(arrays[f"transition_{end}"][inside], n[0], n[-1]) for end in ("low", "high"))
     where = arrays["transition"][inside]
     spread = np.nan_to_num([where - low, high - where]).clip(0)
     left.errorbar(sigma[inside], where, spread, color="white", marker="o", capsize=2, label=r"gap = 1/2, 95 % interval")

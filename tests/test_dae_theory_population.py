@@ -115,6 +115,16 @@ def test_the_fitted_rate_is_that_of_a_known_law():
     assert rate.interval[0] < rate.slope < rate.interval[1]
 
 
+@pytest.mark.parametrize("repeats", [2, 3, 8])
+def test_the_interval_of_the_rate_covers_at_few_repetitions(repeats):
+    rng, sizes, covered, runs = np.random.default_rng(repeats), np.array([16, 32, 64, 128]), 0, 400
+    for _ in range(runs):
+        low, high = fit_rate(sizes, jnp.asarray(rng.standard_normal((repeats, 4)) / np.sqrt(sizes))).interval
+        covered += low <= -0.5 <= high
+    # Four binomial standard errors of 0.95 at 400 runs are 0.044; intervals of 1.96 errors cover 0.47 to 0.82.
+    assert 0.95 - 0.044 <= covered / runs <= 1 - 1 / runs
+
+
 def test_one_program_differentiates_and_lowers_for_accelerators(mixture):
     dae = generalizing_minimizer(mixture, 0.3, 1e-3, (2, 2), width=5)
     gradient = jax.jit(jax.grad(population_risk))(dae, mixture, 0.3)

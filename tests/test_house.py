@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 ROOMS = ("dae_theory", "sims", "scaling", "paper_figs")
 MODULES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
-THEORY_MAY_USE = {"jax", "jaxtyping", "lazy_loader", "numpy", "optax", "dae_theory"}
+THEORY_MAY_USE = {"jax", "jaxtyping", "lazy_loader", "numpy", "optax", "scipy", "dae_theory"}
 STANDARD_LIBRARY_IN_THEORY = {
     "__future__", "collections", "dataclasses", "enum", "functools", "itertools", "math", "numbers", "types", "typing",
 }  # fmt: skip

@@ -53,7 +53,7 @@ def test_show_and_transitions_read_a_run(demo, capsys, tmp_path):
     assert "8 networks on digits (d = 64)" in capsys.readouterr().out
     assert run("transitions", demo, "--measure", "train_error", "--level", "1", "--json", tmp_path / "rows.json") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split("\t") == ["sigma", "estimate", "low", "high", "crossed"]
+    assert lines[0].split("\t") == ["sigma", "estimate", "low", "high", "crossed", "side"]
     assert [row["sigma"] for row in json.loads((tmp_path / "rows.json").read_text())] == [0.3, 0.6]
 
 

@@ -23,8 +23,9 @@ from PIL import Image, ImageOps
 
 from dae_theory.checks import check_integer
 from sims.data import datasets
+from sims.data.folders import image_files
 from sims.data.pictures import read_pictures
-from sims.data.readers import Source, image_files, kind_of, read
+from sims.data.readers import Source, kind_of, read
 
 __all__ = ["FASHION", "GROUPS", "Corpus", "load", "membership", "training_rows", "variants_of"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import pathlib
 
 __all__ = ["SUMMARY", "add_flags", "run"]
@@ -32,6 +33,12 @@ def run(args: argparse.Namespace) -> None:
     rows = report.transition_table(store.load(args.run_dir), measure=args.measure, level=args.level, along=args.along)
     print("\t".join(rows[0]))
     for row in rows:
-        print("\t".join(f"{value:.6g}" for value in row.values()))
+        print("\t".join(value if isinstance(value, str) else f"{value:.6g}" for value in row.values()))
     if args.json:
-        write_text(args.json, json.dumps(rows, indent=1))
+        # JSON has neither NaN nor infinity.
+        plain = [{name: value if _is_plain(value) else None for name, value in row.items()} for row in rows]
+        write_text(args.json, json.dumps(plain, indent=1))
+
+
+def _is_plain(value: object) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)

@@ -10,6 +10,7 @@ import contextlib
 import gzip
 import io
 import math
+import re
 import struct
 import tokenize
 import zipfile
@@ -25,6 +26,7 @@ from PIL import Image, ImageOps
 __all__ = [
     "FORMATS",
     "image_size",
+    "labels_of",
     "npz_keys",
     "read_cifar10",
     "read_idx",
@@ -99,6 +101,23 @@ def npz_keys(file: Path) -> list[str]:
     """The names of the arrays in a .npz archive."""
     with _readable(file, "a .npz archive"), zipfile.ZipFile(file) as archive:
         return [member.filename.removesuffix(".npy") for member in archive.infolist()]
+
+
+def labels_of(path: Path, key: str, stored: Sequence[str]) -> str | None:
+    """The array of labels that belongs to the array ``key`` by its name; ``ValueError`` if only others are there."""
+    pairs = {"data": ("labels", "targets", "y"), "images": ("labels", "targets", "y"), "arr_0": ("arr_1",)}
+    pairs |= {"x": ("y", "labels"), "X": ("y", "Y", "labels")}
+    for stem, names in pairs.items():
+        for name in names:
+            candidate = re.sub(rf"(?<![a-zA-Z0-9]){stem}(?![a-zA-Z0-9])", name, key)
+            if candidate != key and candidate in stored:
+                return candidate
+    others = [name for name in stored if re.fullmatch(r"(.*_)?([yY]|labels?|targets?)(_.*)?", name)]
+    if others:
+        raise ValueError(
+            f"{path}: which labels belong to {key}? There are {', '.join(others)}; say ?labels=KEY, or ?labels=none."
+        )
+    return None
 
 
 def image_size(file: Path) -> tuple[int, int]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fnmatch
 import inspect
 import math
-import re
 import urllib.parse
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,8 +23,8 @@ from jaxtyping import Int, Num
 from dae_theory import mixture as mx
 from dae_theory.checks import check_integer, check_nonnegative, check_seed
 from dae_theory.types import Scalar
-from sims.data.folders import visible_files
-from sims.data.formats import npz_keys, read_cifar10, read_idx, read_image, read_npy, read_npz
+from sims.data.folders import cifar10_folder, image_files, visible_files
+from sims.data.formats import labels_of, npz_keys, read_cifar10, read_idx, read_image, read_npy, read_npz
 from sims.data.pictures import channels_of, read_pictures
 
 __all__ = [
@@ -34,7 +33,6 @@ __all__ = [
     "cifar10",
     "digits",
     "idx",
-    "image_files",
     "images",
     "kind_of",
     "mixture",
@@ -208,7 +206,7 @@ def cifar10(path: Path, *, part: str = "train", gray: bool = False) -> Source:
         parts = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
         if part not in parts:
             raise ValueError(f"the part of cifar10 must be train or test, got {part!r}.")
-        folder = _cifar10_folder(path, parts[part][0])
+        folder = cifar10_folder(path, parts[part][0])
         files = [folder / name for name in parts[part]]
     pictures, labels = [], []
     for file in files:
@@ -245,7 +243,7 @@ def npz(path: Path, *, data: str = "", labels: str = "", values: str = "") -> So
             f"{path} has no array {' or '.join(lacking)}, but {', '.join(stored) or 'none'}; name its keys: "
             "?data=KEY&labels=KEY."
         )
-    named = None if labels == "none" else labels or _labels_of(path, key, stored)
+    named = None if labels == "none" else labels or labels_of(path, key, stored)
     array, classes = read_npz(path, ([key], [named] if named else []))
     assert array is not None
     return _of_arrays(path, array, classes, values)
@@ -336,37 +334,6 @@ def kind_of(path: Path) -> str:
     raise ValueError(f"cannot recognize {path}; name its kind, as in npy:{path}. Kinds are {', '.join(READERS)}.")
 
 
-def _cifar10_folder(path: Path, batch: str) -> Path:
-    """The folder below ``path`` with the batches of CIFAR-10, binary version."""
-    files = visible_files(path)
-    found = sorted({file.parent for file in files if file.name == batch})
-    if len(found) > 1:
-        raise ValueError(f"{path} has {batch} in several folders: {', '.join(map(str, found))}; name one of them.")
-    if not found and any(file.name == batch.removesuffix(".bin") for file in files):
-        raise ValueError(
-            f"{path} holds CIFAR-10 as Python pickles, which can run any code and are not read. Get the binary version "
-            "(cifar-10-binary.tar.gz), from the page where this one is offered."
-        )
-    return found[0] if found else path
-
-
-def _labels_of(path: Path, key: str, stored: Sequence[str]) -> str | None:
-    """The array of labels that belongs to the array ``key`` by its name; ``ValueError`` if only others are there."""
-    pairs = {"data": ("labels", "targets", "y"), "images": ("labels", "targets", "y"), "arr_0": ("arr_1",)}
-    pairs |= {"x": ("y", "labels"), "X": ("y", "Y", "labels")}
-    for stem, names in pairs.items():
-        for name in names:
-            candidate = re.sub(rf"(?<![a-zA-Z0-9]){stem}(?![a-zA-Z0-9])", name, key)
-            if candidate != key and candidate in stored:
-                return candidate
-    others = [name for name in stored if re.fullmatch(r"(.*_)?([yY]|labels?|targets?)(_.*)?", name)]
-    if others:
-        raise ValueError(
-            f"{path}: which labels belong to {key}? There are {', '.join(others)}; say ?labels=KEY, or ?labels=none."
-        )
-    return None
-
-
 def _numbers(name: str, text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(":")]
@@ -421,16 +388,3 @@ def _of_arrays(path: Path, array: np.ndarray, labels: np.ndarray | None, values:
         array = array.transpose(0, 2, 3, 1)
     shape = {3: (*array.shape[1:], 1), 4: array.shape[1:]}.get(array.ndim)
     return Source(array.reshape(len(array), math.prod(array.shape[1:])), classes.astype(np.int64), shape, span)
-
-
-def image_files(path: Path) -> tuple[list[Path], np.ndarray]:
-    """The images in a folder, in order of name, and the class of each; hidden files and folders are none."""
-    if not path.is_dir():
-        raise ValueError(f"{path} is not a folder of images.")
-    endings = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
-    files = [file for file in visible_files(path) if file.suffix.lower() in endings]
-    if not files:
-        raise ValueError(f"{path} holds no images ({', '.join(sorted(endings))}).")
-    folders = [file.relative_to(path).parts[0] if file.parent != path else None for file in files]
-    names = sorted({folder for folder in folders if folder is not None})
-    return files, np.array([-1 if folder is None else names.index(folder) for folder in folders])

@@ -11,7 +11,7 @@ import xarray as xr
 
 from sims.store.provenance import differences
 from sims.study.tables import markdown, mean_and_error
-from sims.study.transitions import transition
+from sims.study.transitions import Crossing, transition
 
 __all__ = ["summary", "transition_table"]
 
@@ -19,7 +19,7 @@ __all__ = ["summary", "transition_table"]
 def transition_table(
     results: xr.Dataset, *, measure: str = "gap", level: float = 0.5, along: str = "num_samples"
 ) -> list[dict[str, Any]]:
-    """Crossings as rows: the value of every other axis, then ``estimate``, ``low``, ``high`` and ``crossed``.
+    """Crossings as rows: the value of every other axis, then the fields of :class:`sims.study.transitions.Crossing`.
 
     Measures are those at the last recorded step. Axes of one value are left out. ``ValueError`` as in
     :func:`sims.study.transitions.transition`.
@@ -32,7 +32,7 @@ def transition_table(
     for i in range(flat.sizes["row"]):
         row = flat.isel(row=i)
         labels = {axis: row[axis].item() for axis in axes}
-        rows.append(labels | {name: float(row[name]) for name in ("estimate", "low", "high", "crossed")})
+        rows.append(labels | {name: float(row[name]) for name in Crossing._fields})
     return rows
 
 
@@ -84,21 +84,42 @@ def _origin_lines(sessions: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _transition_lines(results: xr.Dataset) -> list[str]:
     crossings = transition_table(results)
-    axes = [name for name in crossings[0] if name not in ("estimate", "low", "high", "crossed")]
+    axes = [name for name in crossings[0] if name not in Crossing._fields]
+    sizes = results.num_samples.values
+    outside = {-1.0: f"below {sizes[0]:g}", 1.0: f"above {sizes[-1]:g}"}
     rows = []
     for row in crossings:
-        estimate = f"{row['estimate']:.3g}" if math.isfinite(row["estimate"]) else "outside the grid"
-        interval = f"{row['low']:.3g} to {row['high']:.3g}" if math.isfinite(row["low"]) else "-"
-        rows.append([*(_shown(row[axis]) for axis in axes), estimate, interval])
+        estimate = f"{row['estimate']:.3g}" if row["side"] == 0 else outside.get(row["side"], "not computed yet")
+        rows.append([*(_shown(row[axis]) for axis in axes), estimate, _interval(row["low"], row["high"])])
     return [
         "## Where memorization ends",
         "",
         "n* is the training-set size at which the denoising error on training rows is half of that on held-out rows "
-        f"(gap = 1/2), with the 95 % bootstrap interval over {results.sizes['seed']} seeds.",
+        f"(gap = 1/2), with a 95 % interval over {_seeds_done(results)} seeds (jackknife, Student's t), which covers "
+        "training rows, starts and noise, not the split into training pool and held-out rows.",
         "",
         markdown([*axes, "n*", "interval"], rows),
         "",
     ]
+
+
+def _interval(low: float, high: float) -> str:
+    """An interval as text; its ends are open where they lie outside the grid."""
+    if math.isnan(low) or math.isnan(high):
+        return "-"
+    if low == 0 and math.isinf(high):
+        return "not determined"
+    if low == 0:
+        return f"below {high:.3g}"
+    return f"above {low:.3g}" if math.isinf(high) else f"{low:.3g} to {high:.3g}"
+
+
+def _seeds_done(results: xr.Dataset) -> int:
+    """The number of seeds of which anything was computed."""
+    if "done" not in results:
+        return results.sizes["seed"]
+    done = results["done"]
+    return int(done.any([dim for dim in done.dims if dim != "seed"]).sum())
 
 
 _ENDS = {
