@@ -133,3 +133,34 @@ def test_bad_settings():
         copies.wilson_interval(1, 2, level=1.0)
     with pytest.raises(ValueError, match="count must be at most 2"):
         copies.wilson_interval(3, 2)
+    with pytest.raises(ValueError, match="of the same networks, got 2 and 1"):
+        copies.share_over_networks([1, 2], [3])
+    with pytest.raises(ValueError, match="count must be at most 3"):
+        copies.share_over_networks([1, 4], [3, 3])
+
+
+@pytest.mark.parametrize(
+    ("mean", "spread", "least"), [(0.35, 0.0, 0.95), (0.35, 0.2, 0.93), (0.1, 0.05, 0.95), (0.02, 0.025, 0.88)]
+)
+@pytest.mark.parametrize("networks", [3, 8])
+def test_shares_over_networks_cover_networks_and_samples(mean, spread, least, networks):
+    """Shares of networks are drawn from a beta distribution, samples from each network."""
+    rng, runs, num = np.random.default_rng(networks), 600, 200
+    size = mean * (1 - mean) / max(spread, 1e-3) ** 2 - 1
+    counts = rng.binomial(num, rng.beta(mean * size, (1 - mean) * size, (runs, networks)))
+    found = [copies.share_over_networks(row.tolist(), [num] * networks) for row in counts]
+    covered = np.mean([one.low <= mean <= one.high for one in found])
+    # Four binomial standard errors at 600 runs and the least coverage stated.
+    assert covered >= least - 4 * np.sqrt(least * (1 - least) / runs)
+    pooled = [copies.wilson_interval(int(row.sum()), num * networks) for row in counts]
+    if spread:
+        assert np.mean([low <= mean <= high for low, high in pooled]) < 0.7
+
+
+def test_shares_over_networks_at_the_ends():
+    none = copies.share_over_networks([0, 0, 0], [200, 200, 200])
+    assert none[:4] == (0, 600, 0.0, 0.0)
+    assert 0.005 < none.high < 0.02
+    whole = copies.share_over_networks([200] * 3, [200] * 3)
+    np.testing.assert_allclose([whole.low, whole.high], [1 - none.high, 1.0], atol=1e-12)
+    assert copies.share_over_networks([20], [200])[3:] == copies.wilson_interval(20, 200)

@@ -35,8 +35,8 @@ def identity_network(dim=3, scale=1.0):
 
 def test_errors_of_the_identity_network_are_the_noise(cell):
     data, spec = cell
-    for name, rows in (("train_error", 4), ("held_out_error", 20)):
-        count = rows * spec.eval_draws
+    count = spec.eval_samples * spec.eval_draws
+    for name in ("train_error", "held_out_error"):
         # ‖σε‖² has mean σ²d and standard deviation σ²√(2d).
         error = 0.09 * np.sqrt(2 * 3 / count)
         assert abs(float(MEASURES[name](identity_network(), data, spec)) - 0.27) < 5 * error
@@ -44,8 +44,8 @@ def test_errors_of_the_identity_network_are_the_noise(cell):
 
 def test_gap_is_zero_for_the_identity_and_one_for_a_perfect_memory(cell):
     data, spec = cell
-    # Rows share their noise by index, so only the number of rows differs.
-    assert abs(float(measures.gap(identity_network(), data, spec))) < 0.2
+    # Pairs share their noise by index.
+    assert abs(float(measures.gap(identity_network(), data, spec))) < 1e-12
     memory = memorizing_minimizer(data.train, 0.3, 1e-3, 4)
     assert float(measures.gap(memory, data, spec)) > 0.95
 
@@ -152,7 +152,7 @@ def test_evaluation_noise_is_common_to_all_noise_levels_and_widths(cell):
     clean, noisy = measures.noisy_pairs(data.train, data, spec)
     _, noisier = measures.noisy_pairs(data.train, data, spec._replace(sigma=0.6))
     np.testing.assert_allclose(noisier - clean, 2 * (noisy - clean), atol=1e-14)
-    assert clean.shape == (200, 3)
+    assert clean.shape == (5000, 3)
     few, _ = measures.noisy_pairs(data.train, data, spec._replace(eval_samples=2))
     assert few.shape == (100, 3)
 
@@ -181,3 +181,18 @@ def test_every_measure_lowers_for_accelerators(cell):
         return [measure(dae, data, spec) for measure in MEASURES.values()]
 
     assert jax.jit(everything).trace(*shapes).lower(lowering_platforms=("tpu", "cuda")).as_text()
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 40])
+def test_a_measure_of_few_rows_takes_as_many_noisy_pairs(num_rows, key):
+    rows = jax.random.normal(key, (num_rows, 3))
+    data = CellData(rows, rows, None, jax.random.key(1))
+    clean, noisy = measures.noisy_pairs(rows, data, CellSpec(0.5, 0.0, 32, 4, tuple(range(num_rows))))
+    used = min(num_rows, 32)
+    assert 128 <= len(clean) < 128 + used
+    np.testing.assert_array_equal(jnp.unique(clean, axis=0, size=used), jnp.unique(rows[:used], axis=0, size=used))
+    assert clean.shape == noisy.shape
+    # The noise of a pair is its own: no two are equal, and their mean square is sigma².
+    noise = np.asarray(noisy - clean)
+    assert len(np.unique(noise, axis=0)) == len(noise)
+    assert abs(np.mean(noise**2) - 0.25) < 5 * 0.25 * np.sqrt(2 / noise.size)

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
 
 def summary(results: xr.Dataset) -> str:
     """Two Markdown tables: copies and detection over repeats and training times, and two-layer fits."""
-    from scaling.measures.copies import wilson_interval
+    from scaling.measures.copies import share_over_networks
     from sims.study.tables import markdown
 
     head = ["repeats", "steps"]
@@ -101,16 +101,23 @@ def summary(results: xr.Dataset) -> str:
         cells = [value, steps]
         for eta in results.eta.values:
             drawn = of_run.sel(eta=eta)
-            count, total = int(drawn.copied.sum()), drawn.copied.size
-            low, high = wilson_interval(count, total)
+            # A network per seed; those that are not computed yet have no samples.
+            drawn = drawn.isel(seed=drawn.done.values) if "done" in drawn else drawn
+            counts = drawn.copied.sum("sample").values.astype(int).tolist()
+            count = sum(counts)
+            if not counts:
+                cells += ["-", "-"]
+                continue
+            share = share_over_networks(counts, [drawn.sizes["sample"]] * len(counts))
             among = (drawn.duplicated_share * drawn.copied.sum("sample")).sum("seed").item() / max(count, 1)
-            cells += [f"{count / total:.3f} ({low:.3f} to {high:.3f})", f"{among:.3f}" if count else "-"]
+            cells += [f"{share.share:.3f} ({share.low:.3f} to {share.high:.3f})", f"{among:.3f}" if count else "-"]
         repeated = of_run.sel(group="duplicated")
         cells += [cell(repeated[f"auroc_{name}"].max("tap")) for name in ("std", "l4_over_l2")]
         rows.append([*cells, cell(repeated.auroc_error.max("sigma")), of_run.sizes["seed"]])
     return (
         f"{markdown(head, rows)}\n\n"
-        "AUROC: repeated against held-out images, at the best tap or noise level. ± standard errors over seeds.\n\n"
+        "Copies: intervals over seeds and samples together (of one seed: over its samples). AUROC: repeated against "
+        "held-out images, at the best tap or noise level. ± standard errors over seeds.\n\n"
         f"{_fits(results.isel(steps=-1))}\n"
     )
 

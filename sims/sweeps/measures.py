@@ -2,8 +2,9 @@ r"""Measures of trained networks: pure functions ``(params, data, spec) -> array
 
 ``params`` is the network, ``data`` has training and held-out rows, ``spec`` the cell's numbers. :data:`MEASURES` lists
 the built-in measures; a sweep takes any other function of this signature as well. Averages are over the first
-``eval_samples`` rows with ``eval_draws`` noise draws each; row i and draw r have the same ε in every cell of a seed
-(common random numbers), so differences between cells have smaller errors than their values.
+``eval_samples`` rows with ``eval_draws`` noise draws each, and with more draws of each where there are fewer rows, so
+that a measure of two rows is as precise as one of 256. Draw i has the same ε in every cell of a seed (common random
+numbers), so differences between cells have smaller errors than their values.
 """
 
 from __future__ import annotations
@@ -66,8 +67,14 @@ Measure: TypeAlias = Callable[[ReluDae, CellData, CellSpec], Array]
 def noisy_pairs(
     rows: Float[Array, "n d"], data: CellData, spec: CellSpec
 ) -> tuple[Float[Array, "m d"], Float[Array, "m d"]]:
-    """The first ``eval_samples`` rows, each repeated for every noise draw, and noisy versions of them."""
-    clean = jnp.repeat(rows[: spec.eval_samples], spec.eval_draws, axis=0)
+    """The first ``eval_samples`` rows, each repeated for every noise draw, and noisy versions of them.
+
+    ``eval_samples eval_draws`` pairs, rounded up to as many for each row. With the default 1,024 pairs the standard
+    error of a mean square in d dimensions is about :math:`\\sqrt{2/d}/32` of it: 0.6 % at d = 64, where seeds differ by
+    several percent.
+    """
+    used = rows[: spec.eval_samples]
+    clean = jnp.repeat(used, -(-spec.eval_samples * spec.eval_draws // used.shape[0]), axis=0)
 
     def eps(i: Array) -> Float[Array, " d"]:
         return jax.random.normal(jax.random.fold_in(data.key, i), rows.shape[1:], rows.dtype)

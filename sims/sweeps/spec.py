@@ -29,8 +29,9 @@ else:
 
 __all__ = ["FORMAT", "LOOP_AXES", "OPTIMIZERS", "OPTIONAL_AXES", "SCHEDULES", "VALUE_AXES", "Spec"]
 
-FORMAT = 2
-"""Version of the serialized form; a newer one is refused. Version 1 had fewer axes, one value for each other field."""
+FORMAT = 3
+"""Version of the serialized form; a newer one is refused. Version 1 had fewer axes, one value for each other field;
+before version 3, measures of fewer rows than ``eval_samples`` took ``eval_draws`` draws of each row."""
 
 OPTIONAL_AXES = ("dataset", "separation", "duplicates", "optimizer", "batch_size", "tied")
 """Axes that are dimensions of the results only where they have more than one value."""
@@ -197,7 +198,12 @@ class Spec:
         group=TRAINING_FLAGS,
         metavar="N",
     )
-    eval_draws: Integer = flag(4, "noise draws for each of these rows, >= 1", group=TRAINING_FLAGS, metavar="N")
+    eval_draws: Integer = flag(
+        4,
+        "noise draws for each of these rows, >= 1; more where there are fewer rows",
+        group=TRAINING_FLAGS,
+        metavar="N",
+    )
     dtype: Name = flag("float32", "precision of training", group=TRAINING_FLAGS, choices=DTYPES)
     seed: Integer = flag(0, "root >= 0 of all randomness", group=TRAINING_FLAGS, metavar="SEED")
 
