@@ -28,6 +28,7 @@ __all__ = [
     "parse_floats",
     "parse_ints",
     "parse_names",
+    "parse_out",
     "parse_shard",
 ]
 
@@ -154,6 +155,13 @@ def parse_bytes(text: str) -> int:
     if not 1 <= size < 2**63:
         raise argparse.ArgumentTypeError(f"{text!r} is out of range; give at least one byte")
     return int(size)
+
+
+def parse_out(text: str) -> str:
+    """The name of a folder to write to, which must not be empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name of the folder is empty; write for example runs/mine")
+    return text
 
 
 def parse_shard(text: str) -> tuple[int, int]:

@@ -323,3 +323,37 @@ def test_a_sweep_killed_twenty_times_ends_as_the_undisturbed_one(tmp_path):
     whole, cut = store.load(tmp_path / "whole"), store.load(tmp_path / "cut")
     assert bool(cut.done.all())
     np.testing.assert_array_equal(cut.train_error, whole.train_error)
+
+
+def test_train_prints_measures_that_are_lists_and_show_says_what_its_folder_is(tmp_path, capsys):
+    data = "--center --separable 3 --num-samples 3 --width 3 --sigma 0.5 --penalty 0.1 --steps 2".split()
+    assert run("train", *data, "--measures", "train_error,conditions_hold", "--out", tmp_path / "one") == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("conditions_hold")]
+    assert set(line.split()[1:]) <= {"0", "1"}
+    assert len(line.split()) > 3
+    assert run("show", tmp_path / "one") == 2
+    assert "holds a single training run (python -m sims train), not a sweep" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["sweep", "train", "certify"])
+def test_an_empty_name_of_a_folder_is_refused(command, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(command, "--out", "")
+    assert "the name of the folder is empty" in capsys.readouterr().err
+
+
+def test_repair_says_what_it_does(demo, tmp_path, capsys):
+    shutil.copytree(demo, tmp_path / "run")
+    chunk = next(file for file in (tmp_path / "run" / "results.zarr" / "gap" / "c").rglob("*") if file.is_file())
+    chunk.write_bytes(b"")
+    assert run("show", tmp_path / "run") == 2
+    assert "1 finished unit is damaged" in capsys.readouterr().err
+    assert run("repair", tmp_path / "run", "--dry-run") == 0
+    assert "would be removed: chunk" in capsys.readouterr().out
+    assert run("repair", tmp_path / "run") == 0
+    printed = capsys.readouterr().out
+    assert f"{chunk} is damaged or lost" in printed
+    assert "computes 1 of 4 units" in printed
+    assert run("repair", tmp_path / "run") == 0
+    assert "No unit is damaged; 3 of 4 are finished" in capsys.readouterr().out
+    assert run("repair", tmp_path) == 2

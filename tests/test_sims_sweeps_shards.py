@@ -170,7 +170,7 @@ def test_a_damaged_chunk_of_a_shard_is_named_and_others_are_merged_later(copied,
 
 def test_an_empty_shard_is_refused(tmp_path, capsys):
     assert sweep(tmp_path, "--shard", "5/5") == 2
-    assert "shard 5/5 is empty: there are 4 units of work; use fewer shards" in capsys.readouterr().err
+    assert "shard 5/5: there are 4 units of work; use at most as many shards" in capsys.readouterr().err
     assert not (tmp_path / "shards").exists()
 
 

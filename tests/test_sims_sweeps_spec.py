@@ -166,6 +166,8 @@ def test_duplicates_fix_the_training_set():
         ({"duplicates": ("2x2", "4x3"), "singles": 2}, "needs duplicates, one value"),
         ({"dataset": "mixture:modes=2,separation=1", "separation": 2.0}, "that do not give it themselves"),
         ({"optimizer": ("adam", "adamw"), "weight_decay": 0.1}, "decoupled decay of adamw"),
+        ({"center": True, "num_samples": (1, 4)}, r"of one distinct row \(num_samples = 1\) nothing is left"),
+        ({"center": True, "duplicates": "1x5"}, "of one distinct row"),
     ],
 )
 def test_contradictory_axes_are_refused(fields, message):

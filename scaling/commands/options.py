@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from scaling.study.settings import ExaminationSetting
-from sims.flags import given
+from sims.flags import given, parse_out
 
 if TYPE_CHECKING:
     from scaling.bridge.loading import Pipeline
@@ -78,7 +78,13 @@ def add_series_run(parser: argparse.ArgumentParser) -> None:
 
 def add_output(add: Any) -> None:
     """Add the folder of a run and ``--quiet`` by ``add``, the ``add_argument`` of a parser or group."""
-    add("--out", metavar="DIR", required=True, help="folder of the results; the same command resumes an unfinished run")
+    add(
+        "--out",
+        metavar="DIR",
+        type=parse_out,
+        required=True,
+        help="folder of the results; the same command resumes an unfinished run",
+    )
     add("--quiet", action="store_true", help="print neither progress nor summary")
 
 

@@ -8,6 +8,7 @@ import pathlib
 from typing import Any
 
 from sims.commands import options
+from sims.flags import parse_out
 from sims.presets import CERTIFY
 
 __all__ = ["SUMMARY", "add_flags", "run"]
@@ -26,7 +27,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="largest Hessian to diagonalize, in rows; larger ones go to Lanczos' method (default: 1500)",
     )
-    add("--out", metavar="DIR", required=True, type=pathlib.Path, help="folder for certificate.json and certificate.md")
+    add("--out", metavar="DIR", required=True, type=parse_out, help="folder for certificate.json and certificate.md")
     add("--quiet", action="store_true", help="print nothing")
 
 
@@ -36,6 +37,7 @@ def run(args: argparse.Namespace) -> None:
     from sims.store.files import write_text
     from sims.study import certification
 
+    args.out = pathlib.Path(args.out)
     spec = options.spec_from_flags(args, **CERTIFY)
     options.set_precision("float64")
     with store.locked(args.out):

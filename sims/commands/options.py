@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from sims.flags import AXIS, add_fields, flag_of, given, parse_bytes, parse_shard
+from sims.flags import AXIS, add_fields, flag_of, given, parse_bytes, parse_out, parse_shard
 from sims.sweeps.measure_names import DEFAULT, NAMES
 from sims.sweeps.spec import DATA_FLAGS, TRAINING_FLAGS, Spec
 
@@ -48,6 +48,7 @@ def add_run_flags(parser: argparse.ArgumentParser, *, default_out: str | None = 
     add(
         "--out",
         metavar="DIR",
+        type=parse_out,
         default=default_out,
         required=default_out is None,
         help="folder for the results; the same command resumes"

@@ -12,8 +12,18 @@ __all__ = ["summary_of", "write_summary"]
 
 
 def summary_of(results: xr.Dataset, record: dict[str, Any]) -> str:
-    """Markdown from the results and the record of a run (:func:`sims.store.run.read`)."""
+    """Markdown from the results and the record of a sweep (:func:`sims.store.run.read`).
+
+    ``ValueError`` for the run of another command.
+    """
     from sims.study import report
+
+    if "num_samples" not in record["spec"] or "measures" not in record["spec"]:
+        what = ", ".join(map(str, results.data_vars))
+        raise ValueError(
+            f"this run is no sweep: it has {what}. The summary of a run of `python -m scaling` is the summary.md in "
+            "its folder; its arrays open with xarray.open_zarr(DIR/results.zarr)."
+        )
 
     # A record that was lost and written anew has no sessions.
     facts = record["sessions"][-1]["data"] if record["sessions"] else []

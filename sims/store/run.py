@@ -241,6 +241,11 @@ def read_spec(out: str | os.PathLike[str]) -> dict[str, Any]:
     if isinstance(version, int) and version > FORMAT:
         raise StoreError(f"{file} has format {version}, this version reads {FORMAT}; update the package.")
     if not _is_whole(record, FIELDS):
+        if isinstance(record.get("single"), dict):
+            raise StoreError(
+                f"{out} holds a single training run (python -m sims train), not a sweep: its measures are in "
+                f"{Path(out) / 'course.json'}."
+            )
         raise StoreError(f"{file} is damaged: it needs the fields {', '.join(FIELDS)}; {repair_advice(Path(out))}.")
     return record
 

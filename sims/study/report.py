@@ -49,7 +49,7 @@ def summary(
     sizes = {dim: size for dim, size in results.sizes.items() if dim in spec or dim in ("seed", "step")}
     networks = math.prod(size for dim, size in sizes.items() if dim != "step")
     last = results.isel(step=-1)
-    diverged = int((~np.isfinite(last["train_error"]) & last["done"]).sum()) if "train_error" in last else 0
+    diverged = int((_not_finite(last) & last["done"]).sum())
     missing = round(networks * float(1 - last["done"].mean()))
     names = [f"{one['name']} (d = {one['dim']})" for one in facts]
     lines = [
@@ -114,6 +114,18 @@ def _interval(low: float, high: float) -> str:
     return f"above {low:.3g}" if math.isinf(high) else f"{low:.3g} to {high:.3g}"
 
 
+def _not_finite(results: xr.Dataset) -> xr.DataArray:
+    """The cells in which a measure that depends on the trained weights is NaN or infinite, whatever was measured."""
+    cells = {*results.done.dims, "penalty", "learning_rate", "init_scale", "sigma"}
+    bad = xr.zeros_like(results.done, bool)
+    for name, values in results.data_vars.items():
+        # These are NaN where no closed form exists, and say nothing of the weights.
+        if values.dtype.kind == "f" and name not in ("wall_s", "distance_to_closed_form", "conditions_hold"):
+            own = [dim for dim in values.dims if dim not in cells]
+            bad = bad | (~np.isfinite(values)).any(own)
+    return bad
+
+
 def _seeds_done(results: xr.Dataset) -> int:
     """The number of seeds of which anything was computed."""
     if "done" not in results:
@@ -135,20 +147,48 @@ _ENDS = {
 
 
 def _ends_lines(results: xr.Dataset) -> list[str]:
-    """Means over seeds with standard errors at the smallest and largest n, at the middle σ and the first value of other
-    axes."""
+    """Means over seeds with standard errors: at the smallest and largest n, at the middle σ and the first value of
+    other axes, which the heading names; or with one n, over all other axes."""
     names = [name for name in _ENDS if name in results]
-    if not names or results.sizes["num_samples"] < 2:
+    if not names:
         return []
+    if results.sizes["num_samples"] < 2:
+        return _means_lines(results[names].isel(step=-1))
     middle = results.sizes["sigma"] // 2
     curves = results[names].isel(step=-1, sigma=middle)
-    curves = curves.isel({dim: 0 for dim in curves.dims if dim not in ("num_samples", "seed")})
+    others = [dim for dim in curves.dims if dim not in ("num_samples", "seed")]
+    fixed = [f"{dim} = {_shown(curves[dim].values[0].item())}" for dim in others if curves.sizes[dim] > 1]
+    curves = curves.isel(dict.fromkeys(others, 0))
     ends = [curves.isel(num_samples=i) for i in (0, -1)]
     rows = [[_ENDS[name], *(mean_and_error(end[name].values) for end in ends)] for name in names]
     return [
-        f"## The two ends, at sigma = {float(curves.sigma):g}",
+        f"## The two ends, at {', '.join([f'sigma = {float(curves.sigma):g}', *fixed])}",
         "",
         markdown(["", *(f"n = {int(end.num_samples)}" for end in ends)], rows),
+        "",
+    ]
+
+
+MAX_MEANS = 60
+"""Rows of the table of means."""
+
+
+def _means_lines(results: xr.Dataset) -> list[str]:
+    """A table of means over seeds with standard errors, a row for each combination of the axes with several values."""
+    axes = [str(dim) for dim in results.dims if dim != "seed" and results.sizes[dim] > 1]
+    single = results.isel({dim: 0 for dim in results.dims if dim != "seed" and dim not in axes})
+    flat = single.stack(row=axes) if axes else single.expand_dims("row")
+    rows = []
+    for i in range(min(flat.sizes["row"], MAX_MEANS)):
+        row = flat.isel(row=i)
+        labels = [_shown(row[axis].item()) for axis in axes]
+        rows.append([*labels, *(mean_and_error(row[str(name)].values) for name in results)])
+    more = flat.sizes["row"] - len(rows)
+    return [
+        "## Means over seeds, ± standard errors",
+        "",
+        markdown([*axes, *(_ENDS[str(name)] for name in results)], rows),
+        *([f"and {more} more rows"] if more else []),
         "",
     ]
 

@@ -226,10 +226,9 @@ def _shaped(spec: Spec, dims: Sequence[str], values: Mapping[str, np.ndarray]) -
 def _shard(regions: list[Region], index: int, count: int) -> list[Region]:
     if not 1 <= index <= count:
         raise ValueError(f"shard {index}/{count} does not exist: the first number counts from 1 to the second.")
-    mine = regions[index - 1 :: count]
-    if not mine:
-        raise ValueError(f"shard {index}/{count} is empty: there are {len(regions)} units of work; use fewer shards.")
-    return mine
+    if count > len(regions):
+        raise ValueError(f"shard {index}/{count}: there are {len(regions)} units of work; use at most as many shards.")
+    return regions[index - 1 :: count]
 
 
 def _start(region: Region) -> tuple[int, ...]:

@@ -99,8 +99,12 @@ def held_out_error(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Arr
 
 
 def gap(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
-    """Generalization gap, 1 − train error/held-out error: 0 for generalization, near 1 for memorization."""
-    return 1.0 - train_error(params, data, spec) / held_out_error(params, data, spec)
+    """Generalization gap, 1 − train error/held-out error: 0 for generalization, near 1 for memorization.
+
+    NaN where the held-out error is not finite: the training has diverged.
+    """
+    held_out = held_out_error(params, data, spec)
+    return jnp.where(jnp.isfinite(held_out), 1.0 - train_error(params, data, spec) / held_out, jnp.nan)
 
 
 def distance_to_empirical_train(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, ""]:

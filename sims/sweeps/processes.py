@@ -19,6 +19,10 @@ WORKERS = 4
 """Worker threads for each device into which a CPU is split."""
 
 
+MAX_DEVICES = 1024
+"""Devices that a CPU is split into."""
+
+
 def split_cores(devices: int) -> None:
     """Split a CPU into this number of devices; call it before anything else of JAX.
 
@@ -26,8 +30,8 @@ def split_cores(devices: int) -> None:
     may use all cores (``python -m sims.bench --only devices_2``). Accelerators are not split. ``ValueError`` if
     ``devices`` is not positive, if the environment sets another number, or if JAX has started.
     """
-    if devices < 1:
-        raise ValueError(f"--devices must be at least 1, got {devices}.")
+    if not 1 <= devices <= MAX_DEVICES:
+        raise ValueError(f"--devices must be from 1 to {MAX_DEVICES}, got {devices}; more than cores are of no use.")
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         raise ValueError("XLA_FLAGS sets the number of CPU devices; give --devices or that flag, not both.")
     # The devices of a CPU share a pool of one worker thread a core, and batched linear algebra holds a worker while it

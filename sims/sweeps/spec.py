@@ -290,6 +290,12 @@ class Spec:
         for name, rows in repeated.items():
             for n in self.num_samples:
                 check_integer("num_samples", n, minimum=1, maximum=MAX_ROWS)
+                distinct = n - rows + (parse_duplicates(name)[0] if name else 0)
+                if self.center and not self.separable and distinct == 1:
+                    raise ValueError(
+                        f"center subtracts the mean of the training rows: of one distinct row (num_samples = {n}) "
+                        "nothing is left. Take more, or leave out center."
+                    )
                 if n < rows or (self.singles and n != rows + self.singles):
                     single = f" and singles = {self.singles} make {rows + self.singles}" if self.singles else " alone"
                     raise ValueError(
