@@ -10,7 +10,6 @@ from __future__ import annotations
 import fnmatch
 import inspect
 import math
-import re
 import urllib.parse
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,9 +23,9 @@ from jaxtyping import Int, Num
 from dae_theory import mixture as mx
 from dae_theory.checks import check_integer, check_nonnegative, check_seed
 from dae_theory.types import Scalar
-from sims.data.folders import visible_files
-from sims.data.formats import npz_keys, read_cifar10, read_idx, read_image, read_npy, read_npz
-from sims.data.pictures import channels_of, read_pictures
+from sims.data.folders import cifar10_folder, image_files, legible, visible_files
+from sims.data.formats import labels_of, npz_keys, read_cifar10, read_idx, read_npy, read_npz
+from sims.data.pictures import read_pictures
 
 __all__ = [
     "READERS",
@@ -34,7 +33,6 @@ __all__ = [
     "cifar10",
     "digits",
     "idx",
-    "image_files",
     "images",
     "kind_of",
     "mixture",
@@ -42,6 +40,7 @@ __all__ = [
     "npz",
     "patches",
     "read",
+    "split_name",
     "syntax",
 ]
 
@@ -63,27 +62,46 @@ class Source(NamedTuple):
     """The values that are mapped to -1 and 1; None: rows are used as they are."""
     mixture: mx.GaussianMixture | None = None
     """The distribution of the rows, if it is known."""
+    names: tuple[str, ...] = ()
+    """For images of a folder, the file of each row, relative to the folder; a patch has its number after a colon."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes, if they are known."""
+    skipped: tuple[str, ...] = ()
+    """Files that were left out, each with the reason."""
 
 
+@legible()
 def read(name: str) -> Source:
     """Read the source called ``name``: ``digits``, ``KIND:WHAT`` with a kind of :data:`READERS`, or a path.
 
     The kind of a path is recognized: a folder of IDX files, CIFAR-10 batches or images, or one such file.
     """
-    kind, colon, what = name.partition(":")
+    kind, path, options = split_name(name)
     if kind in ("digits", "mixture"):
-        return _call(READERS[kind], kind, (), what.split(","))
-    kind = kind if colon and kind in READERS else ""
-    path, _, options = (what if kind else name).partition("?")
-    if not path or not Path(path).exists():
-        raise ValueError(
-            f"there is no {path!r}; a data set is a path, or one of {', '.join(READERS)} as in images:PATH."
-        )
-    kind = kind or kind_of(Path(path))
+        return _call(READERS[kind], kind, (), options.split(","))
     source = _call(READERS[kind], kind, (Path(path),), options.split("&"))
     if 0 in source.rows.shape:
         raise ValueError(f"{path} holds no data: its shape is {source.rows.shape}.")
     return source
+
+
+def split_name(name: str) -> tuple[str, str, str]:
+    """The kind, the path and the options of the source called ``name``; ``digits`` and ``mixture`` have no path.
+
+    ``ValueError`` if there is no such path, or if its kind is not recognized.
+    """
+    kind, colon, what = name.partition(":")
+    if kind in ("digits", "mixture"):
+        return kind, "", what
+    kind = kind if colon and kind in READERS else ""
+    path, options = (what if kind else name), ""
+    if "?" in path and not Path(path).exists():
+        path, _, options = path.rpartition("?")
+    if not path or not Path(path).exists():
+        raise ValueError(
+            f"there is no {path!r}; a data set is a path, or one of {', '.join(READERS)} as in images:PATH."
+        )
+    return kind or kind_of(Path(path)), path, options
 
 
 def syntax() -> str:
@@ -208,7 +226,7 @@ def cifar10(path: Path, *, part: str = "train", gray: bool = False) -> Source:
         parts = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
         if part not in parts:
             raise ValueError(f"the part of cifar10 must be train or test, got {part!r}.")
-        folder = _cifar10_folder(path, parts[part][0])
+        folder = cifar10_folder(path, parts[part][0])
         files = [folder / name for name in parts[part]]
     pictures, labels = [], []
     for file in files:
@@ -245,7 +263,7 @@ def npz(path: Path, *, data: str = "", labels: str = "", values: str = "") -> So
             f"{path} has no array {' or '.join(lacking)}, but {', '.join(stored) or 'none'}; name its keys: "
             "?data=KEY&labels=KEY."
         )
-    named = None if labels == "none" else labels or _labels_of(path, key, stored)
+    named = None if labels == "none" else labels or labels_of(path, key, stored)
     array, classes = read_npz(path, ([key], [named] if named else []))
     assert array is not None
     return _of_arrays(path, array, classes, values)
@@ -259,36 +277,38 @@ def images(path: Path, *, resize: str = "", gray: bool = False, color: str = "",
     ``color=gray``); left out, it is what most images are. ``skip_bad=1`` leaves out what cannot be read or has another
     size than most.
     """
-    files, classes = image_files(path)
     size = _sides(resize) if resize else None
-    found = read_pictures(files, color="gray" if gray else color, size=size, skip_bad=skip_bad)
-    return _of_images(found.values, classes[found.kept])
+    files, folders = image_files(path)
+    found = read_pictures(files, color=_color(gray, color), size=size, skip_bad=skip_bad)
+    classes = sorted({folder for folder in folders if folder})
+    labels = np.array([classes.index(folders[i]) if folders[i] else -1 for i in found.kept])
+    names = tuple(files[i].relative_to(path).as_posix() for i in found.kept)
+    source = _of_images(np.stack(found.values), labels)
+    return source._replace(names=names, classes=tuple(classes), skipped=found.problems)
 
 
-def patches(path: Path, *, size: int = 8, stride: int = 0, gray: bool = False, color: str = "") -> Source:
+def patches(
+    path: Path, *, size: int = 8, stride: int = 0, gray: bool = False, color: str = "", skip_bad: bool = False
+) -> Source:
     """Square patches of the images in a folder: ``patches:FOLDER?size=8&stride=8&gray=1`` (stride 0: the size).
 
-    Classes and ``color`` are as for ``images``. With a stride below the size, patches overlap, and held-out patches
-    share pixels with training patches.
+    Classes, ``color`` and ``skip_bad`` are as for ``images``; images may differ in size. With a stride below the size,
+    patches overlap, and held-out patches share pixels with training patches.
     """
     check_integer("patch size", size, minimum=1)
     stride = check_integer("patch stride", stride, minimum=0) or size
-    files, classes = image_files(path)
-    color = "gray" if gray else color
-    pictures = [read_image(file, gray=color == "gray") for file in files]
-    channels = channels_of(color, [picture.shape[2] for picture in pictures])
+    files, folders = image_files(path)
+    found = read_pictures(files, color=_color(gray, color), smallest=size, skip_bad=skip_bad)
     cut: list[np.ndarray] = []
-    for file, picture in zip(files, pictures, strict=True):
-        if min(picture.shape[:2]) < size:
-            raise ValueError(
-                f"{file} has (height, width, channels) {picture.shape}; patches need {size} x {size} pixels: choose a "
-                "smaller size."
-            )
-        if picture.shape[2] != channels:
-            picture = np.repeat(picture, 3, axis=2) if channels == 3 else read_image(file, gray=True)
+    for picture in found.values:
         windows = np.lib.stride_tricks.sliding_window_view(picture, (size, size), (0, 1))[::stride, ::stride]
-        cut.append(windows.transpose(0, 1, 3, 4, 2).reshape(-1, size, size, channels))
-    return _of_images(np.concatenate(cut), np.repeat(classes, [len(windows) for windows in cut]))
+        cut.append(windows.transpose(0, 1, 3, 4, 2).reshape(-1, size, size, picture.shape[2]))
+    classes = sorted({folder for folder in folders if folder})
+    labels = np.array([classes.index(folders[i]) if folders[i] else -1 for i in found.kept])
+    source = _of_images(np.concatenate(cut), np.repeat(labels, [len(windows) for windows in cut]))
+    files = [files[i].relative_to(path).as_posix() for i in found.kept]
+    names = tuple(f"{file}:{k}" for file, windows in zip(files, cut, strict=True) for k in range(len(windows)))
+    return source._replace(names=names, classes=tuple(classes), skipped=found.problems)
 
 
 READERS: dict[str, Callable[..., Source]] = {
@@ -336,35 +356,10 @@ def kind_of(path: Path) -> str:
     raise ValueError(f"cannot recognize {path}; name its kind, as in npy:{path}. Kinds are {', '.join(READERS)}.")
 
 
-def _cifar10_folder(path: Path, batch: str) -> Path:
-    """The folder below ``path`` with the batches of CIFAR-10, binary version."""
-    files = visible_files(path)
-    found = sorted({file.parent for file in files if file.name == batch})
-    if len(found) > 1:
-        raise ValueError(f"{path} has {batch} in several folders: {', '.join(map(str, found))}; name one of them.")
-    if not found and any(file.name == batch.removesuffix(".bin") for file in files):
-        raise ValueError(
-            f"{path} holds CIFAR-10 as Python pickles, which can run any code and are not read. Get the binary version "
-            "(cifar-10-binary.tar.gz), from the page where this one is offered."
-        )
-    return found[0] if found else path
-
-
-def _labels_of(path: Path, key: str, stored: Sequence[str]) -> str | None:
-    """The array of labels that belongs to the array ``key`` by its name; ``ValueError`` if only others are there."""
-    pairs = {"data": ("labels", "targets", "y"), "images": ("labels", "targets", "y"), "arr_0": ("arr_1",)}
-    pairs |= {"x": ("y", "labels"), "X": ("y", "Y", "labels")}
-    for stem, names in pairs.items():
-        for name in names:
-            candidate = re.sub(rf"(?<![a-zA-Z0-9]){stem}(?![a-zA-Z0-9])", name, key)
-            if candidate != key and candidate in stored:
-                return candidate
-    others = [name for name in stored if re.fullmatch(r"(.*_)?([yY]|labels?|targets?)(_.*)?", name)]
-    if others:
-        raise ValueError(
-            f"{path}: which labels belong to {key}? There are {', '.join(others)}; say ?labels=KEY, or ?labels=none."
-        )
-    return None
+def _color(gray: bool, color: str) -> str:
+    if gray and color not in ("", "gray"):
+        raise ValueError(f"gray=1 contradicts color={color}; leave out one of them.")
+    return "gray" if gray else color
 
 
 def _numbers(name: str, text: str) -> list[float]:
@@ -421,16 +416,3 @@ def _of_arrays(path: Path, array: np.ndarray, labels: np.ndarray | None, values:
         array = array.transpose(0, 2, 3, 1)
     shape = {3: (*array.shape[1:], 1), 4: array.shape[1:]}.get(array.ndim)
     return Source(array.reshape(len(array), math.prod(array.shape[1:])), classes.astype(np.int64), shape, span)
-
-
-def image_files(path: Path) -> tuple[list[Path], np.ndarray]:
-    """The images in a folder, in order of name, and the class of each; hidden files and folders are none."""
-    if not path.is_dir():
-        raise ValueError(f"{path} is not a folder of images.")
-    endings = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
-    files = [file for file in visible_files(path) if file.suffix.lower() in endings]
-    if not files:
-        raise ValueError(f"{path} holds no images ({', '.join(sorted(endings))}).")
-    folders = [file.relative_to(path).parts[0] if file.parent != path else None for file in files]
-    names = sorted({folder for folder in folders if folder is not None})
-    return files, np.array([-1 if folder is None else names.index(folder) for folder in folders])
