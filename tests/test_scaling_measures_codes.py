@@ -330,6 +330,51 @@ def test_a_cut_run_goes_on_and_equals_an_uncut_one(pictures, tmp_path):
     assert [session["chunks"] for session in store.read_spec(tmp_path / "cut")["sessions"]] == [2, 2]
 
 
+def test_codes_have_the_names_of_their_files(pictures, tmp_path):
+    pixel = pipeline("pixel")
+    source = read_images(str(pictures), pixel)
+    files = sorted(file.relative_to(pictures).as_posix() for file in pictures.rglob("*.png"))
+    run = functools.partial(extract, pixel, timestep=50, taps=[MID], batch_size=4)
+    run(images=source, out=tmp_path / "named")
+    assert store.load(tmp_path / "named").name.values.tolist() == files
+    # A run that was begun without names goes on without them.
+    seen = []
+
+    def cut(done, total):
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(images=source._replace(names=()), out=tmp_path / "old", on_batch=cut)
+    run(images=source, out=tmp_path / "old", on_batch=lambda done, total: seen.append(done))
+    assert seen == [4, 7]
+    assert "name" not in store.load(tmp_path / "old").coords
+    for names in ((*source.names[:-1], "other.png"), ()):
+        with pytest.raises(ValueError, match="images with other names: '.*Choose another folder"):
+            run(images=source._replace(names=names), out=tmp_path / "named")
+    run(images=source._replace(names=(*source.names[:-1], "\udcff.png")), out=tmp_path / "odd")
+    assert store.load(tmp_path / "odd").name.values[-1] == r"\udcff.png"
+
+
+def test_folders_have_the_networks_channels_unless_told(pictures, tmp_path):
+    gray = Pipeline(network(PIXEL | {"in_channels": 1, "out_channels": 1}), SCHEDULE, None, (), (), {})
+    for i in range(3):
+        Image.new("L", (9, 9), i).save(tmp_path / f"{i}.png")
+    assert read_images(str(tmp_path), pipeline("pixel")).image_shape == (8, 8, 1)
+    Image.new("RGB", (9, 9)).save(tmp_path / "3.png")
+    # Most are gray, and the network sees colors.
+    assert read_images(str(tmp_path), pipeline("pixel")).image_shape == (8, 8, 3)
+    assert read_images(str(tmp_path), pipeline("pixel"), color="gray").image_shape == (8, 8, 1)
+    assert read_images(f"images:{tmp_path}?color=gray", pipeline("pixel")).image_shape == (9, 9, 1)
+    assert read_images(str(tmp_path), gray).image_shape == (8, 8, 1)
+    (tmp_path / "4.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"1 of 5 images cannot be used: .*4\.png is damaged"):
+        read_images(str(tmp_path), gray)
+    assert len(read_images(str(tmp_path), gray, skip_bad=True).rows) == 4
+    with pytest.raises(ValueError, match="digits is no folder of images"):
+        read_images("digits", gray, skip_bad=True)
+
+
 def test_another_run_in_the_folder_is_refused_by_what_differs(pictures, tmp_path):
     pixel = pipeline("pixel")
     source = read_images(str(pictures), pixel)

@@ -36,7 +36,9 @@ from scaling.models.layers import widened
 from scaling.models.model import Condition, Model
 from sims import store
 from sims.data import readers
+from sims.data.folders import split_name, with_options
 from sims.store import batch_rows, checksum, fill
+from sims.store.chunks import RESULTS
 
 __all__ = ["Latent", "Pool", "codes", "encode_batch", "extract", "pooled", "read_images"]
 
@@ -149,8 +151,9 @@ def extract(
 ) -> None:
     """Compute the codes of all ``images`` in the run's folder ``out``; the same call resumes.
 
-    Each tap is a variable of its name over ``image``. ``sims.load(out)`` checks and reads everything,
-    ``xarray.open_zarr(out + "/results.zarr")`` reads parts.
+    Each tap is a variable of its name over ``image``, the rows of the source. For a folder the coordinate ``name`` has
+    the file of each, relative to the folder. ``sims.load(out)`` checks and reads everything,
+    ``xarray.open_zarr(out + "/results.zarr")`` reads parts. A run begun without names is continued without them.
 
     Args:
         pipeline: network, schedule and, for latents, autoencoder.
@@ -204,14 +207,21 @@ def extract(
         "latent": latent,
         "seed": seed,
     }
-    fill(out, spec, _template(images, shapes, pool), size, compute, provenance=provenance, on_batch=on_batch)
+    template = _template(images, shapes, pool)
+    _check_names(Path(out), images)
+    if (Path(out) / RESULTS).exists() and "name" not in store.template_of(out).coords:
+        # Earlier versions stored no names.
+        template = template.drop_vars("name", errors="ignore")
+    fill(out, spec, template, size, compute, provenance=provenance, on_batch=on_batch)
 
 
-def read_images(name: str, pipeline: Pipeline) -> readers.Source:
+def read_images(name: str, pipeline: Pipeline, *, color: str = "", skip_bad: bool = False) -> readers.Source:
     """Read the images called ``name`` as ``pipeline``'s network takes them.
 
-    The images of a folder are cropped about their centers and resampled to the network's own size, and gray if it takes
-    one channel. Anything else is read as by :func:`sims.data.readers.read` and keeps its size. ``ValueError`` if the
+    The images of a folder have the network's channels, unless ``color`` (rgb or gray) or the name says otherwise; those
+    of a folder given by its path alone are cropped about their centers and resampled to its own size. ``skip_bad``
+    leaves out files that cannot be read. Anything else is read as by :func:`sims.data.readers.read` and keeps its size.
+    ``ValueError`` if the
     source is missing, damaged or holds no images, or if they have other channels than the network; gray images are
     repeated over the channels of a network for colored ones.
 
@@ -219,10 +229,16 @@ def read_images(name: str, pipeline: Pipeline) -> readers.Source:
     >>> read_images("digits", zoo.load("digits-10")).image_shape
     (8, 8, 1)
     """
-    if Path(name).is_dir():
-        height, width = pixel_size(pipeline)
-        name = f"images:{name}?resize={height}x{width}&gray={int(_channels(pipeline) == 1)}"
-    source, wanted = readers.read(name), _channels(pipeline)
+    wanted, (kind, path, given) = _channels(pipeline), split_name(name)
+    if kind in ("images", "patches"):
+        # A folder by its path alone has the network's own size.
+        resize = "{}x{}".format(*pixel_size(pipeline)) if path == name else ""
+        if not color and not {"gray", "color"} & {option.partition("=")[0] for option in given.split("&")}:
+            color = "gray" if wanted == 1 else "widest"
+        name = with_options(name, resize=resize, color=color, skip_bad=skip_bad)
+    elif color or skip_bad:
+        raise ValueError(f"{name} is no folder of images: omit color and skip_bad.")
+    source = readers.read(name)
     channels = _shape(source)[2]
     if channels not in (1, wanted):
         hint = " Give the pipeline's folder, which has the autoencoder." if pipeline.vae is None and wanted > 3 else ""
@@ -269,6 +285,25 @@ def _noise(key: PRNGKey, items: Int[Array, " b"], call: int, like: Array) -> Arr
     return jax.vmap(lambda item: noise_at(key, item, call, like.shape[1:], like.dtype))(items)
 
 
+def _stored_names(images: readers.Source) -> list[str]:
+    # Names that are not UTF-8 cannot be stored as text.
+    return [name.encode("utf-8", "backslashreplace").decode() for name in images.names]
+
+
+def _check_names(out: Path, images: readers.Source) -> None:
+    """``ValueError`` if the run in ``out`` has other names for the same images."""
+    if not (out / RESULTS).exists():
+        return
+    coords = store.template_of(out).coords
+    stored = coords["name"].values.tolist() if "name" in coords else []
+    differing = [(old, new) for old, new in zip(stored, _stored_names(images), strict=False) if old != new]
+    if differing or (stored and not images.names):
+        old, new = differing[0] if differing else (stored[0], "without a name")
+        raise ValueError(
+            f"{out} has the codes of images with other names: {old!r} there is {new!r} here. Choose another folder."
+        )
+
+
 def _shape(images: readers.Source) -> tuple[int, int, int]:
     if images.image_shape is None:
         raise ValueError(f"the data are rows of {images.rows.shape[1]} numbers, not images.")
@@ -292,6 +327,7 @@ def _pictures(images: readers.Source, rows: Int[np.ndarray, " b"], channels: int
 
 def _template(images: readers.Source, shapes: Mapping[str, jax.ShapeDtypeStruct], pool: Pool) -> xr.Dataset:
     coords: dict[str, Any] = {"image": np.arange(len(images.rows)), "label": ("image", images.labels)}
+    coords |= {"name": ("image", np.asarray(_stored_names(images)))} if images.names else {}
     variables = {}
     for name, shape in shapes.items():
         axes = AXES[shape.ndim - 1]

@@ -26,7 +26,7 @@ from sims.data import datasets
 from sims.data.folders import legible, with_options
 from sims.data.readers import Source, read, split_name
 
-__all__ = ["FASHION", "GROUPS", "Corpus", "load", "membership", "training_rows", "variants_of"]
+__all__ = ["FASHION", "GROUPS", "Corpus", "is_folder", "load", "membership", "training_rows", "variants_of"]
 
 GROUPS = ("duplicated", "train", "held_out")
 """Groups of images by their part in training, as in ``membership.json``: repeated, trained on once, held out."""
@@ -141,6 +141,11 @@ def load(
     )
 
 
+def is_folder(name: str) -> bool:
+    """Whether the data set is a folder of images, or their patches; ``ValueError`` if there is none of this name."""
+    return name != FASHION and split_name(name)[0] in ("images", "patches")
+
+
 def training_rows(corpus: Corpus) -> Int[np.ndarray, " n"]:
     """The training set as indices into ``corpus.images``; an image repeated M times occurs M times."""
     return np.repeat(np.arange(len(corpus.images), dtype=np.int32), corpus.counts)
@@ -177,17 +182,15 @@ def _read(name: str, resolution: int | None, gray: bool, skip_bad: bool) -> tupl
     """The source, and the names of its classes."""
     if resolution is not None:
         check_integer("resolution", resolution, minimum=1)
-    if name == FASHION:
-        return read(f"idx:{_fashion_folder()}"), FASHION_CLASSES
-    kind, path, options = split_name(name)
-    if kind in ("images", "patches"):
-        given = {"gray": gray, "skip_bad": skip_bad}
-        # Images are brought to one size as they are read.
-        given |= {"resize": str(resolution)} if kind == "images" and resolution is not None else {}
-        source = read(with_options(f"{kind}:{path}{'?' if options else ''}{options}", **given))
+    if is_folder(name):
+        # Images are brought to one size as they are read; patches later.
+        resize = str(resolution) if resolution is not None and split_name(name)[0] == "images" else ""
+        source = read(with_options(name, color="gray" if gray else "", skip_bad=skip_bad, resize=resize))
         return source, source.classes
     if gray or skip_bad:
         raise ValueError(f"{name} is no folder of images: omit gray and skip_bad.")
+    if name == FASHION:
+        return read(f"idx:{_fashion_folder()}"), FASHION_CLASSES
     return read(name), DIGIT_CLASSES if name == "digits" else ()
 
 

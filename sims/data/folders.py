@@ -6,17 +6,32 @@ Imports no arrays, so that command lines start fast.
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cifar10_folder", "image_files", "legible", "natural_order", "printable", "visible_files", "with_options"]
+__all__ = [
+    "KINDS",
+    "cifar10_folder",
+    "image_files",
+    "kind_of",
+    "legible",
+    "natural_order",
+    "printable",
+    "split_name",
+    "visible_files",
+    "with_options",
+]
 
 SYSTEM = frozenset(
     {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db", "desktop.ini"}
 )
 """Names that systems leave in folders; those with a leading dot are hidden anyway."""
+
+KINDS = ("digits", "mixture", "idx", "cifar10", "npy", "npz", "images", "patches")
+"""Kinds of sources, as in the names of :mod:`sims.data.readers`."""
 
 ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm"})
 """Endings of images' names."""
@@ -63,17 +78,58 @@ def cifar10_folder(path: Path, batch: str) -> Path:
     return found[0] if found else path
 
 
-def with_options(name: str, **options: str | bool) -> str:
-    """The name of a source with the options that are not empty or False, unless it gives them already.
+def split_name(name: str) -> tuple[str, str, str]:
+    """The kind, the path and the options of the source called ``name``; ``digits`` and ``mixture`` have no path.
 
-    >>> with_options("images:photos?resize=32", color="gray", skip_bad=True)
-    'images:photos?resize=32&color=gray&skip_bad=1'
+    ``ValueError`` if there is no such path, or if its kind is not recognized.
     """
-    path, question, given = name.partition("?")
-    keys = {part.partition("=")[0] for part in given.split("&")}
-    new = {key: "1" if value is True else value for key, value in options.items() if value and key not in keys}
-    added = "&".join([*filter(None, [given]), *(f"{key}={value}" for key, value in new.items())])
-    return f"{path}?{added}" if added else f"{path}{question}"
+    kind, colon, what = name.partition(":")
+    if kind in ("digits", "mixture"):
+        return kind, "", what
+    kind = kind if colon and kind in KINDS else ""
+    path, options = (what if kind else name), ""
+    if "?" in path and not Path(path).exists():
+        path, _, options = path.rpartition("?")
+    if not path or not Path(path).exists():
+        raise ValueError(f"there is no {path!r}; a data set is a path, or one of {', '.join(KINDS)} as in images:PATH.")
+    return kind or kind_of(Path(path)), path, options
+
+
+def kind_of(path: Path) -> str:
+    """The kind in :data:`KINDS` of the file or folder ``path``; ``ValueError`` if it is not recognized."""
+    if path.is_dir():
+        names = {file.name for file in visible_files(path)}
+        if any(fnmatch.fnmatch(name, "*images*idx3*") for name in names):
+            return "idx"
+        return "cifar10" if names & {"data_batch_1.bin", "data_batch_1"} else "images"
+    if path.suffix in (".npy", ".npz"):
+        return path.suffix[1:]
+    if "idx3" in path.name:
+        return "idx"
+    if path.suffix == ".bin":
+        return "cifar10"
+    raise ValueError(f"cannot recognize {path}; name its kind, as in npy:{path}. Kinds are {', '.join(KINDS)}.")
+
+
+def with_options(name: str, **options: str | bool) -> str:
+    """The name of a folder of images, or of their patches, with these options; empty ones and False are left out.
+
+    ``ValueError`` for another source, and if the name gives an option another value.
+
+    >>> with_options("images:.?resize=32", color="gray", skip_bad=True)
+    'images:.?resize=32&color=gray&skip_bad=1'
+    """
+    new = {key: "1" if value is True else value for key, value in options.items() if value}
+    if not new:
+        return name
+    kind, path, given = split_name(name)
+    if kind not in ("images", "patches"):
+        raise ValueError(f"{name} is no folder of images: omit {' and '.join(new)}.")
+    for part in filter(None, given.split("&")):
+        key, _, value = part.partition("=")
+        if new.pop(key, value) != value:
+            raise ValueError(f"{name} gives {part}, which contradicts {key}={options[key]}; leave out one of them.")
+    return f"{kind}:{path}?{'&'.join([*filter(None, [given]), *(f'{key}={value}' for key, value in new.items())])}"
 
 
 @contextlib.contextmanager

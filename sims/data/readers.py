@@ -23,7 +23,7 @@ from jaxtyping import Int, Num
 from dae_theory import mixture as mx
 from dae_theory.checks import check_integer, check_nonnegative, check_seed
 from dae_theory.types import Scalar
-from sims.data.folders import cifar10_folder, image_files, legible, visible_files
+from sims.data.folders import cifar10_folder, image_files, kind_of, legible, split_name, visible_files
 from sims.data.formats import labels_of, npz_keys, read_cifar10, read_idx, read_npy, read_npz
 from sims.data.pictures import read_pictures
 
@@ -83,25 +83,6 @@ def read(name: str) -> Source:
     if 0 in source.rows.shape:
         raise ValueError(f"{path} holds no data: its shape is {source.rows.shape}.")
     return source
-
-
-def split_name(name: str) -> tuple[str, str, str]:
-    """The kind, the path and the options of the source called ``name``; ``digits`` and ``mixture`` have no path.
-
-    ``ValueError`` if there is no such path, or if its kind is not recognized.
-    """
-    kind, colon, what = name.partition(":")
-    if kind in ("digits", "mixture"):
-        return kind, "", what
-    kind = kind if colon and kind in READERS else ""
-    path, options = (what if kind else name), ""
-    if "?" in path and not Path(path).exists():
-        path, _, options = path.rpartition("?")
-    if not path or not Path(path).exists():
-        raise ValueError(
-            f"there is no {path!r}; a data set is a path, or one of {', '.join(READERS)} as in images:PATH."
-        )
-    return kind or kind_of(Path(path)), path, options
 
 
 def syntax() -> str:
@@ -338,22 +319,6 @@ def _parsed(name: str, text: str, kind: type) -> object:
     except (ValueError, KeyError):
         article = {bool: "1 or 0", int: "an integer", float: "a number"}[kind]
         raise ValueError(f"{name} must be {article}, got {text!r}.") from None
-
-
-def kind_of(path: Path) -> str:
-    """The kind in :data:`READERS` of the file or folder ``path``; ``ValueError`` if it is not recognized."""
-    if path.is_dir():
-        names = {file.name for file in visible_files(path)}
-        if any(fnmatch.fnmatch(name, "*images*idx3*") for name in names):
-            return "idx"
-        return "cifar10" if names & {"data_batch_1.bin", "data_batch_1"} else "images"
-    if path.suffix in (".npy", ".npz"):
-        return path.suffix[1:]
-    if "idx3" in path.name:
-        return "idx"
-    if path.suffix == ".bin":
-        return "cifar10"
-    raise ValueError(f"cannot recognize {path}; name its kind, as in npy:{path}. Kinds are {', '.join(READERS)}.")
 
 
 def _color(gray: bool, color: str) -> str:
