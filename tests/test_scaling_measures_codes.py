@@ -222,6 +222,10 @@ def test_it_is_differentiable_and_lowers_for_accelerators(key):
         ({"latent": "mode"}, "latent must be one of mean, sample"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"images": np.zeros((0, 3, 8, 8))}, "there are no images"),
+        ({"images": np.full((2, 3, 8, 8), 255.0)}, r"run from 255 to 255, .*\[-1, 1\]: .*images / 127\.5 - 1"),
+        ({"images": np.arange(384.0).reshape(2, 3, 8, 8) / 24}, r"run from 0 to 15\.9583, .*images / 8 - 1"),
+        ({"images": np.full((2, 3, 8, 8), -20.0)}, r"run from -20 to -20, .*images / 20\."),
+        ({"images": np.full((2, 3, 8, 8), 255)}, r"or bytes \(uint8\) from 0 to 255; got int64"),
         ({"images": np.zeros((2, 4, 8, 8))}, r"takes images \(B, 3, H, W\)"),
         ({"condition": Condition(class_labels=jnp.zeros(3, int))}, "batch axis of size 2 or 1"),
         ({"condition": Condition(class_labels=jnp.zeros(2, int))}, "no classes"),
@@ -279,6 +283,29 @@ def test_unsuited_images_are_refused(tmp_path, pictures):
         read_images(str(pictures), pipeline("latent")._replace(vae=None))
     with pytest.raises(ValueError, match="there is no"):
         read_images(str(tmp_path / "missing"), pipeline("pixel"))
+
+
+def test_bytes_are_scaled_by_their_type(key):
+    model, images, _, _ = setting("pixel", key, 5)
+    pixels = np.asarray(np.round(127.5 * (np.asarray(images) + 1)), np.uint8)
+    run = functools.partial(codes, key, model, SCHEDULE, taps=[MID], timestep=50, batch_size=5)
+    given = (2 * pixels.astype(np.float32) - 255) / np.float32(255)
+    np.testing.assert_array_equal(run(images=pixels)[MID], run(images=given)[MID])
+    # As a file of the same bytes is read.
+    source = readers.Source(pixels.transpose(0, 2, 3, 1).reshape(5, -1), np.zeros(5, int), (8, 8, 3))
+    np.testing.assert_array_equal(representation._pictures(source, np.arange(5, dtype=np.int32), 3), given)
+
+
+def test_files_whose_values_are_kept_are_checked(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(2 * 3 * 64, dtype=np.float32).reshape(2, 3, 8, 8) % 256)
+    pixel = pipeline("pixel")
+    source = read_images(f"{tmp_path / 'x.npy'}?values=keep", pixel)
+    with pytest.raises(ValueError, match=r"run from 0 to 255, .*images / 127\.5 - 1"):
+        extract(pixel, source, [MID], 50, tmp_path / "run")
+    whole = source._replace(rows=source.rows.astype(np.int64))
+    with pytest.raises(ValueError, match="run from 0 to 255"):
+        extract(pixel, whole, [MID], 50, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_extract_writes_what_codes_returns(pictures, tmp_path):

@@ -133,3 +133,11 @@ def test_bad_settings():
         copies.wilson_interval(1, 2, level=1.0)
     with pytest.raises(ValueError, match="count must be at most 2"):
         copies.wilson_interval(3, 2)
+
+
+def test_bytes_are_not_compared_with_values_of_another_scale():
+    images = np.arange(24, dtype=np.uint8).reshape(2, 12)
+    for pair in ((images / 127.5 - 1, images), (images, images / 127.5 - 1)):
+        with pytest.raises(ValueError, match="are not of one scale; convert the bytes"):
+            copies.find_copies(*pair)
+    assert copies.find_copies(images, images).is_copy.all()

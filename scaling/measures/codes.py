@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int, Num
 
 from dae_theory.checks import check_integer, check_seed
 from dae_theory.types import PRNGKey
@@ -30,6 +30,7 @@ from scaling.bridge.identity import identify
 from scaling.bridge.latents import to_latents
 from scaling.bridge.loading import Pipeline
 from scaling.diffusion.noise import noise_at
+from scaling.diffusion.ranges import check_range, scaled
 from scaling.diffusion.schedules import Schedule, add_noise
 from scaling.measures.options import LATENTS, POOLS, Latent, Pool
 from scaling.models.layers import widened
@@ -49,7 +50,7 @@ def encode_batch(
     key: PRNGKey,
     model: Model,
     schedule: Schedule,
-    images: Float[Array, "b c h w"],
+    images: Num[Array, "b c h w"],
     items: Int[Array, " b"],
     timestep: ArrayLike,
     taps: tuple[str, ...],
@@ -65,7 +66,7 @@ def encode_batch(
         key: of the noise.
         model: the denoising network.
         schedule: its noise schedule.
-        images: in [-1, 1].
+        images: in [-1, 1], or bytes from 0 to 255.
         items: the images' numbers, which their noise depends on.
         timestep: an integer in [0, T).
         taps: modules whose activations to read.
@@ -76,7 +77,8 @@ def encode_batch(
 
     Codes are at least float32. ``ValueError`` for a tap that the model lacks, or that has no batch axis.
     """
-    x = images
+    check_range("images", images, 3 if vae is not None else images.shape[1])
+    x = images = scaled(images)
     if vae is not None:
         x = to_latents(vae, images)
         x = to_latents(vae, images, _noise(key, items, 1, x)) if latent == "sample" else x
@@ -93,7 +95,7 @@ def codes(
     key: PRNGKey,
     model: Model,
     schedule: Schedule,
-    images: Float[Array | np.ndarray, "n c h w"],
+    images: Num[Array | np.ndarray, "n c h w"],
     taps: Sequence[str],
     timestep: int,
     *,
@@ -106,9 +108,9 @@ def codes(
 ) -> dict[str, np.ndarray]:
     """Codes of many images by tap, ``batch_size`` at a time, as of :func:`encode_batch`.
 
-    Image i has the number ``first + i``; parts of ``condition`` have a batch axis of size n or 1. Compiled once per
-    shape, whatever the key, the timestep and the condition: the last batch is filled up. ``ValueError`` also for a
-    timestep outside [0, T) and for unknown options.
+    Images are in [-1, 1], or bytes from 0 to 255. Image i has the number ``first + i``; parts of ``condition`` have a
+    batch axis of size n or 1. Compiled once per shape, whatever the key, the timestep and the condition: the last batch
+    is filled up. ``ValueError`` also for values far outside, for a timestep outside [0, T) and for unknown options.
 
     >>> from scaling import zoo
     >>> model, schedule = zoo.load("digits-10")[:2]
@@ -119,6 +121,7 @@ def codes(
     total = len(images)
     if not total:
         raise ValueError(f"there are no images: their shape is {images.shape}.")
+    check_range("images", images, 3 if vae is not None else images.shape[1])
     size = min(check_integer("batch_size", batch_size, minimum=1), total)
     condition = condition or Condition()
     if any(part.shape[0] not in (1, total) for part in jax.tree.leaves(condition)):
@@ -128,7 +131,7 @@ def codes(
     for start in range(0, total, size):
         rows = batch_rows(start, size, total)
         of_batch = jax.tree.map(lambda part, rows=rows: part[rows] if part.shape[0] > 1 else part, condition)
-        batch = encode(jnp.asarray(images[rows]), jnp.asarray(first + rows), condition=of_batch)
+        batch = encode(jnp.asarray(scaled(images[rows])), jnp.asarray(first + rows), condition=of_batch)
         batches.append(jax.device_get(batch))
     return {name: np.concatenate([batch[name] for batch in batches])[:total] for name in taps}
 
@@ -184,6 +187,9 @@ def extract(
     {'image': 3, 'channel_32': 32}
     """
     count, channels = len(images.rows), _channels(pipeline)
+    if images.span is None:
+        rows = images.rows.astype(np.float32) if images.rows.dtype.kind != "f" else images.rows
+        check_range("images", rows, channels)
     condition = condition_on(pipeline, prompt, class_label, size=_shape(images)[:2])
     network, schedule, vae = pipeline.network, pipeline.schedule, pipeline.vae
     key = jax.random.key(check_seed("seed", seed))
