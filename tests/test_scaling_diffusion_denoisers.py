@@ -20,6 +20,7 @@ from scaling.diffusion.denoisers import (
     noise_weights,
     to_denoiser,
 )
+from scaling.diffusion.ranges import check_range
 from scaling.diffusion.schedules import from_config
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
@@ -174,3 +175,18 @@ def test_lowers_for_accelerators():
     y = jnp.ones((3, 8, 8), jnp.float32)
     for denoiser in (as_denoiser(unet(), of()), edm_denoiser(lambda x, t: x)):
         jax.jit(denoiser).trace(y, jnp.float32(1.0)).lower(lowering_platforms=("tpu", "cuda"))
+
+
+def test_values_that_are_no_noisy_image_are_refused():
+    denoiser = as_denoiser(unet(), of())
+    white = jnp.full((3, 8, 8), 255.0)
+    with pytest.raises(ValueError, match=r"noisy images run from 255 to 255, .*images / 127\.5 - 1"):
+        denoiser(white, 0.5)
+    with pytest.raises(ValueError, match=r"got uint8: scale images from 0 to 255 first"):
+        denoiser(white.astype(jnp.uint8), 0.5)
+    # Of much noise such values are no surprise, and under a trace they are unknown.
+    jax.eval_shape(lambda y: denoiser(y, 50.0), white)
+    check_range("y", white, 3, sigma=50.0)
+    check_range("y", white / 5, 4)
+    with pytest.raises(ValueError, match="got uint8"):
+        jax.eval_shape(lambda y: denoiser(y, 50.0), white.astype(jnp.uint8))

@@ -222,6 +222,10 @@ def test_it_is_differentiable_and_lowers_for_accelerators(key):
         ({"latent": "mode"}, "latent must be one of mean, sample"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"images": np.zeros((0, 3, 8, 8))}, "there are no images"),
+        ({"images": np.full((2, 3, 8, 8), 255.0)}, r"run from 255 to 255, .*\[-1, 1\]: .*images / 127\.5 - 1"),
+        ({"images": np.arange(384.0).reshape(2, 3, 8, 8) / 24}, r"run from 0 to 15\.9583, .*images / 8 - 1"),
+        ({"images": np.full((2, 3, 8, 8), -20.0)}, r"run from -20 to -20, .*images / 20\."),
+        ({"images": np.full((2, 3, 8, 8), 255)}, r"or bytes \(uint8\) from 0 to 255; got int64"),
         ({"images": np.zeros((2, 4, 8, 8))}, r"takes images \(B, 3, H, W\)"),
         ({"condition": Condition(class_labels=jnp.zeros(3, int))}, "batch axis of size 2 or 1"),
         ({"condition": Condition(class_labels=jnp.zeros(2, int))}, "no classes"),
@@ -281,6 +285,29 @@ def test_unsuited_images_are_refused(tmp_path, pictures):
         read_images(str(tmp_path / "missing"), pipeline("pixel"))
 
 
+def test_bytes_are_scaled_by_their_type(key):
+    model, images, _, _ = setting("pixel", key, 5)
+    pixels = np.asarray(np.round(127.5 * (np.asarray(images) + 1)), np.uint8)
+    run = functools.partial(codes, key, model, SCHEDULE, taps=[MID], timestep=50, batch_size=5)
+    given = (2 * pixels.astype(np.float32) - 255) / np.float32(255)
+    np.testing.assert_array_equal(run(images=pixels)[MID], run(images=given)[MID])
+    # As a file of the same bytes is read.
+    source = readers.Source(pixels.transpose(0, 2, 3, 1).reshape(5, -1), np.zeros(5, int), (8, 8, 3))
+    np.testing.assert_array_equal(representation._pictures(source, np.arange(5, dtype=np.int32), 3), given)
+
+
+def test_files_whose_values_are_kept_are_checked(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(2 * 3 * 64, dtype=np.float32).reshape(2, 3, 8, 8) % 256)
+    pixel = pipeline("pixel")
+    source = read_images(f"{tmp_path / 'x.npy'}?values=keep", pixel)
+    with pytest.raises(ValueError, match=r"run from 0 to 255, .*images / 127\.5 - 1"):
+        extract(pixel, source, [MID], 50, tmp_path / "run")
+    whole = source._replace(rows=source.rows.astype(np.int64))
+    with pytest.raises(ValueError, match="run from 0 to 255"):
+        extract(pixel, whole, [MID], 50, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_extract_writes_what_codes_returns(pictures, tmp_path):
     dit = pipeline("dit")
     source = read_images(str(pictures), dit)
@@ -328,6 +355,51 @@ def test_a_cut_run_goes_on_and_equals_an_uncut_one(pictures, tmp_path):
         np.testing.assert_array_equal(store.load(tmp_path / "cut")[name], store.load(tmp_path / "whole")[name])
     assert store.load(tmp_path / "whole")[MID].dims == ("image", "channel_8", "height_8", "width_8")
     assert [session["chunks"] for session in store.read_spec(tmp_path / "cut")["sessions"]] == [2, 2]
+
+
+def test_codes_have_the_names_of_their_files(pictures, tmp_path):
+    pixel = pipeline("pixel")
+    source = read_images(str(pictures), pixel)
+    files = sorted(file.relative_to(pictures).as_posix() for file in pictures.rglob("*.png"))
+    run = functools.partial(extract, pixel, timestep=50, taps=[MID], batch_size=4)
+    run(images=source, out=tmp_path / "named")
+    assert store.load(tmp_path / "named").name.values.tolist() == files
+    # A run that was begun without names goes on without them.
+    seen = []
+
+    def cut(done, total):
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(images=source._replace(names=()), out=tmp_path / "old", on_batch=cut)
+    run(images=source, out=tmp_path / "old", on_batch=lambda done, total: seen.append(done))
+    assert seen == [4, 7]
+    assert "name" not in store.load(tmp_path / "old").coords
+    for names in ((*source.names[:-1], "other.png"), ()):
+        with pytest.raises(ValueError, match="images with other names: '.*Choose another folder"):
+            run(images=source._replace(names=names), out=tmp_path / "named")
+    run(images=source._replace(names=(*source.names[:-1], "\udcff.png")), out=tmp_path / "odd")
+    assert store.load(tmp_path / "odd").name.values[-1] == r"\udcff.png"
+
+
+def test_folders_have_the_networks_channels_unless_told(pictures, tmp_path):
+    gray = Pipeline(network(PIXEL | {"in_channels": 1, "out_channels": 1}), SCHEDULE, None, (), (), {})
+    for i in range(3):
+        Image.new("L", (9, 9), i).save(tmp_path / f"{i}.png")
+    assert read_images(str(tmp_path), pipeline("pixel")).image_shape == (8, 8, 1)
+    Image.new("RGB", (9, 9)).save(tmp_path / "3.png")
+    # Most are gray, and the network sees colors.
+    assert read_images(str(tmp_path), pipeline("pixel")).image_shape == (8, 8, 3)
+    assert read_images(str(tmp_path), pipeline("pixel"), color="gray").image_shape == (8, 8, 1)
+    assert read_images(f"images:{tmp_path}?color=gray", pipeline("pixel")).image_shape == (9, 9, 1)
+    assert read_images(str(tmp_path), gray).image_shape == (8, 8, 1)
+    (tmp_path / "4.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"1 of 5 images cannot be used: .*4\.png is damaged"):
+        read_images(str(tmp_path), gray)
+    assert len(read_images(str(tmp_path), gray, skip_bad=True).rows) == 4
+    with pytest.raises(ValueError, match="digits is no folder of images"):
+        read_images("digits", gray, skip_bad=True)
 
 
 def test_another_run_in_the_folder_is_refused_by_what_differs(pictures, tmp_path):

@@ -164,3 +164,11 @@ def test_shares_over_networks_at_the_ends():
     whole = copies.share_over_networks([200] * 3, [200] * 3)
     np.testing.assert_allclose([whole.low, whole.high], [1 - none.high, 1.0], atol=1e-12)
     assert copies.share_over_networks([20], [200])[3:] == copies.wilson_interval(20, 200)
+
+
+def test_bytes_are_not_compared_with_values_of_another_scale():
+    images = np.arange(24, dtype=np.uint8).reshape(2, 12)
+    for pair in ((images / 127.5 - 1, images), (images, images / 127.5 - 1)):
+        with pytest.raises(ValueError, match="are not of one scale; convert the bytes"):
+            copies.find_copies(*pair)
+    assert copies.find_copies(images, images).is_copy.all()

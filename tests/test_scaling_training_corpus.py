@@ -231,7 +231,8 @@ def test_lines_belong_to_files_in_the_order_of_their_numbers(tmp_path):
     photos = corpus.load(str(place), num_samples=9)
     assert photos.files[:4] == ("1.png", "10.png", "11.png", "12.png")
     (tmp_path / "a.txt").write_text("\ufeff" + "\n".join(f"number {i}" for i in range(1, 13)))
-    named = captions.from_file(photos, tmp_path / "a.txt")
+    with pytest.warns(UserWarning, match=r"in the order of their numbers: 1\.png, 2\.png, 3\.png"):
+        named = captions.from_file(photos, tmp_path / "a.txt")
     for image, prompt in enumerate(named.of):
         assert named.prompts[prompt] == f"number {photos.files[photos.rows[image]].removesuffix('.png')}"
 
@@ -265,6 +266,38 @@ def test_captions_that_do_not_match_a_folder(tmp_path, folder):
         captions.from_file(photos, file)
     with pytest.raises(ValueError, match="cannot be read"):
         captions.from_file(photos, tmp_path / "missing.txt")
+
+
+def test_a_caption_of_a_skipped_file_is_no_fault_and_one_of_a_similar_name_is(tmp_path, folder):
+    (folder / "cat" / "torn.png").write_bytes(b"no image")
+    photos = corpus.load(str(folder), num_samples=7, skip_bad=True)
+    entries = [{"file_name": file, "text": file} for file in (*photos.files, "cat/torn.png")]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    assert len(captions.from_file(photos, tmp_path / "a.jsonl").prompts) == 7
+    entries[-1]["file_name"] = "orn.png"
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    with pytest.raises(ValueError, match=r"no image for orn\.png"):
+        captions.from_file(photos, tmp_path / "a.jsonl")
+
+
+def test_a_folder_may_be_named_with_options(folder):
+    plain = corpus.load(str(folder), num_samples=7, gray=True, resolution=4)
+    for name, more in ((f"images:{folder}", {"gray": True, "resolution": 4}), (f"{folder}?color=gray&resize=4", {})):
+        found = corpus.load(name, num_samples=7, **more)
+        np.testing.assert_array_equal(found.images, plain.images)
+        assert (found.files, found.classes) == (plain.files, plain.classes)
+    (folder / "cat" / "torn.png").write_bytes(b"no image")
+    assert len(corpus.load(f"images:{folder}?skip_bad=1", num_samples=7).skipped) == 1
+    patched = corpus.load(f"patches:{folder}?size=4", num_samples=7, skip_bad=True)
+    assert (patched.size, patched.files[1]) == (40, "cat/1.png:1")
+
+
+def test_links_out_of_a_tokenizers_folder_are_refused(tmp_path):
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "vocab.json").symlink_to(tmp_path / "vocab.json")
+    with pytest.raises(ValueError, match="outside the model's folder; copy the file there"):
+        tokenization.copy_tokenizer(tmp_path / "linked", ["a"], tmp_path / "copy")
 
 
 def test_the_tokenizer(tmp_path):

@@ -259,6 +259,21 @@ def test_expansion_is_bounded_before_it_happens(file, monkeypatch):
     refused_without_memory(lambda: formats.read_npz(path, [["x"]]), "claims 1000128 bytes from")
     path = file(gzip.compress(idx_bytes(zeros)))
     refused_without_memory(lambda: formats.read_idx(path, 3), "holds at most")
+    Image.new("RGB", (100, 100)).save(path.with_suffix(".png"))
+    for read in (formats.image_size, formats.read_image):
+        refused_without_memory(lambda read=read: read(path.with_suffix(".png")), "claims 100 x 100 pixels from")
+
+
+def test_an_archive_that_lies_about_its_own_bytes_is_bounded_by_its_size(file, monkeypatch):
+    monkeypatch.setattr(formats, "FREE_EXPANSION", 1 << 12)
+    stream = io.BytesIO()
+    np.savez_compressed(stream, x=np.zeros(10**6, np.uint8))
+    content = bytearray(stream.getvalue())
+    # The compressed size in the archive's table.
+    place = content.index(b"PK\x01\x02") + 20
+    content[place : place + 4] = struct.pack("<I", 10**6)
+    path = file(bytes(content))
+    refused_without_memory(lambda: formats.read_npz(path, [["x"]]), "claims 1000128 bytes from")
 
 
 def test_decompression_bombs_are_refused(tmp_path, monkeypatch):

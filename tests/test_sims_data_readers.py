@@ -13,6 +13,7 @@ from PIL import Image
 
 from dae_theory import mixture as mx
 from sims.data import datasets, readers
+from sims.data import pictures as pictures_module
 
 RNG = np.random.default_rng(0)
 
@@ -313,6 +314,57 @@ def test_hidden_and_system_folders_are_no_data(photos, name):
     np.testing.assert_array_equal(after.labels, before.labels)
 
 
+def test_patches_of_images_with_faults(photos):
+    folder, pictures = photos
+    before = readers.read(f"patches:{folder}?size=2")
+    (folder / "cat" / "a.png").write_bytes(b"no image")
+    Image.fromarray(np.zeros((1, 9, 3), np.uint8)).save(folder / "dog" / "thin.png")
+    with pytest.raises(ValueError, match=r"2 of 6 .*a\.png is damaged.*thin\.png has .*\(1, 9\).*\?skip_bad=1"):
+        readers.read(f"patches:{folder}?size=2")
+    source = readers.read(f"patches:{folder}?size=2&skip_bad=1")
+    np.testing.assert_array_equal(source.rows, before.rows)
+    np.testing.assert_array_equal(source.labels, before.labels)
+    assert source.names[:13] == (*(f"3.png:{k}" for k in range(12)), "cat/1.png:0")
+    assert (source.classes, len(source.skipped)) == (("cat", "dog"), 2)
+    Image.fromarray(np.zeros((40, 30, 3), np.uint8)).save(folder / "large.png")
+    assert len(readers.read(f"patches:{folder}?size=2&skip_bad=1").rows) == len(before.rows) + 300
+    assert len(pictures) == 4
+
+
+def test_rows_of_a_folder_have_the_names_of_its_files(photos):
+    folder, pictures = photos
+    source = readers.read(str(folder))
+    assert (source.names, source.classes) == (tuple(sorted(pictures)), ("cat", "dog"))
+
+
+def test_control_characters_of_names_do_not_reach_the_terminal(photos):
+    folder, _ = photos
+    (folder / "cat" / "\x1b[2Jred\n.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"\\x1b\[2Jred\\n\.png is damaged") as error:
+        readers.read(str(folder))
+    assert str(error.value).isprintable()
+    (folder / "\x07").mkdir()
+    with pytest.raises(ValueError, match=r"\\x07 holds no images"):
+        readers.read(str(folder / "\x07"))
+
+
+def test_a_folder_is_bounded_by_its_headers(photos, monkeypatch):
+    folder, _ = photos
+    for i in range(3):
+        Image.new("RGB", (400, 400)).save(folder / f"flat{i}.png")
+    monkeypatch.setattr(pictures_module, "FREE_FOLDER", 1 << 16)
+    monkeypatch.setattr(pictures_module, "read_picture", lambda *_, **__: pytest.fail("decoded"))
+    with pytest.raises(ValueError, match=r"7 images claim 480,192 pixels from"):
+        readers.read(f"patches:{folder}?size=2")
+
+
+def test_a_question_mark_may_be_part_of_a_name(photos):
+    folder, _ = photos
+    (folder / "dog").rename(folder / "dog?")
+    assert len(readers.read(str(folder / "dog?")).rows) == 1
+    assert readers.read(f"{folder / 'dog?'}?color=gray").image_shape == (6, 8, 1)
+
+
 def test_odd_channels_are_converted_to_those_of_most_images(photos):
     folder, pictures = photos
     gray = RNG.integers(0, 256, (6, 8), np.uint8)
@@ -325,6 +377,8 @@ def test_odd_channels_are_converted_to_those_of_most_images(photos):
     assert readers.read(f"patches:{folder}?size=2").image_shape == (2, 2, 3)
     with pytest.raises(ValueError, match="color must be rgb or gray"):
         readers.read(f"images:{folder}?color=red")
+    with pytest.raises(ValueError, match="gray=1 contradicts color=rgb"):
+        readers.read(f"images:{folder}?color=rgb&gray=1")
     for i in range(4):
         Image.fromarray(gray).save(folder / f"more{i}.png")
     with pytest.warns(UserWarning, match=r"3\.png.*in color in a folder of gray images"):
@@ -359,7 +413,7 @@ def test_patches_tile_the_images(photos):
 
 
 def test_patches_larger_than_an_image_are_refused(photos):
-    with pytest.raises(ValueError, match=r"3\.png has .*\(6, 8, 3\); patches need 7 x 7"):
+    with pytest.raises(ValueError, match=r"4 of 4 .*3\.png has .*\(6, 8\), patches need 7 x 7"):
         readers.read(f"patches:{photos[0]}?size=7")
 
 

@@ -6,8 +6,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
+from scaling.diffusion.ranges import check_range, scaled
 from scaling.models import autoencoder_kl
 from scaling.models.layers import widened
 from scaling.models.model import Model, vae_decode, vae_encode
@@ -16,9 +17,14 @@ __all__ = ["from_latents", "to_latents"]
 
 
 def to_latents(
-    vae: Model, images: Float[Array, "b c h w"], noise: Float[Array, "b z h2 w2"] | None = None
+    vae: Model, images: Num[Array, "b c h w"], noise: Float[Array, "b z h2 w2"] | None = None
 ) -> Float[Array, "b z h2 w2"]:
-    r"""Scaled latents of images in [-1, 1]: the mean of :math:`q(z \mid x)`, or a sample of it given unit ``noise``."""
+    r"""Scaled latents of images in [-1, 1]: the mean of :math:`q(z \mid x)`, or a sample of it given unit ``noise``.
+
+    Bytes are mapped from 0 and 255. ``ValueError`` for values far outside.
+    """
+    check_range("images", images, 3)
+    images = scaled(images)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if images.ndim == 4 and any(side < 1 or side % factor for side in images.shape[2:]):
         raise ValueError(

@@ -10,7 +10,7 @@ from scaling.commands import options
 from scaling.commands.summaries import cell, write_summary
 from scaling.study.settings import ExaminationSetting
 from scaling.training.spec import TrainSpec, spec_of
-from sims.flags import add_fields, given, parse_ints, parse_names
+from sims.flags import add_fields, parse_ints, parse_names
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -60,6 +60,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         f"{','.join(map(str, STEPS))})",
     )
     add_fields(parser, TrainSpec, leave_out=FIXED)
+    options.add_color(parser.add_argument)
     add_fields(parser, ExaminationSetting)
     options.add_series_run(parser)
 
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
 
     with Bar(args.quiet, "trainings") as bar:
         results = duplication(
-            spec_of(given(args, TrainSpec)),
+            spec_of(options.training_of(args)),
             args.repeats,
             args.times,
             args.out,

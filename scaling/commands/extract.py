@@ -23,6 +23,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="folder of images (cropped and resized to the model's size), .npz or .npy file, or idx:, cifar10:, npz:, "
         "images:, patches:PATH with options as in images:PATH?resize=64",
     )
+    options.add_color(add)
+    options.add_skip_bad(add)
     add(
         "--taps",
         required=True,
@@ -54,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     from sims.terminal import Bar
 
     pipeline = options.load(args)
-    images = read_images(args.images, pipeline)
+    images = read_images(args.images, pipeline, color=args.color or "", skip_bad=args.skip_bad)
     with Bar(args.quiet, "images") as bar:
         extract(
             pipeline,

@@ -29,6 +29,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="data set, as for `train`: digits, fashion-mnist, a folder of images, a .npz file, idx:PATH; resized to "
         "the model's size",
     )
+    options.add_color(add)
+    options.add_skip_bad(add)
     add("--rows", type=parse_ints, metavar="I,...", help="rows of the data set (default: the first of each group)")
     add(
         "--num",
@@ -54,10 +56,11 @@ def run(args: argparse.Namespace) -> None:
     """Compute what the run does not have yet, write the sheets, print means over each group."""
     from scaling.study.jacobians import analyze, choose, read_corpus_images, write_pictures
     from sims import store
+    from sims.data.folders import with_options
     from sims.terminal import Bar
 
     pipeline = options.load(args)
-    images = read_corpus_images(args.images, pipeline)
+    images = read_corpus_images(with_options(args.images, color=args.color or "", skip_bad=args.skip_bad), pipeline)
     chosen = choose(images, _membership(args.model), rows=args.rows, num=args.num)
     with Bar(args.quiet, "images") as bar:
         analyze(

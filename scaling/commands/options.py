@@ -6,19 +6,24 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from scaling.study.settings import ExaminationSetting
+from scaling.training.spec import TrainSpec
+from sims.data.folders import with_options
 from sims.flags import given, parse_out
 
 if TYPE_CHECKING:
     from scaling.bridge.loading import Pipeline
 
 __all__ = [
+    "add_color",
     "add_condition",
     "add_model",
     "add_output",
     "add_pipeline_run",
     "add_series_run",
+    "add_skip_bad",
     "examination_of",
     "load",
+    "training_of",
 ]
 
 
@@ -40,6 +45,21 @@ def add_condition(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="class, an integer from 0, for models conditioned on classes (default: the null class of a DiT)",
     )
+
+
+def add_color(add: Any) -> None:
+    """Add ``--color`` by ``add``, the ``add_argument`` of a parser or group."""
+    add(
+        "--color",
+        choices=("rgb", "gray"),
+        help="channels of the images of a folder (default: the model's where there is one, else those of most images; "
+        "others are converted and named)",
+    )
+
+
+def add_skip_bad(add: Any) -> None:
+    """Add ``--skip-bad`` likewise."""
+    add("--skip-bad", action="store_true", help="skip files of a folder that cannot be read or differ in size")
 
 
 def add_pipeline_run(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
@@ -91,6 +111,14 @@ def add_output(add: Any) -> None:
 def examination_of(args: argparse.Namespace) -> ExaminationSetting:
     """The setting that the command line gives."""
     return ExaminationSetting(**given(args, ExaminationSetting))
+
+
+def training_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of :class:`scaling.training.spec.TrainSpec` that the command line sets, with ``--color``."""
+    values = given(args, TrainSpec)
+    if args.color:
+        values["dataset"] = with_options(values.get("dataset", TrainSpec.dataset), color=args.color)
+    return values
 
 
 def load(args: argparse.Namespace) -> Pipeline:

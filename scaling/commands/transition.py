@@ -9,7 +9,7 @@ from scaling.commands import options
 from scaling.commands.summaries import cell, write_summary
 from scaling.study.settings import NUM_SAMPLES, ExaminationSetting
 from scaling.training.spec import TrainSpec, spec_of
-from sims.flags import add_fields, given, parse_ints
+from sims.flags import add_fields, parse_ints
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -50,6 +50,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help=f"training images of each half, increasing, >= 2 (default: {','.join(map(str, NUM_SAMPLES))})",
     )
     add_fields(parser, TrainSpec, leave_out=FIXED, defaults={"channels": CHANNELS})
+    options.add_color(parser.add_argument)
     add_fields(parser, ExaminationSetting)
     options.add_series_run(parser)
 
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     from scaling.study.series import transition, two_layer
     from sims.terminal import Bar
 
-    base = spec_of({"channels": CHANNELS, **given(args, TrainSpec)})
+    base = spec_of({"channels": CHANNELS, **options.training_of(args)})
     setting = options.examination_of(args)
     with Bar(args.quiet, "pairs") as bar:
         results = transition(

@@ -2,6 +2,7 @@ from . import choices as choices
 from . import denoisers as denoisers
 from . import grids as grids
 from . import noise as noise
+from . import ranges as ranges
 from . import samplers as samplers
 from . import schedules as schedules
 from . import solvers as solvers

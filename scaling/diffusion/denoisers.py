@@ -12,10 +12,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, Num
 
 from dae_theory.checks import check_positive
 from dae_theory.types import Denoiser, Scalar
+from scaling.diffusion.ranges import check_range
 from scaling.diffusion.schedules import Prediction, Schedule, sigma_to_timestep, timestep_to_sigma
 from scaling.models.model import Model
 
@@ -119,7 +120,8 @@ def as_denoiser(
 
     ``y`` is an image (C, H, W), or, as in ``dae_theory``, the flat vector (d,) of an image of the model's own size. The
     conditions are those of one example, without a batch axis: ``context`` is (T, C) and ``class_labels`` a number. If
-    the model also returns a variance, it is dropped.
+    the model also returns a variance, it is dropped. Clean images are in [-1, 1]: a concrete ``y`` far outside, for its
+    σ, is a ``ValueError`` that says how to scale it, and so are integers.
 
     >>> import jax, jax.numpy as jnp, scaling
     >>> config = {"_class_name": "UNet2DModel", "block_out_channels": [8], "norm_num_groups": 4, "layers_per_block": 1}
@@ -142,7 +144,18 @@ def as_denoiser(
             )
         return out[:, : image.shape[1]].reshape(x.shape)
 
-    return to_denoiser(network, schedule)
+    inner = to_denoiser(network, schedule)
+
+    def denoiser(y: Num[Array, " ..."], sigma: Scalar, /) -> Float[Array, " ..."]:
+        if not jnp.issubdtype(y.dtype, jnp.floating):
+            raise ValueError(
+                f"y must be a noisy image of floating-point values, got {y.dtype}: scale images from 0 to 255 first, "
+                "as in images / 127.5 - 1, and add noise."
+            )
+        check_range("the noisy images", y, example.shape[1], sigma=sigma)
+        return inner(y, sigma)
+
+    return denoiser
 
 
 class Preconditioning(NamedTuple):

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int, Num
 
 from dae_theory.checks import check_integer, check_seed
 from dae_theory.types import PRNGKey
@@ -30,13 +30,16 @@ from scaling.bridge.identity import identify
 from scaling.bridge.latents import to_latents
 from scaling.bridge.loading import Pipeline
 from scaling.diffusion.noise import noise_at
+from scaling.diffusion.ranges import check_range, scaled
 from scaling.diffusion.schedules import Schedule, add_noise
 from scaling.measures.options import LATENTS, POOLS, Latent, Pool
 from scaling.models.layers import widened
 from scaling.models.model import Condition, Model
 from sims import store
 from sims.data import readers
+from sims.data.folders import split_name, with_options
 from sims.store import batch_rows, checksum, fill
+from sims.store.chunks import RESULTS
 
 __all__ = ["Latent", "Pool", "codes", "encode_batch", "extract", "pooled", "read_images"]
 
@@ -47,7 +50,7 @@ def encode_batch(
     key: PRNGKey,
     model: Model,
     schedule: Schedule,
-    images: Float[Array, "b c h w"],
+    images: Num[Array, "b c h w"],
     items: Int[Array, " b"],
     timestep: ArrayLike,
     taps: tuple[str, ...],
@@ -63,7 +66,7 @@ def encode_batch(
         key: of the noise.
         model: the denoising network.
         schedule: its noise schedule.
-        images: in [-1, 1].
+        images: in [-1, 1], or bytes from 0 to 255.
         items: the images' numbers, which their noise depends on.
         timestep: an integer in [0, T).
         taps: modules whose activations to read.
@@ -74,7 +77,8 @@ def encode_batch(
 
     Codes are at least float32. ``ValueError`` for a tap that the model lacks, or that has no batch axis.
     """
-    x = images
+    check_range("images", images, 3 if vae is not None else images.shape[1])
+    x = images = scaled(images)
     if vae is not None:
         x = to_latents(vae, images)
         x = to_latents(vae, images, _noise(key, items, 1, x)) if latent == "sample" else x
@@ -91,7 +95,7 @@ def codes(
     key: PRNGKey,
     model: Model,
     schedule: Schedule,
-    images: Float[Array | np.ndarray, "n c h w"],
+    images: Num[Array | np.ndarray, "n c h w"],
     taps: Sequence[str],
     timestep: int,
     *,
@@ -104,9 +108,9 @@ def codes(
 ) -> dict[str, np.ndarray]:
     """Codes of many images by tap, ``batch_size`` at a time, as of :func:`encode_batch`.
 
-    Image i has the number ``first + i``; parts of ``condition`` have a batch axis of size n or 1. Compiled once per
-    shape, whatever the key, the timestep and the condition: the last batch is filled up. ``ValueError`` also for a
-    timestep outside [0, T) and for unknown options.
+    Images are in [-1, 1], or bytes from 0 to 255. Image i has the number ``first + i``; parts of ``condition`` have a
+    batch axis of size n or 1. Compiled once per shape, whatever the key, the timestep and the condition: the last batch
+    is filled up. ``ValueError`` also for values far outside, for a timestep outside [0, T) and for unknown options.
 
     >>> from scaling import zoo
     >>> model, schedule = zoo.load("digits-10")[:2]
@@ -117,6 +121,7 @@ def codes(
     total = len(images)
     if not total:
         raise ValueError(f"there are no images: their shape is {images.shape}.")
+    check_range("images", images, 3 if vae is not None else images.shape[1])
     size = min(check_integer("batch_size", batch_size, minimum=1), total)
     condition = condition or Condition()
     if any(part.shape[0] not in (1, total) for part in jax.tree.leaves(condition)):
@@ -126,7 +131,7 @@ def codes(
     for start in range(0, total, size):
         rows = batch_rows(start, size, total)
         of_batch = jax.tree.map(lambda part, rows=rows: part[rows] if part.shape[0] > 1 else part, condition)
-        batch = encode(jnp.asarray(images[rows]), jnp.asarray(first + rows), condition=of_batch)
+        batch = encode(jnp.asarray(scaled(images[rows])), jnp.asarray(first + rows), condition=of_batch)
         batches.append(jax.device_get(batch))
     return {name: np.concatenate([batch[name] for batch in batches])[:total] for name in taps}
 
@@ -149,8 +154,9 @@ def extract(
 ) -> None:
     """Compute the codes of all ``images`` in the run's folder ``out``; the same call resumes.
 
-    Each tap is a variable of its name over ``image``. ``sims.load(out)`` checks and reads everything,
-    ``xarray.open_zarr(out + "/results.zarr")`` reads parts.
+    Each tap is a variable of its name over ``image``, the rows of the source. For a folder the coordinate ``name`` has
+    the file of each, relative to the folder. ``sims.load(out)`` checks and reads everything,
+    ``xarray.open_zarr(out + "/results.zarr")`` reads parts. A run begun without names is continued without them.
 
     Args:
         pipeline: network, schedule and, for latents, autoencoder.
@@ -181,6 +187,9 @@ def extract(
     {'image': 3, 'channel_32': 32}
     """
     count, channels = len(images.rows), _channels(pipeline)
+    if images.span is None:
+        rows = images.rows.astype(np.float32) if images.rows.dtype.kind != "f" else images.rows
+        check_range("images", rows, channels)
     condition = condition_on(pipeline, prompt, class_label, size=_shape(images)[:2])
     network, schedule, vae = pipeline.network, pipeline.schedule, pipeline.vae
     key = jax.random.key(check_seed("seed", seed))
@@ -204,14 +213,21 @@ def extract(
         "latent": latent,
         "seed": seed,
     }
-    fill(out, spec, _template(images, shapes, pool), size, compute, provenance=provenance, on_batch=on_batch)
+    template = _template(images, shapes, pool)
+    _check_names(Path(out), images)
+    if (Path(out) / RESULTS).exists() and "name" not in store.template_of(out).coords:
+        # Earlier versions stored no names.
+        template = template.drop_vars("name", errors="ignore")
+    fill(out, spec, template, size, compute, provenance=provenance, on_batch=on_batch)
 
 
-def read_images(name: str, pipeline: Pipeline) -> readers.Source:
+def read_images(name: str, pipeline: Pipeline, *, color: str = "", skip_bad: bool = False) -> readers.Source:
     """Read the images called ``name`` as ``pipeline``'s network takes them.
 
-    The images of a folder are cropped about their centers and resampled to the network's own size, and gray if it takes
-    one channel. Anything else is read as by :func:`sims.data.readers.read` and keeps its size. ``ValueError`` if the
+    The images of a folder have the network's channels, unless ``color`` (rgb or gray) or the name says otherwise; those
+    of a folder given by its path alone are cropped about their centers and resampled to its own size. ``skip_bad``
+    leaves out files that cannot be read. Anything else is read as by :func:`sims.data.readers.read` and keeps its size.
+    ``ValueError`` if the
     source is missing, damaged or holds no images, or if they have other channels than the network; gray images are
     repeated over the channels of a network for colored ones.
 
@@ -219,10 +235,16 @@ def read_images(name: str, pipeline: Pipeline) -> readers.Source:
     >>> read_images("digits", zoo.load("digits-10")).image_shape
     (8, 8, 1)
     """
-    if Path(name).is_dir():
-        height, width = pixel_size(pipeline)
-        name = f"images:{name}?resize={height}x{width}&gray={int(_channels(pipeline) == 1)}"
-    source, wanted = readers.read(name), _channels(pipeline)
+    wanted, (kind, path, given) = _channels(pipeline), split_name(name)
+    if kind in ("images", "patches"):
+        # A folder by its path alone has the network's own size.
+        resize = "{}x{}".format(*pixel_size(pipeline)) if path == name else ""
+        if not color and not {"gray", "color"} & {option.partition("=")[0] for option in given.split("&")}:
+            color = "gray" if wanted == 1 else "widest"
+        name = with_options(name, resize=resize, color=color, skip_bad=skip_bad)
+    elif color or skip_bad:
+        raise ValueError(f"{name} is no folder of images: omit color and skip_bad.")
+    source = readers.read(name)
     channels = _shape(source)[2]
     if channels not in (1, wanted):
         hint = " Give the pipeline's folder, which has the autoencoder." if pipeline.vae is None and wanted > 3 else ""
@@ -269,6 +291,25 @@ def _noise(key: PRNGKey, items: Int[Array, " b"], call: int, like: Array) -> Arr
     return jax.vmap(lambda item: noise_at(key, item, call, like.shape[1:], like.dtype))(items)
 
 
+def _stored_names(images: readers.Source) -> list[str]:
+    # Names that are not UTF-8 cannot be stored as text.
+    return [name.encode("utf-8", "backslashreplace").decode() for name in images.names]
+
+
+def _check_names(out: Path, images: readers.Source) -> None:
+    """``ValueError`` if the run in ``out`` has other names for the same images."""
+    if not (out / RESULTS).exists():
+        return
+    coords = store.template_of(out).coords
+    stored = coords["name"].values.tolist() if "name" in coords else []
+    differing = [(old, new) for old, new in zip(stored, _stored_names(images), strict=False) if old != new]
+    if differing or (stored and not images.names):
+        old, new = differing[0] if differing else (stored[0], "without a name")
+        raise ValueError(
+            f"{out} has the codes of images with other names: {old!r} there is {new!r} here. Choose another folder."
+        )
+
+
 def _shape(images: readers.Source) -> tuple[int, int, int]:
     if images.image_shape is None:
         raise ValueError(f"the data are rows of {images.rows.shape[1]} numbers, not images.")
@@ -292,6 +333,7 @@ def _pictures(images: readers.Source, rows: Int[np.ndarray, " b"], channels: int
 
 def _template(images: readers.Source, shapes: Mapping[str, jax.ShapeDtypeStruct], pool: Pool) -> xr.Dataset:
     coords: dict[str, Any] = {"image": np.arange(len(images.rows)), "label": ("image", images.labels)}
+    coords |= {"name": ("image", np.asarray(_stored_names(images)))} if images.names else {}
     variables = {}
     for name, shape in shapes.items():
         axes = AXES[shape.ndim - 1]

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Float64, Int
+from jaxtyping import Bool, Float, Float64, Int, Num
 from scipy import sparse, stats
 from scipy.sparse import csgraph
 
@@ -63,8 +63,8 @@ class Share(NamedTuple):
 
 
 def find_copies(
-    samples: Float[np.ndarray, "n ..."],
-    images: Float[np.ndarray, "m ..."],
+    samples: Num[np.ndarray, "n ..."],
+    images: Num[np.ndarray, "m ..."],
     *,
     groups: Int[np.ndarray, " k"] | None = None,
     ratio: float = RATIO,
@@ -80,6 +80,11 @@ def find_copies(
     [True, False]
     """
     samples, images = np.asarray(samples), np.asarray(images)
+    if (samples.dtype == np.uint8) != (images.dtype == np.uint8):
+        raise ValueError(
+            f"samples are {samples.dtype} and images {images.dtype}: bytes from 0 to 255 and values in [-1, 1] are not "
+            "of one scale; convert the bytes, as in images / 127.5 - 1."
+        )
     if samples.shape[1:] != images.shape[1:] or not len(samples):
         raise ValueError(
             f"samples of shape {samples.shape} cannot be compared with images of shape {images.shape}: give at least "

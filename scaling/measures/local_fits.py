@@ -14,12 +14,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int, Num
 
 from dae_theory import encode
 from dae_theory.spikiness import MEASURES
 from dae_theory.types import PRNGKey
 from scaling.diffusion.denoisers import as_denoiser
+from scaling.diffusion.ranges import check_range, scaled
 from scaling.diffusion.schedules import Schedule, timestep_to_sigma
 from scaling.measures.relu_fits import code_spikiness, fit_relu_dae
 from scaling.models.model import Condition, Model
@@ -38,7 +39,7 @@ def local_fits(
     key: PRNGKey,
     network: Model,
     schedule: Schedule,
-    images: Float[Array, "m c h w"],
+    images: Num[Array, "m c h w"],
     timestep: ArrayLike,
     source: str,
     target: str,
@@ -61,7 +62,7 @@ def local_fits(
         key: image i draws from ``fold_in(key, i)``.
         network: the denoising network.
         schedule: its noise schedule.
-        images: centers of the clouds.
+        images: centers of the clouds, in [-1, 1], or bytes from 0 to 255.
         timestep: the noise level.
         source: tap at which the block begins.
         target: tap at which the block ends.
@@ -73,6 +74,8 @@ def local_fits(
 
     ``ValueError`` for names that are no taps, and unless ``target`` comes after ``source``.
     """
+    check_range("images", images, images.shape[1])
+    images = scaled(images)
     given = (condition or Condition())._asdict()
     check_order(names(network), source, target)
     shape, dtype = (1, *images.shape[1:]), images.dtype

@@ -38,7 +38,6 @@ from scaling.study.settings import TIMESTEPS, JacobianSetting
 from scaling.training import corpus
 from scaling.training.corpus import GROUPS
 from sims import store
-from sims.data.readers import kind_of
 from sims.store import checksum, fill
 from sims.store.files import write_npz, write_text
 from sims.study.tables import standard_error
@@ -83,7 +82,7 @@ def read_corpus_images(name: str, pipeline: Pipeline) -> Float[np.ndarray, "n c 
     """
     (example, *_), _ = (pipeline.vae or pipeline.network).apply.inputs(jnp.float32)
     (height, width), channels = pixel_size(pipeline), example.shape[1]
-    folder = Path(name).is_dir() and kind_of(Path(name)) == "images"
+    folder = corpus.is_folder(name)
     side = height if height == width else None
     whole = corpus.load(name, held_out=0, resolution=side, gray=folder and channels == 1)
     images = whole.images[np.argsort(whole.rows)]

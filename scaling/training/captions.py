@@ -8,6 +8,8 @@ trained on once.
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -16,7 +18,7 @@ import numpy as np
 from jaxtyping import Int
 
 from scaling.training.corpus import Corpus, membership
-from sims.data.folders import natural_order
+from sims.data.folders import legible, natural_order, printable
 
 __all__ = ["KINDS", "Captions", "from_file", "from_labels", "records"]
 
@@ -53,13 +55,14 @@ def from_labels(corpus: Corpus) -> Captions:
     return _captions(corpus, [own.get(row) or _of_class(corpus.classes, label) for row, label in pairs])
 
 
+@legible()
 def from_file(corpus: Corpus, path: str | Path) -> Captions:
     """The captions in a file: ``.txt``, a line for each row of the data set; ``.json``, a list of as many strings.
 
     For a folder of images the lines of ``.txt`` and ``.json`` belong to its files in the order in which people count,
-    2.png before 10.png. There, ``.jsonl`` depends on no order: objects with ``file_name``, relative to the folder, and
-    ``text``, one for each image. ``ValueError`` if the file cannot be read, or its captions do not match the images one
-    to one.
+    2.png before 10.png, with a warning where text is sorted otherwise. There, ``.jsonl`` depends on no order: objects
+    with ``file_name``, relative to the folder, and ``text``, one for each image. ``ValueError`` if the file cannot be
+    read, or its captions do not match the images one to one.
     """
     path = Path(path)
     readers = {".txt": _lines, ".json": _listed, ".jsonl": _named}
@@ -88,6 +91,13 @@ def from_file(corpus: Corpus, path: str | Path) -> Captions:
         )
     if corpus.files and path.suffix != ".jsonl":
         ordered = natural_order(corpus.files)
+        if ordered != list(range(len(ordered))):
+            first = ", ".join(printable(corpus.files[i]) for i in ordered[:3])
+            warnings.warn(
+                f"captions {printable(path)} belong to the files in the order of their numbers: {first}, ...; .jsonl "
+                "names the file of each.",
+                stacklevel=2,
+            )
         captions = [caption for _, caption in sorted(zip(ordered, captions, strict=True))]
     texts = [caption.strip() for caption in captions]
     for row, first in enumerate(corpus.first.tolist()):
@@ -169,14 +179,18 @@ def _named(text: str, corpus: Corpus) -> list[Any]:
         texts[name] = entry["text"]
     unknown, lacking = sorted(texts.keys() - set(corpus.files)), [file for file in corpus.files if file not in texts]
     # A skipped file may have a caption.
-    skipped = " ".join(corpus.skipped)
-    unknown = [file for file in unknown if Path(file).name not in skipped]
+    unknown = [file for file in unknown if not any(re.search(_in_message(file), why) for why in corpus.skipped)]
     if unknown or lacking:
         raise ValueError(
             f"captions do not match the images: {_some('no image', unknown)}{_some('no caption', lacking)}".rstrip("; ")
             + "."
         )
     return [texts[file] for file in corpus.files]
+
+
+def _in_message(file: str) -> str:
+    """A pattern for the name of a file in what is said of it."""
+    return rf"(^|[/ ]){re.escape(file)}(?=[ :])"
 
 
 def _some(what: str, files: Iterable[str]) -> str:

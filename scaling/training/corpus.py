@@ -23,11 +23,10 @@ from PIL import Image, ImageOps
 
 from dae_theory.checks import check_integer
 from sims.data import datasets
-from sims.data.folders import image_files
-from sims.data.pictures import read_pictures
-from sims.data.readers import Source, kind_of, read
+from sims.data.folders import legible, with_options
+from sims.data.readers import Source, read, split_name
 
-__all__ = ["FASHION", "GROUPS", "Corpus", "load", "membership", "training_rows", "variants_of"]
+__all__ = ["FASHION", "GROUPS", "Corpus", "is_folder", "load", "membership", "training_rows", "variants_of"]
 
 GROUPS = ("duplicated", "train", "held_out")
 """Groups of images by their part in training, as in ``membership.json``: repeated, trained on once, held out."""
@@ -59,13 +58,14 @@ class Corpus(NamedTuple):
     classes: tuple[str, ...]
     """Names of the classes; empty if they have none."""
     files: tuple[str, ...]
-    """The file of each row, for a folder of images."""
+    """The file of each row, for images of a folder and their patches."""
     skipped: tuple[str, ...]
     """Files that were skipped, each with the reason."""
     first: Int[np.ndarray, " size"]
     """For each row of the data set the first row that is the same image."""
 
 
+@legible()
 def load(
     name: str,
     *,
@@ -99,7 +99,7 @@ def load(
 
     ``ValueError`` for data that are missing, damaged, empty, no images, of several sizes, or too few.
     """
-    source, classes, files, skipped = _read(name, resolution, gray, skip_bad)
+    source, classes = _read(name, resolution, gray, skip_bad)
     if source.image_shape is None:
         raise ValueError(f"the rows of {name} are no images: training needs rows of a known height and width.")
     whole = datasets.load(source, held_out=0, seed=seed)
@@ -135,10 +135,15 @@ def load(
         held_out_rows=rows[out],
         size=len(source.rows),
         classes=classes,
-        files=files,
-        skipped=skipped,
+        files=source.names,
+        skipped=source.skipped,
         first=datasets.first_of_equal(source.rows),
     )
+
+
+def is_folder(name: str) -> bool:
+    """Whether the data set is a folder of images, or their patches; ``ValueError`` if there is none of this name."""
+    return name != FASHION and split_name(name)[0] in ("images", "patches")
 
 
 def training_rows(corpus: Corpus) -> Int[np.ndarray, " n"]:
@@ -173,20 +178,20 @@ def variants_of(image: Float32[np.ndarray, "c h w"], count: int) -> Float32[np.n
     return varied
 
 
-def _read(
-    name: str, resolution: int | None, gray: bool, skip_bad: bool
-) -> tuple[Source, tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """The source, the names of its classes, and for a folder its files and those skipped."""
+def _read(name: str, resolution: int | None, gray: bool, skip_bad: bool) -> tuple[Source, tuple[str, ...]]:
+    """The source, and the names of its classes."""
     if resolution is not None:
         check_integer("resolution", resolution, minimum=1)
-    if name == FASHION:
-        return read(f"idx:{_fashion_folder()}"), FASHION_CLASSES, (), ()
-    path = Path(name)
-    if path.is_dir() and kind_of(path) == "images":
-        return _folder(path, resolution, gray, skip_bad)
+    if is_folder(name):
+        # Images are brought to one size as they are read; patches later.
+        resize = str(resolution) if resolution is not None and split_name(name)[0] == "images" else ""
+        source = read(with_options(name, color="gray" if gray else "", skip_bad=skip_bad, resize=resize))
+        return source, source.classes
     if gray or skip_bad:
         raise ValueError(f"{name} is no folder of images: omit gray and skip_bad.")
-    return read(name), DIGIT_CLASSES if name == "digits" else (), (), ()
+    if name == FASHION:
+        return read(f"idx:{_fashion_folder()}"), FASHION_CLASSES
+    return read(name), DIGIT_CLASSES if name == "digits" else ()
 
 
 def _fashion_folder() -> Path:
@@ -200,17 +205,6 @@ def _fashion_folder() -> Path:
             "dataset-fashion-mnist, or give a folder with its IDX files."
         )
     return installed
-
-
-def _folder(
-    path: Path, resolution: int | None, gray: bool, skip_bad: bool
-) -> tuple[Source, tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    files, labels = image_files(path)
-    size = None if resolution is None else (resolution, resolution)
-    found = read_pictures(files, color="gray" if gray else "", size=size, skip_bad=skip_bad)
-    source = Source(found.values.reshape(len(found.values), -1), labels[found.kept], found.values.shape[1:])
-    names = tuple(sorted({file.relative_to(path).parts[0] for file in files if file.parent != path}))
-    return source, names, tuple(files[i].relative_to(path).as_posix() for i in found.kept), found.problems
 
 
 def _sizes(

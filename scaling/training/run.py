@@ -109,6 +109,8 @@ def train(
         # A continued run keeps the earlier loss curve and model until it has new ones.
         record = {**earlier, **identity, "paths": paths, "steps": spec.steps}
         record["sessions"] = [*earlier["sessions"], *session]
+        repeats = int(np.sum(ready.corpus.first != np.arange(ready.corpus.size)))
+        record |= {"repeats": repeats} if repeats else {}
         write_text(out / RECORD, json.dumps(record, indent=1))
         state, examples = jax.device_put((state, ready.examples), whole)
         key = jax.random.fold_in(jax.random.key(spec.seed), 1)

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from scaling.bridge.loading import TOKENIZER_FILES
+from scaling.bridge.sources import locate
 from sims.store.files import read_json, write_text
 
 __all__ = ["copy_tokenizer", "encode", "fit_tokenizer"]
@@ -70,8 +71,13 @@ def fit_tokenizer(prompts: Sequence[str], folder: str | Path, *, merges: int = 5
 
 
 def copy_tokenizer(source: str | Path, prompts: Sequence[str], folder: str | Path) -> Any:
-    """Copy the CLIP tokenizer in the folder ``source``, and load it. ``ValueError`` if there is none."""
-    files = [Path(source) / name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
+    """Copy the CLIP tokenizer in the folder ``source``, and load it.
+
+    ``ValueError`` if there is none, or if its files are links out of the folder.
+    """
+    # Links out of the folder are refused, as in a model's.
+    fetch = locate(Path(source), None).fetch if Path(source).is_dir() else lambda _: None
+    files = [file for name in TOKENIZER_FILES if (file := fetch(name)) is not None]
     if not files:
         raise ValueError(f"{source}: no vocab.json and merges.txt of a CLIP tokenizer.")
     folder = Path(folder)

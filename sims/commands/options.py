@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from sims.data.folders import with_options
 from sims.flags import AXIS, add_fields, flag_of, given, parse_bytes, parse_out, parse_shard
 from sims.sweeps.measure_names import DEFAULT, NAMES
 from sims.sweeps.spec import DATA_FLAGS, TRAINING_FLAGS, Spec
@@ -118,6 +119,12 @@ def spec_from_flags(args: argparse.Namespace, **defaults: Any) -> Spec:
     """
     values = ({} if args.spec is None else _read_fields(args.spec)) | given(args, Spec)
     values.pop("measures", None)
+    if args.color or args.skip_bad:
+        names = values.get("dataset", defaults.get("dataset", Spec.dataset))
+        folders = [names] if isinstance(names, str) else names
+        values["dataset"] = tuple(
+            with_options(name, color=args.color or "", skip_bad=args.skip_bad) for name in folders
+        )
     # Duplicates imply the number of rows; a default must not contradict them.
     dropped = {"num_samples"} if "duplicates" in values else set()
     return Spec.from_dict({name: value for name, value in defaults.items() if name not in dropped} | values)
@@ -145,6 +152,14 @@ def _add_fields(
         metavar="FILE",
         type=pathlib.Path,
         help="TOML or JSON file with fields of the spec, named as the options below; options override it",
+    )
+    parser.add_argument(
+        "--color",
+        choices=("rgb", "gray"),
+        help="channels of the images of a folder (default: those of most images; others are converted and named)",
+    )
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="skip files of a folder that cannot be read or differ in size"
     )
     parser.epilog = f"An axis takes {AXIS}."
     return add_fields(parser, Spec, leave_out=leave_out, defaults=defaults)

@@ -94,7 +94,8 @@ def read_npz(file: Path, choices: Sequence[Sequence[str]]) -> list[np.ndarray | 
     with _readable(file, "a .npz archive"), zipfile.ZipFile(file) as archive:
         members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
         keys = [next((key for key in choice if key in members), None) for choice in choices]
-        return [None if key is None else _read_member(archive, members[key]) for key in keys]
+        limit = file.stat().st_size
+        return [None if key is None else _read_member(archive, members[key], limit) for key in keys]
 
 
 def npz_keys(file: Path) -> list[str]:
@@ -122,7 +123,7 @@ def labels_of(path: Path, key: str, stored: Sequence[str]) -> str | None:
 
 def image_size(file: Path) -> tuple[int, int]:
     """Height and width of an image as it will be read, from its header alone."""
-    with _readable(file, "an image"), Image.open(file, formats=FORMATS) as stored:
+    with _readable(file, "an image"), _opened_picture(file) as stored:
         width, height = stored.size
         # Values 5 to 8 of the orientation tag turn an image by 90 degrees.
         turned = stored.getexif().get(0x0112, 1) in (5, 6, 7, 8)
@@ -142,7 +143,7 @@ def read_picture(
 ) -> tuple[UInt8[np.ndarray, "h w c"], str]:
     """An image as from :func:`read_image`, and what of the file was not used: further frames, transparency."""
     notes: list[str] = []
-    with _readable(file, "an image"), Image.open(file, formats=FORMATS) as stored:
+    with _readable(file, "an image"), _opened_picture(file) as stored:
         stored.load()
         mode = stored.mode
         if getattr(stored, "n_frames", 1) > 1:
@@ -158,6 +159,16 @@ def read_picture(
     if mode not in COMPONENTS:
         raise ValueError(f"{file} has pixels of mode {mode}; images need 8 bits a channel: convert it first.")
     return values.reshape(*values.shape[:2], -1), f"{file}: {', '.join(notes)}" if notes else ""
+
+
+@contextlib.contextmanager
+def _opened_picture(file: Path) -> Iterator[Image.Image]:
+    """An image whose header has been read, and whose pixels are no more than its file can hold."""
+    with Image.open(file, formats=FORMATS) as stored:
+        (width, height), size = stored.size, file.stat().st_size
+        if not _is_plain(width * height * len(stored.getbands()), size):
+            raise ValueError(f"it claims {width} x {height} pixels from {size} bytes")
+        yield stored
 
 
 @contextlib.contextmanager
@@ -223,10 +234,15 @@ def _read_array(stream: io.BufferedIOBase | IO[bytes], size: int) -> np.ndarray:
     return np.frombuffer(stream.read(claimed), dtype).reshape(shape, order="F" if fortran else "C")
 
 
-def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int) -> np.ndarray:
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{member.filename} is neither stored nor deflated")
-    if member.file_size > MAX_DEFLATE * member.compress_size or not _is_plain(member.file_size, member.compress_size):
-        raise ValueError(f"{member.filename} claims {member.file_size} bytes from {member.compress_size}")
+    # What the archive says of its own bytes may be as wrong as the rest.
+    held = min(member.compress_size, limit)
+    if member.file_size > MAX_DEFLATE * held or not _is_plain(member.file_size, held):
+        raise ValueError(
+            f"{member.filename} claims {member.file_size} bytes from {held}; if that is right, store it uncompressed "
+            "(numpy.savez)"
+        )
     with archive.open(member) as stream:
         return _read_array(stream, member.file_size)

@@ -23,9 +23,9 @@ from jaxtyping import Int, Num
 from dae_theory import mixture as mx
 from dae_theory.checks import check_integer, check_nonnegative, check_seed
 from dae_theory.types import Scalar
-from sims.data.folders import cifar10_folder, image_files, visible_files
-from sims.data.formats import labels_of, npz_keys, read_cifar10, read_idx, read_image, read_npy, read_npz
-from sims.data.pictures import channels_of, read_pictures
+from sims.data.folders import cifar10_folder, image_files, kind_of, legible, split_name, visible_files
+from sims.data.formats import labels_of, npz_keys, read_cifar10, read_idx, read_npy, read_npz
+from sims.data.pictures import read_pictures
 
 __all__ = [
     "READERS",
@@ -40,6 +40,7 @@ __all__ = [
     "npz",
     "patches",
     "read",
+    "split_name",
     "syntax",
 ]
 
@@ -61,23 +62,23 @@ class Source(NamedTuple):
     """The values that are mapped to -1 and 1; None: rows are used as they are."""
     mixture: mx.GaussianMixture | None = None
     """The distribution of the rows, if it is known."""
+    names: tuple[str, ...] = ()
+    """For images of a folder, the file of each row, relative to the folder; a patch has its number after a colon."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes, if they are known."""
+    skipped: tuple[str, ...] = ()
+    """Files that were left out, each with the reason."""
 
 
+@legible()
 def read(name: str) -> Source:
     """Read the source called ``name``: ``digits``, ``KIND:WHAT`` with a kind of :data:`READERS`, or a path.
 
     The kind of a path is recognized: a folder of IDX files, CIFAR-10 batches or images, or one such file.
     """
-    kind, colon, what = name.partition(":")
+    kind, path, options = split_name(name)
     if kind in ("digits", "mixture"):
-        return _call(READERS[kind], kind, (), what.split(","))
-    kind = kind if colon and kind in READERS else ""
-    path, _, options = (what if kind else name).partition("?")
-    if not path or not Path(path).exists():
-        raise ValueError(
-            f"there is no {path!r}; a data set is a path, or one of {', '.join(READERS)} as in images:PATH."
-        )
-    kind = kind or kind_of(Path(path))
+        return _call(READERS[kind], kind, (), options.split(","))
     source = _call(READERS[kind], kind, (Path(path),), options.split("&"))
     if 0 in source.rows.shape:
         raise ValueError(f"{path} holds no data: its shape is {source.rows.shape}.")
@@ -257,36 +258,38 @@ def images(path: Path, *, resize: str = "", gray: bool = False, color: str = "",
     ``color=gray``); left out, it is what most images are. ``skip_bad=1`` leaves out what cannot be read or has another
     size than most.
     """
-    files, classes = image_files(path)
     size = _sides(resize) if resize else None
-    found = read_pictures(files, color="gray" if gray else color, size=size, skip_bad=skip_bad)
-    return _of_images(found.values, classes[found.kept])
+    files, folders = image_files(path)
+    found = read_pictures(files, color=_color(gray, color), size=size, skip_bad=skip_bad)
+    classes = sorted({folder for folder in folders if folder})
+    labels = np.array([classes.index(folders[i]) if folders[i] else -1 for i in found.kept])
+    names = tuple(files[i].relative_to(path).as_posix() for i in found.kept)
+    source = _of_images(np.stack(found.values), labels)
+    return source._replace(names=names, classes=tuple(classes), skipped=found.problems)
 
 
-def patches(path: Path, *, size: int = 8, stride: int = 0, gray: bool = False, color: str = "") -> Source:
+def patches(
+    path: Path, *, size: int = 8, stride: int = 0, gray: bool = False, color: str = "", skip_bad: bool = False
+) -> Source:
     """Square patches of the images in a folder: ``patches:FOLDER?size=8&stride=8&gray=1`` (stride 0: the size).
 
-    Classes and ``color`` are as for ``images``. With a stride below the size, patches overlap, and held-out patches
-    share pixels with training patches.
+    Classes, ``color`` and ``skip_bad`` are as for ``images``; images may differ in size. With a stride below the size,
+    patches overlap, and held-out patches share pixels with training patches.
     """
     check_integer("patch size", size, minimum=1)
     stride = check_integer("patch stride", stride, minimum=0) or size
-    files, classes = image_files(path)
-    color = "gray" if gray else color
-    pictures = [read_image(file, gray=color == "gray") for file in files]
-    channels = channels_of(color, [picture.shape[2] for picture in pictures])
+    files, folders = image_files(path)
+    found = read_pictures(files, color=_color(gray, color), smallest=size, skip_bad=skip_bad)
     cut: list[np.ndarray] = []
-    for file, picture in zip(files, pictures, strict=True):
-        if min(picture.shape[:2]) < size:
-            raise ValueError(
-                f"{file} has (height, width, channels) {picture.shape}; patches need {size} x {size} pixels: choose a "
-                "smaller size."
-            )
-        if picture.shape[2] != channels:
-            picture = np.repeat(picture, 3, axis=2) if channels == 3 else read_image(file, gray=True)
+    for picture in found.values:
         windows = np.lib.stride_tricks.sliding_window_view(picture, (size, size), (0, 1))[::stride, ::stride]
-        cut.append(windows.transpose(0, 1, 3, 4, 2).reshape(-1, size, size, channels))
-    return _of_images(np.concatenate(cut), np.repeat(classes, [len(windows) for windows in cut]))
+        cut.append(windows.transpose(0, 1, 3, 4, 2).reshape(-1, size, size, picture.shape[2]))
+    classes = sorted({folder for folder in folders if folder})
+    labels = np.array([classes.index(folders[i]) if folders[i] else -1 for i in found.kept])
+    source = _of_images(np.concatenate(cut), np.repeat(labels, [len(windows) for windows in cut]))
+    files = [files[i].relative_to(path).as_posix() for i in found.kept]
+    names = tuple(f"{file}:{k}" for file, windows in zip(files, cut, strict=True) for k in range(len(windows)))
+    return source._replace(names=names, classes=tuple(classes), skipped=found.problems)
 
 
 READERS: dict[str, Callable[..., Source]] = {
@@ -318,20 +321,10 @@ def _parsed(name: str, text: str, kind: type) -> object:
         raise ValueError(f"{name} must be {article}, got {text!r}.") from None
 
 
-def kind_of(path: Path) -> str:
-    """The kind in :data:`READERS` of the file or folder ``path``; ``ValueError`` if it is not recognized."""
-    if path.is_dir():
-        names = {file.name for file in visible_files(path)}
-        if any(fnmatch.fnmatch(name, "*images*idx3*") for name in names):
-            return "idx"
-        return "cifar10" if names & {"data_batch_1.bin", "data_batch_1"} else "images"
-    if path.suffix in (".npy", ".npz"):
-        return path.suffix[1:]
-    if "idx3" in path.name:
-        return "idx"
-    if path.suffix == ".bin":
-        return "cifar10"
-    raise ValueError(f"cannot recognize {path}; name its kind, as in npy:{path}. Kinds are {', '.join(READERS)}.")
+def _color(gray: bool, color: str) -> str:
+    if gray and color not in ("", "gray"):
+        raise ValueError(f"gray=1 contradicts color={color}; leave out one of them.")
+    return "gray" if gray else color
 
 
 def _numbers(name: str, text: str) -> list[float]:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sims.store import chunks as on_disk
-from sims.store.chunks import RESULTS, Region, StoreError
+from sims.store.chunks import RESULTS, Region, Run, StoreError
 from sims.store.files import write_text
-from sims.store.run import SPEC, Progress, attached, damaged_units, locked, origin_of, progress, read_spec, restored
+from sims.store.run import SPEC, Progress, attached, locked, origin_of, progress, read_spec, restored
 
 __all__ = ["Repair", "repair"]
 
@@ -61,7 +61,7 @@ def repair(out: str | os.PathLike[str], *, dry_run: bool = False) -> Repair:
                 (path / RESULTS / name).unlink(missing_ok=True)
             return Repair(reason, files, [], None)
         run = attached(path)
-        units = damaged_units(run)
+        units = _damaged(run)
         for unit, _ in units if not dry_run else ():
             on_disk.remove_unit(run, unit)
         return Repair(reason, files, units, progress(run))
@@ -79,3 +79,14 @@ def _record(path: Path) -> tuple[dict, str]:
                 "command that made it again."
             ) from error
         return restored(path, origin), str(error)
+
+
+def _damaged(run: Run) -> list[tuple[Region, str]]:
+    """The finished units that cannot be read, each with what is wrong."""
+    bad: list[tuple[Region, str]] = []
+    for unit in on_disk.finished(run):
+        try:
+            on_disk.read_unit(run, unit)
+        except StoreError as error:
+            bad.append((unit, str(error)))
+    return bad

@@ -372,17 +372,6 @@ def restored(path: Path, origin: Mapping[str, Any]) -> dict[str, Any]:
     return {**origin, "files": on_disk.digests(path / RESULTS, origin["variables"]), "sessions": []}
 
 
-def damaged_units(run: Run) -> list[tuple[Region, str]]:
-    """The finished units that cannot be read, each with what is wrong."""
-    bad: list[tuple[Region, str]] = []
-    for unit in on_disk.finished(run):
-        try:
-            on_disk.read_unit(run, unit)
-        except StoreError as error:
-            bad.append((unit, str(error)))
-    return bad
-
-
 def _read_units(run: Run, keep: Callable[[Region, Mapping[str, np.ndarray]], None] | None = None) -> None:
     """Read every finished unit; one ``StoreError`` for all that are damaged."""
     bad: list[str] = []

@@ -122,7 +122,7 @@ def _not_finite(results: xr.Dataset) -> xr.DataArray:
         # These are NaN where no closed form exists, and say nothing of the weights.
         if values.dtype.kind == "f" and name not in ("wall_s", "distance_to_closed_form", "conditions_hold"):
             own = [dim for dim in values.dims if dim not in cells]
-            bad = bad | (~np.isfinite(values)).any(dim=own)
+            bad = bad | ~xr.apply_ufunc(np.isfinite, values).all(own)
     return bad
 
 
