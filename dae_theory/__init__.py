@@ -21,4 +21,6 @@ this directory lists, for every statement, the function that computes it and the
 
 import lazy_loader
 
+__version__ = "0.1.0"
+
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

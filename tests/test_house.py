@@ -1,6 +1,7 @@
 """The structure of the house: who may import whom, and what each room may use."""
 
 import ast
+import importlib
 import itertools
 import pathlib
 import pkgutil
@@ -209,3 +210,9 @@ def test_the_theory_page_names_what_exists():
             assert test in functions, f"{path} has no {test}"
         for name in (name for name in names if "::" not in name):
             pkgutil.resolve_name(name if name.split(".")[0] in ROOMS else f"dae_theory.{name}")
+
+
+@pytest.mark.parametrize("package", ["dae_theory", "sims", "scaling", "paper_figs"])
+def test_packages_tell_their_version(package):
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {importlib.import_module(package).__version__}\n" in citation
