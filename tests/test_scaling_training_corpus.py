@@ -286,6 +286,7 @@ def test_a_folder_may_be_named_with_options(folder):
         found = corpus.load(name, num_samples=7, **more)
         np.testing.assert_array_equal(found.images, plain.images)
         assert (found.files, found.classes) == (plain.files, plain.classes)
+    assert corpus.load(f"images:{folder}?resize=6", num_samples=7, resolution=4).images.shape == (7, 3, 4, 4)
     (folder / "cat" / "torn.png").write_bytes(b"no image")
     assert len(corpus.load(f"images:{folder}?skip_bad=1", num_samples=7).skipped) == 1
     patched = corpus.load(f"patches:{folder}?size=4", num_samples=7, skip_bad=True)
