@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 import struct
 
@@ -266,6 +267,9 @@ def test_captions_that_do_not_match_a_folder(tmp_path, folder):
         captions.from_file(photos, file)
     with pytest.raises(ValueError, match="cannot be read"):
         captions.from_file(photos, tmp_path / "missing.txt")
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(ValueError, match="no regular file"):
+        captions.from_file(photos, tmp_path / "pipe.txt")
 
 
 def test_a_caption_of_a_skipped_file_is_no_fault_and_one_of_a_similar_name_is(tmp_path, folder):
