@@ -319,6 +319,8 @@ def test_latents_need_sides_that_the_autoencoder_divides():
     for shape in ((1, 3, 15, 16), (1, 3, 16, 1)):
         with pytest.raises(ValueError, match="resize them to multiples of 2"):
             to_latents(vae, jnp.zeros(shape, "float32"))
+    with pytest.raises(ValueError, match=r"run from 255 to 255, .*images / 127\.5 - 1"):
+        to_latents(vae, jnp.full((1, 3, 16, 16), 255, "float32"))
 
 
 def test_a_denoiser_returns_as_many_channels_as_it_takes():

@@ -154,6 +154,19 @@ def test_samples_are_images_to_extract_from(home, tmp_path):
     assert 0 < np.max(np.abs(pictures - arrays)) < 0.1 * np.max(np.abs(arrays))
 
 
+def test_one_bad_picture_stops_no_extraction_that_may_skip_it(home, tmp_path, capsys):
+    shutil.copytree(home / "pictures", tmp_path / "pictures")
+    (tmp_path / "pictures" / "torn.png").write_bytes(b"no image")
+    more = ["--images", tmp_path / "pictures", "--taps", "mid_block", "--quiet", "--out", tmp_path / "run"]
+    assert run("extract", home / "pixel", *more) == 2
+    assert "1 of 4 images cannot be used: " in capsys.readouterr().err
+    assert run("extract", home / "pixel", *more, "--skip-bad") == 0
+    codes = store.load(tmp_path / "run")
+    files = sorted(file.relative_to(home / "pictures").as_posix() for file in (home / "pictures").rglob("*.png"))
+    assert codes.name.values.tolist() == files
+    assert codes.mid_block.shape == (3, 8)
+
+
 EXTRACT = ["--images", "HOME/pictures", "--taps"]
 
 

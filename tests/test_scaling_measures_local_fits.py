@@ -136,3 +136,8 @@ def test_a_block_is_fitted_from_its_input_to_its_output(key):
 def test_bad_taps_are_refused(silent, key, taps, message):
     with pytest.raises(ValueError, match=message):
         local_fits.local_fits(key, silent, SCHEDULE, jnp.ones((1, 1, 8, 8)), TIMESTEP, *taps, (2,))
+
+
+def test_images_of_another_scale_are_refused(silent, key):
+    with pytest.raises(ValueError, match=r"run from 255 to 255, .*images / 127\.5 - 1"):
+        local_fits.local_fits(key, silent, SCHEDULE, jnp.full((1, 1, 8, 8), 255.0), TIMESTEP, *TAPS, (2,))

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from networks import network
 from PIL import Image
 from pipelines import DDIM, DDPM, PIXEL, SMALL_DIT, SMALL_VAE, save_pictures, write
-from scaling_commands import run
+from scaling_commands import parse, run
 
 from scaling import as_denoiser, load_pipeline, save_pretrained
 from scaling.bridge.loading import Pipeline
@@ -20,6 +21,7 @@ from scaling.diffusion.schedules import from_config
 from scaling.study.jacobians import analyze, choose, group_means, read_corpus_images, write_pictures
 from scaling.study.settings import JacobianSetting
 from sims import store
+from sims.data.folders import with_options
 from sims.store.chunks import BOOKKEEPING
 
 MEMBERSHIP = {"duplicated": [4, 1], "train": [0], "held_out": [5, 2]}
@@ -57,6 +59,19 @@ def finished(home):
     ]
     assert run("jacobian", home / "model", "--images", home / "pictures", *asked) == 0
     return out
+
+
+def test_a_folder_with_options_has_the_models_size_and_channels(home, tmp_path):
+    pipeline = load_pipeline(home / "model")
+    plain = read_corpus_images(str(home / "pictures"), pipeline)
+    shutil.copytree(home / "pictures", tmp_path / "pictures")
+    (tmp_path / "pictures" / "torn.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="1 of 7 images cannot be used"):
+        read_corpus_images(str(tmp_path / "pictures"), pipeline)
+    name = with_options(str(tmp_path / "pictures"), skip_bad=True)
+    np.testing.assert_array_equal(read_corpus_images(name, pipeline), plain)
+    args = parse("jacobian", "m", "--images", home / "pictures", "--out", "o", "--skip-bad", "--color", "gray")
+    assert (args.skip_bad, args.color) == (True, "gray")
 
 
 def test_the_command_writes_what_the_library_computes(home, finished):

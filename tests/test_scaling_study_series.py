@@ -231,3 +231,11 @@ def test_processes_side_by_side_and_the_command_find_the_same(tmp_path):
 def test_bad_input_is_refused(flags, message, tmp_path, capsys):
     assert run(*flags, *NET, "--out", tmp_path / "out") == 2
     assert message in capsys.readouterr().err
+
+
+def test_equal_rows_count_once_where_halves_are_disjoint(tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (30, 8, 8), np.uint8)
+    np.savez(tmp_path / "a.npz", images=np.concatenate([images, images[:10]]))
+    flags = ["--dataset", tmp_path / "a.npz", "--num-samples", "4,10", *NET, *LOOK, "--out", tmp_path / "out"]
+    assert run("transition", *flags) == 2
+    assert "two disjoint halves of 10 leave 10 to hold out" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 import struct
 
@@ -266,6 +267,9 @@ def test_captions_that_do_not_match_a_folder(tmp_path, folder):
         captions.from_file(photos, file)
     with pytest.raises(ValueError, match="cannot be read"):
         captions.from_file(photos, tmp_path / "missing.txt")
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(ValueError, match="no regular file"):
+        captions.from_file(photos, tmp_path / "pipe.txt")
 
 
 def test_a_caption_of_a_skipped_file_is_no_fault_and_one_of_a_similar_name_is(tmp_path, folder):
@@ -286,6 +290,7 @@ def test_a_folder_may_be_named_with_options(folder):
         found = corpus.load(name, num_samples=7, **more)
         np.testing.assert_array_equal(found.images, plain.images)
         assert (found.files, found.classes) == (plain.files, plain.classes)
+    assert corpus.load(f"images:{folder}?resize=6", num_samples=7, resolution=4).images.shape == (7, 3, 4, 4)
     (folder / "cat" / "torn.png").write_bytes(b"no image")
     assert len(corpus.load(f"images:{folder}?skip_bad=1", num_samples=7).skipped) == 1
     patched = corpus.load(f"patches:{folder}?size=4", num_samples=7, skip_bad=True)

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from PIL import Image
 from scaling_commands import parse
 
 from scaling.commands import train as train_command
@@ -30,6 +31,17 @@ def test_defaults_of_the_command_are_the_reference():
     assert spec("--duplicates", "none") == TrainSpec(duplicates="", singles=0)
     assert spec("--arch", "dit").channels == (64,)
     assert spec("--channels", "8,16", "--gray").gray
+
+
+def test_the_color_of_a_folder_is_part_of_its_name(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "1.png")
+    assert spec("--dataset", tmp_path, "--color", "rgb").dataset == f"images:{tmp_path}?color=rgb"
+    assert spec("--dataset", f"images:{tmp_path}?resize=4", "--color", "gray").dataset.endswith("resize=4&color=gray")
+    assert spec("--dataset", tmp_path).dataset == str(tmp_path)
+    with pytest.raises(ValueError, match="digits is no folder of images: omit color"):
+        spec("--color", "rgb")
+    with pytest.raises(ValueError, match="gives color=gray, which contradicts color=rgb"):
+        spec("--dataset", f"images:{tmp_path}?color=gray", "--color", "rgb")
 
 
 @pytest.mark.parametrize("arch", ARCHS)

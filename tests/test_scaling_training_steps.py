@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scaling_commands
+from sklearn.datasets import load_digits
 
 import scaling
 from scaling.bridge.weights import read_header
@@ -216,7 +217,24 @@ def test_networks_that_do_not_fit(arch, shape, arguments, message):
         designs.network_config(arch, shape, **arguments)
 
 
+def test_a_run_says_how_many_rows_repeat(tmp_path, capsys):
+    table = load_digits()
+    order = [*range(1797), 5, 5, 7]
+    np.savez(tmp_path / "a.npz", images=table.images[order], labels=table.target[order])
+    name = f"npz:{tmp_path / 'a.npz'}?values=0:16"
+    spec = dataclasses.replace(DIT, dataset=name, steps=1)
+    found = trainer.read_corpus(spec)
+    # Repeated rows are held out here, so that shapes are those of the other tests.
+    assert not {5, 7} & set(found.rows)
+    assert set(corpus.membership(found)["held_out"]) >= {5, 7, 1797, 1798, 1799}
+    flags = [flag for flag in FLAGS if flag != "--quiet"]
+    assert run(*flags, "--dataset", name, "--steps", "1", "--out", tmp_path / "run") == 0
+    assert "3 rows of the data set repeat an earlier one" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "training.json").read_text())["repeats"] == 3
+
+
 def test_a_run_leaves_a_pipeline(done):
+    assert "repeats" not in json.loads((done / "training.json").read_text())
     members = json.loads((done / "membership.json").read_text())
     assert members == corpus.membership(trainer.read_corpus(DIT))
     assert [len(members[part]) for part in ("duplicated", "train", "held_out")] == [3, 20, 1774]

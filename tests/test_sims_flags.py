@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sims import flags
 from sims.commands import options
@@ -70,6 +71,19 @@ def test_every_field_of_the_spec_has_a_flag():
     same = {name for name in vars(default) if getattr(spec, name) == getattr(default, name)}
     assert same == {"dataset", "separation", "duplicates", "singles"}
     assert options.spec_from_flags(parse("--duplicates", "2x3", "--singles", "1")).num_samples == (7,)
+
+
+def test_flags_of_folders_are_part_of_the_names_of_data_sets(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "1.png")
+    spec = options.spec_from_flags(parse("--dataset", str(tmp_path), "--skip-bad", "--color", "gray"))
+    assert spec.dataset == (f"images:{tmp_path}?color=gray&skip_bad=1",)
+    several = parse("--dataset", f"patches:{tmp_path}?size=4", "--dataset", str(tmp_path), "--skip-bad")
+    assert options.spec_from_flags(several).dataset == (
+        f"patches:{tmp_path}?size=4&skip_bad=1",
+        f"images:{tmp_path}?skip_bad=1",
+    )
+    with pytest.raises(ValueError, match="digits is no folder of images: omit skip_bad"):
+        options.spec_from_flags(parse("--skip-bad"))
 
 
 def test_axes_of_names_are_lists():

@@ -98,7 +98,7 @@ def transition(
             "least 2."
         )
     whole = read_corpus(dataclasses.replace(base, num_samples=1, duplicates="", singles=0, held_out=0, offset=0))
-    most, held_out = sizes[-1], whole.size - 2 * sizes[-1]
+    most, held_out = sizes[-1], len(np.unique(whole.first)) - 2 * sizes[-1]
     if held_out < setting.images + 2:
         raise ValueError(
             f"{base.dataset} has {whole.size} rows: two disjoint halves of {most} leave {max(held_out, 0)} to hold "

@@ -184,7 +184,8 @@ def _read(name: str, resolution: int | None, gray: bool, skip_bad: bool) -> tupl
         check_integer("resolution", resolution, minimum=1)
     if is_folder(name):
         # Images are brought to one size as they are read; patches later.
-        resize = str(resolution) if resolution is not None and split_name(name)[0] == "images" else ""
+        kind, _, options = split_name(name)
+        resize = str(resolution) if resolution and kind == "images" and "resize=" not in options else ""
         source = read(with_options(name, color="gray" if gray else "", skip_bad=skip_bad, resize=resize))
         return source, source.classes
     if gray or skip_bad:

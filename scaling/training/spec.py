@@ -97,8 +97,8 @@ class TrainSpec:
     skip_bad: bool = flag(False, "skip files of a folder that cannot be read or differ in size", group=DATA)
     captions: str = flag(
         "labels",
-        "prompts for text conditioning: labels, from the class names; or a file: .txt, one line per image; .json, a "
-        "list; .jsonl, objects with file_name and text",
+        "prompts for text conditioning: labels, from the class names; or a file: .txt, one line per image (of a folder "
+        "2.png before 10.png); .json, a list; .jsonl, objects with file_name and text",
         group=DATA,
         metavar="FILE",
     )
