@@ -14,7 +14,7 @@ from absl import app, logging
 from absl.flags import argparse_flags
 from tqdm import tqdm
 
-__all__ = ["Bar", "Log", "guarded", "parse_command", "run_commands"]
+__all__ = ["Bar", "Log", "guarded", "parse_command", "run_commands", "tell"]
 
 
 def run_commands(
@@ -69,6 +69,11 @@ def guarded(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Nam
         return 0
 
     return shielded
+
+
+def tell(quiet: bool) -> Callable[[str], None]:
+    """A function that writes a line to the standard error, or nothing if ``quiet``."""
+    return (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
 
 
 class Bar:

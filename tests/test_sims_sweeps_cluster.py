@@ -1,10 +1,10 @@
 """A Dask cluster of real processes: results equal those of one process, workers and schedulers that die, bad input."""
 
 import concurrent.futures
-import functools
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -211,7 +211,7 @@ def test_a_scheduler_that_vanishes_keeps_finished_units(vanishing, tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
 
     with (
-        cluster.connected(address, timeout=3.0) as executor,
+        cluster.connected(address, wait=3.0) as executor,
         pytest.raises(
             ValueError,
             match=r"cluster was lost .* units are left\. .* run the same command again: finished chunks are kept",
@@ -239,13 +239,33 @@ def test_local_workers_from_the_command_line_leave_nothing_behind(results, tmp_p
     assert not [child for child in left if "resource_tracker" not in " ".join(child.cmdline())]
 
 
-def test_no_scheduler_at_the_address(tmp_path, monkeypatch, capsys):
+def test_a_port_that_says_nothing_is_no_scheduler():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+        with (
+            pytest.raises(ValueError, match=f"no Dask scheduler answers at {address} .*says nothing for 0.5 s"),
+            cluster.connected(address, wait=0.5),
+        ):
+            pass
+
+
+def test_a_scheduler_without_workers_is_said(monkeypatch):
+    with distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=None, protocol="tcp") as idle:
+        told = []
+        with (
+            pytest.raises(ValueError, match=r"has no worker after 0\.5 s; start some with `dask worker tcp://"),
+            cluster.connected(idle.scheduler_address, wait=0.5, told=told.append),
+        ):
+            pass
+        assert told == [f"waiting up to 0.5 s for the scheduler {idle.scheduler_address} and a worker"]
+
+
+def test_no_scheduler_at_the_address(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:9 .* start one"), \
-            cluster.connected("tcp://127.0.0.1:9", timeout=0.5):  # fmt: skip
+            cluster.connected("tcp://127.0.0.1:9", wait=0.5):  # fmt: skip
         pass
-    monkeypatch.setattr(cluster, "connected", functools.partial(cluster.connected, timeout=0.5))
     for address in ("tcp://127.0.0.1:9", "nowhere"):
-        args = cli._parse(["sims", "sweep", "--scheduler", address, "--out", str(tmp_path / "run")])
+        args = cli._parse(["sims", "sweep", "--scheduler", address, "--wait", "0.5", "--out", str(tmp_path / "run")])
         assert args.run(args) == 2
         assert f"no Dask scheduler answers at {address}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -1,5 +1,6 @@
 """Devices and processes: real ones, whose results are those of one device bit for bit, and processes that fail."""
 
+import concurrent.futures
 import contextlib
 import os
 import pathlib
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -15,7 +17,7 @@ import pytest
 
 from sims import __main__ as cli
 from sims import store
-from sims.sweeps import processes
+from sims.sweeps import meeting, processes
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = (
@@ -89,7 +91,7 @@ def test_any_number_of_devices_gives_the_same_bits(single, tmp_path, devices):
 
 
 def test_devices_that_cannot_be_had_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match="--devices must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="--devices must be from 1 to 1024, got 0"):
         processes.split_cores(0)
     jax.devices()
     with pytest.raises(ValueError, match="must be given before JAX starts"):
@@ -174,11 +176,63 @@ def test_flags_that_do_not_fit_exit_with_2(argv, message, tmp_path, capsys):
 
 
 def test_nobody_answers():
-    where = f"localhost:{free_port()}"
+    where, told = f"localhost:{free_port()}", []
     began = time.monotonic()
-    with pytest.raises(ValueError, match=rf"no process answers at {where} .* Check that the first process runs"):
-        processes.join(where, num_processes=2, process_id=1, timeout=0.5)
+    with pytest.raises(
+        ValueError, match=rf"no process answers at {where} within 0.5 s .* Check that the first process"
+    ):
+        processes.join(where, num_processes=2, process_id=1, wait=0.5, told=told.append)
     assert time.monotonic() - began >= 0.5
+    assert told == [f"waiting up to 0.5 s for process 0 at {where}"]
+
+
+def test_somebody_else_answers():
+    for content in (b"", b"HTTP/1.1 400\n"):
+        with socket.create_server(("127.0.0.1", 0)) as stranger:
+            port = stranger.getsockname()[1]
+
+            def answer(stranger=stranger, content=content):
+                with contextlib.suppress(OSError):
+                    connection, _ = stranger.accept()
+                    connection.sendall(content)
+                    time.sleep(1)
+
+            threading.Thread(target=answer, daemon=True).start()
+            with pytest.raises(ValueError, match="somebody answers, but not as the first process of this run"):
+                processes.join(f"127.0.0.1:{port}", num_processes=2, process_id=1, wait=0.4)
+
+
+def test_peers_that_never_come_are_named():
+    port, told = free_port(), []
+    began = time.monotonic()
+    with pytest.raises(
+        ValueError, match=rf"processes 1, 2, 3 of 4 did not come to port {port} within 0.5 s. Start them"
+    ):
+        processes.join(f"localhost:{port}", num_processes=4, process_id=0, wait=0.5, told=told.append)
+    assert time.monotonic() - began < 5
+    assert told == [f"waiting up to 0.5 s for processes 1, 2, 3 at port {port}"]
+    with pytest.raises(ValueError, match="--wait must be a positive number of seconds, got 0"):
+        processes.join(f"localhost:{port}", num_processes=4, process_id=0, wait=0.0)
+
+
+def test_all_go_on_when_the_last_has_come_and_strangers_do_not_count():
+    port = free_port()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        first = pool.submit(meeting.gather, port, 3, 20.0, lambda _: None)
+        others = [pool.submit(meeting.attend, "localhost", port, 1, 3, 20.0, lambda _: None, "")]
+        for said in (b"GET / HTTP/1.1\n", b"dae-theory 7 of 3\n", b"dae-theory 2 of 9\n", b""):
+            deadline = time.monotonic() + 10
+            while time.monotonic() < deadline:
+                with contextlib.suppress(ConnectionError), socket.create_connection(("localhost", port)) as stranger:
+                    stranger.sendall(said)
+                    break
+        time.sleep(0.2)
+        assert not first.done()
+        assert not others[0].done()
+        others.append(pool.submit(meeting.attend, "localhost", port, 2, 3, 20.0, lambda _: None, ""))
+        assert [one.result(20) for one in (first, *others)] == [None, None, None]
+    # The port is free for JAX.
+    socket.create_server(("localhost", port)).close()
 
 
 def test_an_environment_without_a_cluster_says_how_to_name_one(tmp_path):

@@ -89,6 +89,13 @@ def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
     add("--coordinator", metavar="HOST:PORT", help="join the processes that the first one coordinates at this address")
     add("--num-processes", type=int, metavar="N", help="number of processes, with --coordinator")
     add("--process-id", type=int, metavar="I", help="number of this process, from 0, with --coordinator")
+    add(
+        "--wait",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long to wait for the other processes, or for the scheduler, > 0 (default: 60)",
+    )
     add("--dry-run", action="store_true", help="print the number of cells and programs, memory and time, and stop")
     add("--log", metavar="FILE", type=pathlib.Path, help="append a line to this file for each finished unit of work")
 

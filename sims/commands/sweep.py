@@ -9,7 +9,7 @@ from typing import Any
 
 from sims.commands import options
 from sims.commands.summaries import write_summary
-from sims.terminal import Bar, Log
+from sims.terminal import Bar, Log, tell
 
 __all__ = ["SUMMARY", "add_flags", "run"]
 
@@ -34,7 +34,13 @@ def run(args: argparse.Namespace, **defaults: Any) -> None:
     if args.devices is not None:
         processes.split_cores(args.devices)
     if args.distributed or any(one is not None for one in (args.coordinator, args.num_processes, args.process_id)):
-        number, _ = processes.join(args.coordinator, num_processes=args.num_processes, process_id=args.process_id)
+        number, _ = processes.join(
+            args.coordinator,
+            num_processes=args.num_processes,
+            process_id=args.process_id,
+            wait=args.wait,
+            told=tell(args.quiet),
+        )
         args.quiet = args.quiet or number > 0
     if args.dry_run:
         estimate = plan.plan(spec, measures, memory=args.memory, group=args.group, shard=args.shard)
@@ -49,7 +55,12 @@ def run(args: argparse.Namespace, **defaults: Any) -> None:
         if args.scheduler is not None or args.local_workers:
             executor = stack.enter_context(
                 cluster.connected(
-                    args.scheduler, local_workers=args.local_workers, memory=args.memory, group=args.group
+                    args.scheduler,
+                    local_workers=args.local_workers,
+                    memory=args.memory,
+                    group=args.group,
+                    wait=args.wait,
+                    told=tell(args.quiet),
                 )
             )
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -45,7 +46,8 @@ def connected(
     local_workers: int = 0,
     memory: int = 2 << 30,
     group: int | None = None,
-    timeout: float = 30.0,
+    wait: float = 60.0,
+    told: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Executor]:
     """An executor for :func:`sims.sweeps.engine.sweep` that computes on Dask workers.
 
@@ -54,10 +56,11 @@ def connected(
         local_workers: number of worker processes to start here, instead of an address.
         memory: as in :func:`sims.sweeps.engine.sweep`, for every worker.
         group: as in :func:`sims.sweeps.engine.sweep`.
-        timeout: seconds to wait for the scheduler.
+        wait: seconds to wait for the scheduler, and for its first worker.
+        told: given a line that says who is awaited.
 
     ``ValueError`` if Dask is not installed, if both or neither of address and local workers are given, or if the
-    scheduler cannot be reached or is lost; finished units are kept.
+    scheduler cannot be reached, has no worker, or is lost; finished units are kept.
     """
     try:
         import distributed
@@ -76,13 +79,40 @@ def connected(
                     dashboard_address=None,  # pyright: ignore[reportArgumentType]
                 )
                 address = stack.enter_context(cluster).scheduler_address
-            client = stack.enter_context(distributed.Client(address, timeout=timeout))
+            told(f"waiting up to {wait:g} s for the scheduler {address} and a worker")
+            if not local_workers:
+                _await_scheduler(address, wait)
+            client = stack.enter_context(distributed.Client(address, timeout=wait))
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"no Dask scheduler answers at {address} ({error}); start one with `dask scheduler`, or correct the "
                 "address."
             ) from error
+        try:
+            client.wait_for_workers(1, timeout=wait)
+        except TimeoutError:
+            raise ValueError(
+                f"the Dask scheduler {address} has no worker after {wait:g} s; start some with `dask worker "
+                f"{address}`, or wait longer (--wait SECONDS)."
+            ) from None
         yield functools.partial(_compute, client, memory, group)
+
+
+def _await_scheduler(address: str, wait: float) -> None:
+    """Return once something speaks at the address, as a Dask scheduler does; ``OSError`` otherwise.
+
+    A client would wait for ever for the answer of a port that accepts connections and says nothing.
+    """
+    scheme, _, place = address.rpartition("://")
+    host, _, port = place.rpartition(":")
+    if scheme not in ("", "tcp") or not port.isdecimal():
+        return
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=wait) as connection:
+        connection.settimeout(wait)
+        with contextlib.suppress(TimeoutError):
+            if connection.recv(1):
+                return
+    raise OSError(f"something accepts connections and says nothing for {wait:g} s")
 
 
 def _compute(

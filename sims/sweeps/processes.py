@@ -10,8 +10,11 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Callable
 
 import jax
+
+from sims.sweeps.meeting import attend, gather
 
 __all__ = ["join", "share_cores", "split_cores"]
 
@@ -54,14 +57,17 @@ def join(
     *,
     num_processes: int | None = None,
     process_id: int | None = None,
-    timeout: float = 300.0,
+    wait: float = 60.0,
+    told: Callable[[str], None] = lambda _: None,
 ) -> tuple[int, int]:
     """Join the other processes; returns the number of this process and their count.
 
     Call it before anything else of JAX. ``coordinator`` is HOST:PORT of the first process. If all three are None, JAX
-    reads them from the environment. Processes may start ``timeout`` seconds apart. ``ValueError`` if one of the three
-    is missing or out of range, or if the coordinator does not answer.
+    reads them from the environment. Processes may start ``wait`` seconds apart; ``told`` is given a line that says who
+    is awaited. ``ValueError`` if one of the three is missing or out of range, or if somebody does not come.
     """
+    if not 0 < wait < 1e6:
+        raise ValueError(f"--wait must be a positive number of seconds, got {wait}.")
     if any(one is not None for one in (coordinator, num_processes, process_id)):
         if coordinator is None or num_processes is None or process_id is None:
             raise ValueError("give --coordinator, --num-processes and --process-id together, or none of them.")
@@ -71,11 +77,13 @@ def join(
         if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
             raise ValueError(f"--coordinator must be HOST:PORT, such as node1:8476; got {coordinator!r}.")
         if process_id > 0:
-            # JAX would abort this process without an exception.
-            _await(host.strip("[]"), int(port), timeout)
+            attend(host.strip("[]"), int(port), process_id, num_processes, wait, told, ADVICE)
+            _await(host.strip("[]"), int(port), wait)
+        else:
+            gather(int(port), num_processes, wait, told)
     try:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=round(timeout))
+        jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=max(1, round(wait)))
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"cannot join the other processes: {error}. {ADVICE}") from error
     return jax.process_index(), jax.process_count()
@@ -88,7 +96,7 @@ ADVICE = (
 
 
 def _await(host: str, port: int, timeout: float) -> None:
-    """Return once the first process listens."""
+    """Return once JAX listens in the first process."""
     deadline = time.monotonic() + timeout
     while True:
         try:
