@@ -156,7 +156,7 @@ def test_bad_files_are_named_and_skipped_only_when_asked(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"duplicates": "1798x2"}, "digits has 1797 rows, not the 1798 of 1798 images to repeat"),
+        ({"duplicates": "1798x2"}, "digits has 1797 distinct rows, not the 1798 of 1798 images to repeat"),
         ({"duplicates": "20x60", "singles": 1800}, "not the 1820 of"),
         ({"duplicates": "0x3"}, "KxM"),
         ({"duplicates": "20"}, "20x60"),

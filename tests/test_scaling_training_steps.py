@@ -309,6 +309,9 @@ def test_seeds_and_other_data_make_other_runs(done, tmp_path):
     moved = dataclasses.replace(spec, dataset=str((tmp_path / "a.npz").rename(tmp_path / "b.npz")))
     assert weights(train(moved, first)) == weights(first)
     np.savez(tmp_path / "b.npz", images=np.zeros((30, 8, 8)))
+    with pytest.raises(ValueError, match="has 1 distinct rows, not the 23 of 3 images to repeat"):
+        train(moved, first)
+    np.savez(tmp_path / "b.npz", images=np.random.default_rng(1).uniform(-1, 1, (30, 8, 8)))
     with pytest.raises(ValueError, match="data images is"):
         train(moved, first)
     other = train(dataclasses.replace(moved, seed=1, ema=0.0), tmp_path / "other")

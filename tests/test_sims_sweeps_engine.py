@@ -182,7 +182,7 @@ def test_shards_partition_the_work(results):
     finite = np.stack([np.isfinite(part) for part in parts])
     assert np.all(finite.sum(0) == 1)
     np.testing.assert_array_equal(np.where(finite, np.stack(parts), 0).sum(0), results.train_error)
-    with pytest.raises(ValueError, match="shard 9/9 is empty: there are 4 units"):
+    with pytest.raises(ValueError, match="shard 9/9: there are 4 units of work; use at most"):
         sims.sweep(SPEC, NAMES, shard=(9, 9))
     with pytest.raises(ValueError, match="shard 0/2 does not exist"):
         sims.sweep(SPEC, NAMES, shard=(0, 2))
