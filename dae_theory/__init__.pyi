@@ -1,3 +1,5 @@
+__version__: str
+
 from . import bivariate_normal as bivariate_normal
 from . import boundary as boundary
 from . import certificate as certificate

@@ -1,3 +1,5 @@
+__version__: str
+
 from . import backend as backend
 from . import bridge as bridge
 from . import detection as detection

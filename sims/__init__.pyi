@@ -1,3 +1,5 @@
+__version__: str
+
 from . import data as data
 from . import flags as flags
 from . import presets as presets

@@ -73,7 +73,13 @@ def guarded(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Nam
 
 def tell(quiet: bool) -> Callable[[str], None]:
     """A function that writes a line to the standard error, or nothing if ``quiet``."""
-    return (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
+
+    def write(line: str) -> None:
+        if not quiet:
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
+
+    return write
 
 
 class Bar:

@@ -77,6 +77,9 @@ def test_folders_beside_idx_files_and_several_splits(mnist):
     source = readers.read(str(folder))
     np.testing.assert_array_equal(source.rows, arrays["train-images-idx3-ubyte"].reshape(6, 20))
     np.testing.assert_array_equal(source.labels, arrays["train-labels-idx1-ubyte.gz"])
+    for kind in ("images.idx3", "labels.idx1"):
+        (folder / f"train-{kind}-ubyte").unlink()
+    np.testing.assert_array_equal(readers.read(str(folder)).labels, source.labels)
     for split in ("balanced", "letters"):
         write_idx(folder / f"emnist-{split}-train-images-idx3-ubyte.gz", arrays["train-images-idx3-ubyte"])
         write_idx(folder / f"emnist-{split}-train-labels-idx1-ubyte.gz", arrays["train-labels-idx1-ubyte.gz"])

@@ -10,6 +10,7 @@ import xarray as xr
 
 import sims
 from sims import store
+from sims.data import readers
 from sims.sweeps import engine, programs
 from sims.sweeps.measures import MEASURES
 from sims.sweeps.programs import Numbers, fit_cell, segments_of, unit_program
@@ -54,6 +55,30 @@ def test_a_cell_equals_the_single_experiment(results, where):
     together = results.train_error.sel(where).squeeze()
     # Float32 sums in another order, over six steps.
     np.testing.assert_allclose(together, alone["train_error"], rtol=2e-5)
+
+
+def test_arrays_are_data_sets_known_by_their_values(results, tmp_path):
+    digits = readers.read("digits")
+    # The same rows, classes and scale are the same data set, under another name.
+    found = sims.sweep(SPEC, NAMES, data=digits, out=tmp_path / "a")
+    for name in NAMES:
+        np.testing.assert_array_equal(found[name], results[name])
+    assert found.dataset.item().startswith("array:")
+    seen = []
+    sims.sweep(SPEC, NAMES, data=digits._replace(rows=digits.rows.copy()), out=tmp_path / "a", on_unit=seen.append)
+    assert [progress.done for progress in seen] == [SPEC.num_cells]
+    for other in (digits.rows, digits._replace(rows=digits.rows[::-1]), digits._replace(span=(0.0, 17.0))):
+        with pytest.raises(ValueError, match="dataset is"):
+            sims.sweep(SPEC, NAMES, data=other, out=tmp_path / "a")
+    with pytest.raises(ValueError, match="omit dataset and executor"):
+        sims.sweep(dataclasses.replace(SPEC, dataset="mixture:modes=2"), NAMES, data=digits)
+    for bad, message in (
+        (np.zeros(3), "shape"),
+        (np.full((3, 2), np.nan), "non-finite"),
+        (np.zeros((2, 2), bool), "bool"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sims.sweep(SPEC, NAMES, data=bad)
 
 
 @pytest.mark.slow

@@ -245,8 +245,8 @@ def _sizes(
             f"{reserved} held out" if reserved else "",
         ]
         raise ValueError(
-            f"{name} has {size} distinct rows, not the {end + reserved} of {', '.join(filter(None, parts))}: ask for fewer, or "
-            "take a larger data set."
+            f"{name} has {size} distinct rows, not the {end + reserved} of {', '.join(filter(None, parts))}: ask for "
+            "fewer, or take a larger data set."
         )
     return count, times, once, size - end if held_out is None else reserved
 

@@ -188,7 +188,9 @@ def idx(path: Path, *, part: str = "train", labels: bool = True) -> Source:
     classes = _unknown(pictures)
     if labels:
         plain = path.with_name(path.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1"))
-        candidates = [file for file in (plain, Path(f"{plain}.gz")) if file.is_file() and file != path]
+        # Labels too may be in a folder of their own.
+        nested = path.parent.parent / plain.name / plain.name
+        candidates = [file for file in (plain, Path(f"{plain}.gz"), nested) if file.is_file() and file != path]
         if not candidates:
             raise ValueError(f"the labels of {path} should be in {plain}, plain or .gz; add ?labels=0 to do without.")
         classes = read_idx(candidates[0], 1).astype(np.int64)

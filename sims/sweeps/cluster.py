@@ -80,7 +80,7 @@ def connected(
                 )
                 address = stack.enter_context(cluster).scheduler_address
             told(f"waiting up to {wait:g} s for the scheduler {address} and a worker")
-            if not local_workers:
+            if not local_workers and address is not None:
                 _await_scheduler(address, wait)
             client = stack.enter_context(distributed.Client(address, timeout=wait))
         except (OSError, ValueError) as error:

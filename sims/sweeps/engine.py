@@ -8,6 +8,7 @@ are computed or in which order, and on the grouping of cells only by rounding.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import pathlib
@@ -18,8 +19,11 @@ import jax
 import numpy as np
 import xarray as xr
 from jax.experimental import multihost_utils
+from jaxtyping import ArrayLike
 
 from sims import store
+from sims.data.arrays import digest_of, of_array
+from sims.data.readers import Source
 from sims.store.filling import Computed
 from sims.store.run import Region
 from sims.sweeps.measures import DEFAULT, MEASURES, Measure
@@ -58,6 +62,7 @@ def sweep(
     spec: Spec,
     measures: Sequence[str | Measure] | None = None,
     *,
+    data: ArrayLike | Source | None = None,
     out: str | pathlib.Path | None = None,
     memory: int = 2 << 30,
     group: int | None = None,
@@ -76,6 +81,8 @@ def sweep(
         spec: the experiment.
         measures: names of :data:`sims.sweeps.measures.MEASURES` or functions ``(params, data, spec) -> array`` of any
             shape, named by their ``__name__`` (default: :data:`sims.sweeps.measures.DEFAULT`).
+        data: samples (N, d) or images (N, H, W[, C]), or a source with classes, in place of ``spec.dataset``, which is
+            then left out. The results call it ``array:`` and a digest of its values, by which a run resumes.
         out: folder to which each finished unit is written; the same call resumes. Without it results stay in memory.
         memory: bound on the temporaries of a compiled program on each device, in bytes; cells are split into groups
             that fit.
@@ -92,7 +99,15 @@ def sweep(
     refuse. Cells that diverge are stored as NaN or infinity.
     """
     chosen = resolve_measures(measures)
-    worlds = worlds_of(spec)
+    source = None
+    if data is not None:
+        if executor is not None or spec.dataset != Spec().dataset:
+            raise ValueError(
+                "data is in this process alone, and takes the place of dataset: omit dataset and executor."
+            )
+        source = data if isinstance(data, Source) else of_array(data)
+        spec = dataclasses.replace(spec, dataset=(f"array:{digest_of(source)}",))
+    worlds = worlds_of(spec, source)
     place = placement(memory=memory, group=group)
     template = _template(spec, chosen, worlds)
     dims, regions = _unit_dims(spec), _regions(spec, shard)
@@ -150,12 +165,12 @@ def resolve_measures(measures: Sequence[str | Measure] | None) -> dict[str, Meas
     return chosen
 
 
-def worlds_of(spec: Spec) -> Worlds:
-    """The data sets of ``spec`` by name and separation, each loaded when first used."""
+def worlds_of(spec: Spec, source: Source | None = None) -> Worlds:
+    """The data sets of ``spec``, or ``source`` for all, by name and separation, each loaded when first used."""
 
     @functools.cache
     def load(dataset: str, separation: float | None) -> World:
-        return make_world(spec, dataset, separation)
+        return make_world(spec, dataset, separation, source)
 
     return load
 

@@ -16,6 +16,7 @@ from dae_theory import GaussianMixture
 from dae_theory import mixture as mx
 from dae_theory.types import PRNGKey
 from sims.data import datasets
+from sims.data.readers import Source
 from sims.sweeps.measures import CellData
 from sims.sweeps.spec import Spec
 
@@ -35,8 +36,10 @@ class World(NamedTuple):
     """The data set as loaded."""
 
 
-def make_world(spec: Spec, dataset: str | None = None, separation: float | None = None) -> World:
-    """Load one of the data sets of ``spec`` (default: the first one, at the first separation).
+def make_world(
+    spec: Spec, dataset: str | None = None, separation: float | None = None, source: Source | None = None
+) -> World:
+    """Load one of the data sets of ``spec`` (default: the first one, at the first separation), or ``source``.
 
     ``ValueError`` if it is missing, damaged, or smaller than the largest n.
     """
@@ -44,7 +47,7 @@ def make_world(spec: Spec, dataset: str | None = None, separation: float | None 
     if separation is None and spec.separation:
         separation = spec.separation[0]
     data = datasets.load(
-        spec.source(dataset, separation),
+        spec.source(dataset, separation) if source is None else source,
         held_out=spec.held_out_size,
         seed=spec.split_seed,
         center=spec.center and bool(spec.separable),
