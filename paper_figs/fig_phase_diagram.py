@@ -50,7 +50,9 @@ def _reduced(results: xr.Dataset) -> dict[str, np.ndarray]:
     if lacking:
         raise ValueError(f"the phase diagram needs the measures {', '.join(lacking)}; sweep again with them.")
     here = results[list(_MEASURES)].isel(step=-1)
-    here = here.isel({dim: 0 for dim in here.dims if dim not in ("num_samples", "sigma", "seed")})
+    others = [dim for dim in here.dims if dim not in ("num_samples", "sigma", "seed")]
+    fixed = [f"{dim} = {here[dim].values[0]}" for dim in others if here.sizes[dim] > 1]
+    here = here.isel(dict.fromkeys(others, 0))
     found = transition(here)
     means = here.mean("seed").transpose("num_samples", "sigma")
     return {
@@ -60,6 +62,8 @@ def _reduced(results: xr.Dataset) -> dict[str, np.ndarray]:
         "transition": found.estimate.values,
         "transition_low": found.low.values,
         "transition_high": found.high.values,
+        # Axes of several values, of which the first is drawn.
+        "fixed": np.array(", ".join(fixed)),
         # Of which anything was computed.
         "seeds": np.array(int(here.gap.notnull().any(["num_samples", "sigma"]).sum())),
     }
@@ -82,9 +86,14 @@ def draw(arrays: Arrays) -> matplotlib.figure.Figure:
     left.set(xscale="log", yscale="log", xlabel="noise level σ", ylabel="training images n")
     _plain_ticks(left.xaxis, sigma)
     _plain_ticks(left.yaxis, n)
-    left.text(0.04, 0.04, "memorizes", transform=left.transAxes, color="black", fontweight="bold")
-    left.text(0.96, 0.92, "generalizes", transform=left.transAxes, color="white", fontweight="bold", ha="right")
+    # Words stand only where the numbers beside them say so.
+    if arrays["gap"][0, 0] > 0.5:
+        left.text(0.04, 0.04, "memorizes", transform=left.transAxes, color="black", fontweight="bold")
+    if arrays["gap"][-1, -1] < 0.5:
+        left.text(0.96, 0.92, "generalizes", transform=left.transAxes, color="white", fontweight="bold", ha="right")
     left.set_title("generalization gap; line: gap = 1/2 with 95 % interval")
+    if str(arrays["fixed"]):
+        figure.suptitle(f"at {arrays['fixed']}, of several values", fontsize="small")
     shown = np.unique(np.linspace(0, len(sigma) - 1, 3).round().astype(int))
     for color, j in zip(("C0", "C1", "C2"), shown, strict=False):
         right.plot(n, arrays["held_out_error"][:, j], color=color, marker="o", label=f"σ = {sigma[j]:g}")

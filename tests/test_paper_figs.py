@@ -5,6 +5,7 @@ import pathlib
 
 import numpy as np
 import pytest
+import xarray as xr
 from PIL import Image
 
 import sims
@@ -89,3 +90,20 @@ def test_standard_errors_are_over_seeds():
     assert found.keys() == {"a", "a_se", "b"}
     np.testing.assert_allclose(found["a"][1, 0], np.mean([36, 64, 100]))
     np.testing.assert_allclose(found["a_se"][1, 0] ** 2, np.var([36, 64, 100]) / 2)
+
+
+@pytest.mark.parametrize("gaps", [(0.9, 0.1), (0.9, 0.8), (0.2, 0.1)])
+def test_words_stand_only_where_the_numbers_say_so(gaps):
+    dims = {"num_samples": [2, 8, 32], "sigma": [0.5, 1.0], "penalty": [0.1, 0.2], "seed": [0, 1], "step": [5]}
+    values = np.ones([len(labels) for labels in dims.values()])
+    results = xr.Dataset({name: (tuple(dims), values) for name in fig_phase_diagram._MEASURES}, dims)
+    results["gap"] = results.gap * xr.DataArray(np.linspace(*gaps, 3), dims="num_samples")
+    results["gap"][:, :, :, 1] = np.nan
+    arrays = fig_phase_diagram._reduced(results)
+    # One of two seeds is done, and the first of two penalties is drawn.
+    assert int(arrays["seeds"]) == 1
+    figure = fig_phase_diagram.draw(arrays)
+    words = {text.get_text() for text in figure.axes[0].texts}
+    holds = {"memorizes": gaps[0] > 0.5, "generalizes": gaps[1] < 0.5}
+    assert words == {word for word, held in holds.items() if held}
+    assert figure.get_suptitle() == "at penalty = 0.1, of several values"
