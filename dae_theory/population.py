@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from scipy.special import stdtrit
 
 from dae_theory.bivariate_normal import normal_cdf
 from dae_theory.checks import check_data, check_integer, check_nonnegative, is_concrete
+from dae_theory.jackknife import jackknife_error, jackknife_reach
 from dae_theory.minimizers import block_minimizer, generalizing_minimizer
 from dae_theory.mixture import GaussianMixture, check_mixture, covariance_roots
 from dae_theory.model import ReluDae
@@ -199,12 +199,13 @@ def fit_rate(sizes: Int[np.ndarray, " S"] | Sequence[int], values: Float[Array, 
     line = np.linalg.pinv(design)
     slope, intercept = line @ target
     without = 0.5 * np.log((squares.sum(axis=0)[None, :] - squares) / (repeats - 1)) @ line[0]
-    deviation = math.sqrt((repeats - 1) * without.var())
-    reach = float(stdtrit(repeats - 1, 0.975)) * deviation
+    reach = jackknife_reach(without, 0.95)
     # The best law in units of the standard errors of the points.
     weighted, scaled = design / error[:, None], target / error
     chi_sq = float(np.linalg.lstsq(weighted, scaled)[1].sum())
-    return Rate(float(slope), deviation, (float(slope) - reach, float(slope) + reach), float(intercept), chi_sq)
+    return Rate(
+        float(slope), jackknife_error(without), (float(slope) - reach, float(slope) + reach), float(intercept), chi_sq
+    )
 
 
 def _stratified(weights: np.ndarray, n: int) -> np.ndarray:

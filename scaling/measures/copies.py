@@ -20,6 +20,7 @@ from scipy import sparse, stats
 from scipy.sparse import csgraph
 
 from dae_theory.checks import check_finite, check_integer
+from sims.data.datasets import first_of_equal
 
 __all__ = [
     "RATIO",
@@ -184,9 +185,8 @@ def share_over_networks(counts: Sequence[int], totals: Sequence[int], *, level: 
 
 def group_equal(images: Float[np.ndarray, "m ..."], groups: Int[np.ndarray, " k"] | None = None) -> np.ndarray:
     """A number for each image, the same for equal images and for images with the same number in ``groups``."""
-    seen: dict[bytes, int] = {}
-    # Adding 0 makes -0 a 0, which it equals.
-    equal = np.array([seen.setdefault((row + 0.0).tobytes(), len(seen)) for row in np.asarray(images)])
+    flat = np.asarray(images).reshape(len(images), -1)
+    equal = np.unique(first_of_equal(flat), return_inverse=True)[1]
     if groups is None:
         return equal
     groups = np.asarray(groups)

@@ -263,11 +263,10 @@ def images(path: Path, *, resize: str = "", gray: bool = False, color: str = "",
     size = _sides(resize) if resize else None
     files, folders = image_files(path)
     found = read_pictures(files, color=_color(gray, color), size=size, skip_bad=skip_bad)
-    classes = sorted({folder for folder in folders if folder})
-    labels = np.array([classes.index(folders[i]) if folders[i] else -1 for i in found.kept])
+    classes, labels = _classes_of(folders, found.kept)
     names = tuple(files[i].relative_to(path).as_posix() for i in found.kept)
     source = _of_images(np.stack(found.values), labels)
-    return source._replace(names=names, classes=tuple(classes), skipped=found.problems)
+    return source._replace(names=names, classes=classes, skipped=found.problems)
 
 
 def patches(
@@ -286,12 +285,11 @@ def patches(
     for picture in found.values:
         windows = np.lib.stride_tricks.sliding_window_view(picture, (size, size), (0, 1))[::stride, ::stride]
         cut.append(windows.transpose(0, 1, 3, 4, 2).reshape(-1, size, size, picture.shape[2]))
-    classes = sorted({folder for folder in folders if folder})
-    labels = np.array([classes.index(folders[i]) if folders[i] else -1 for i in found.kept])
+    classes, labels = _classes_of(folders, found.kept)
     source = _of_images(np.concatenate(cut), np.repeat(labels, [len(windows) for windows in cut]))
     files = [files[i].relative_to(path).as_posix() for i in found.kept]
     names = tuple(f"{file}:{k}" for file, windows in zip(files, cut, strict=True) for k in range(len(windows)))
-    return source._replace(names=names, classes=tuple(classes), skipped=found.problems)
+    return source._replace(names=names, classes=classes, skipped=found.problems)
 
 
 READERS: dict[str, Callable[..., Source]] = {
@@ -321,6 +319,12 @@ def _parsed(name: str, text: str, kind: type) -> object:
     except (ValueError, KeyError):
         article = {bool: "1 or 0", int: "an integer", float: "a number"}[kind]
         raise ValueError(f"{name} must be {article}, got {text!r}.") from None
+
+
+def _classes_of(folders: Sequence[str], kept: Int[np.ndarray, " n"]) -> tuple[tuple[str, ...], Int[np.ndarray, " n"]]:
+    """The names of the inner folders, and for each image that is kept the index of its own; -1 for those in none."""
+    classes = sorted({folder for folder in folders if folder})
+    return tuple(classes), np.array([classes.index(folders[i]) if folders[i] else -1 for i in kept.tolist()])
 
 
 def _color(gray: bool, color: str) -> str:

@@ -21,7 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 import xarray as xr
-from scipy import stats
+
+from dae_theory.jackknife import jackknife_reach
 
 __all__ = ["Crossing", "crossing", "crossing_over_seeds", "transition"]
 
@@ -78,8 +79,7 @@ def crossing_over_seeds(x: np.ndarray, curves: np.ndarray, level: float, *, conf
     without = np.array([_place(x, _mean(np.delete(curves, i, axis=0)), level)[0] for i in range(num)])
     if not np.all(np.isfinite([place, *without])):
         return Crossing(estimate, 0.0, float("inf"), crossed, side)
-    error = np.sqrt((num - 1) / num * np.sum(np.square(without - without.mean())))
-    reach = stats.t.ppf((1 + confidence) / 2, num - 1) * error
+    reach = jackknife_reach(without, confidence)
     low, high = np.exp(place - reach), np.exp(place + reach)
     low = min(float(low), float(x[-1])) if low >= x[0] else 0.0
     high = max(float(high), float(x[0])) if high <= x[-1] else float("inf")
