@@ -324,7 +324,8 @@ def _parsed(name: str, text: str, kind: type) -> object:
 def _classes_of(folders: Sequence[str], kept: Int[np.ndarray, " n"]) -> tuple[tuple[str, ...], Int[np.ndarray, " n"]]:
     """The names of the inner folders, and for each image that is kept the index of its own; -1 for those in none."""
     classes = sorted({folder for folder in folders if folder})
-    return tuple(classes), np.array([classes.index(folders[i]) if folders[i] else -1 for i in kept.tolist()])
+    inside = [folders[int(i)] for i in kept]
+    return tuple(classes), np.array([classes.index(folder) if folder else -1 for folder in inside])
 
 
 def _color(gray: bool, color: str) -> str:
