@@ -18,6 +18,7 @@ ARCHITECTURES = {
     "unet2d_condition": "UNet2DConditionModel",
     "dit": "DiTTransformer2DModel",
     "autoencoder_kl": "AutoencoderKL",
+    "vq_model": "VQModel",
     "clip_text": "CLIPTextModel, CLIPTextModelWithProjection",
     "clip_vision": "CLIPVisionModel, CLIPVisionModelWithProjection",
 }

@@ -40,6 +40,16 @@ SMALL_VAE = VAE | {
     "mid_block_add_attention": False,
     "sample_size": 16,
 }
+SMALL_VQ = {
+    "_class_name": "VQModel",
+    "block_out_channels": [4, 8],
+    "norm_num_groups": 4,
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "mid_block_add_attention": False,
+    "num_vq_embeddings": 16,
+    "sample_size": 16,
+}
 SMALL_DIT = DIT | {"num_layers": 2}
 
 

@@ -15,8 +15,12 @@ CLASSES = {
     "ddpm": "DDPMScheduler",
     "pndm": "PNDMScheduler",
     "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
     "heun": "HeunDiscreteScheduler",
+    "lms": "LMSDiscreteScheduler",
     "dpmsolver++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "lcm": "LCMScheduler",
 }
 SHAPE = (2, 3, 2, 2)
 DDPM = {"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
@@ -41,7 +45,8 @@ def cases(method):
     """Triples of a configuration, eta and a number of steps: every branch that the method has."""
     spacings = [{"timestep_spacing": spacing} for spacing in ("leading", "trailing", "linspace")]
     configs = [STABLE | spacing for spacing in spacings] + [STABLE | V, TRAINED, DDPM]
-    if method != "pndm":
+    # Ancestral steps from a predicted image are not written in the reference.
+    if method not in ("pndm", "euler_ancestral"):
         configs += [STABLE | X0, COSINE | X0]
     match method:
         case "ddim":
@@ -53,6 +58,20 @@ def cases(method):
             configs += [DDPM | kinds[0] | spacing for spacing in spacings]
         case "pndm":
             configs += [COSINE, COSINE | V, STABLE | {"skip_prk_steps": False} | V, STABLE | {"set_alpha_to_one": True}]
+        case "euler_ancestral":
+            configs += [COSINE | V, ZERO_SNR | V]
+        case "lcm":
+            configs += [STABLE | {"timestep_scaling": 0.01}, STABLE | {"original_inference_steps": 100}]
+            configs += [DDPM | THRESHOLD, DDPM | {"clip_sample": True, "clip_sample_range": 0.7}, ZERO_SNR | V]
+        case "lms":
+            configs += [STABLE | level for level in (KARRAS, EXPONENTIAL)] + [COSINE | V]
+        case "unipc":
+            orders = [{"solver_order": 1}, {"solver_order": 3}, {"solver_type": "bh1"}, {"disable_corrector": [0, 3]}]
+            last = {"final_sigmas_type": "sigma_min", "lower_order_final": False}
+            # The reference's bh1 gives NaN in a last step to 0.
+            configs += [STABLE | order for order in orders if "solver_type" not in order]
+            configs += [STABLE | last | order for order in orders]
+            configs += [STABLE | KARRAS, COSINE | V, DDPM | THRESHOLD, ZERO_SNR | V]
         case "euler" | "heun":
             levels = [KARRAS, EXPONENTIAL, KARRAS | {"sigma_min": 0.1, "sigma_max": 10.0}]
             configs += [STABLE | level for level in levels] + [STABLE | V | KARRAS, COSINE | V]
@@ -65,10 +84,13 @@ def cases(method):
             last = [{"final_sigmas_type": "sigma_min"}, {"final_sigmas_type": "sigma_min", "lower_order_final": False}]
             orders = [{"solver_order": 1}, {"solver_type": "heun"}, {"lower_order_final": False}, *last]
             configs += [STABLE | order for order in orders] + [last[1] | {"euler_at_final": True}]
+            third, drawn = {"solver_order": 3}, {"algorithm_type": "sde-dpmsolver++"}
+            configs += [STABLE | third, STABLE | third | last[1], STABLE | third | {"lower_order_final": False}]
+            configs += [STABLE | drawn | order for order in ({}, *orders)]
             configs += [STABLE | KARRAS, STABLE | V | KARRAS, DDPM | THRESHOLD, ZERO_SNR | V]
             configs += [COSINE | {"lambda_min_clipped": -1.0, "timestep_spacing": "linspace"}]
     # DPM-Solver++ ends otherwise from 15 steps on.
-    steps = (14, 15) if method == "dpmsolver++" else (12,)
+    steps = {"dpmsolver++": (14, 15), "lcm": (1, 4, 12)}.get(method, (12,))
     return [(config, 0.0, number) for config in configs for number in steps]
 
 

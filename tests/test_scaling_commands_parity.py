@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 import diffusers.pipelines.ddpm.pipeline_ddpm as of_pipeline  # noqa: E402
 import diffusers.pipelines.dit.pipeline_dit as of_dit  # noqa: E402
 import diffusers.schedulers.scheduling_ddpm as of_scheduler  # noqa: E402
+import diffusers.schedulers.scheduling_lcm as of_lcm  # noqa: E402
 import scaling_commands  # noqa: E402
 from pipelines import (  # noqa: E402
     DDIM,
@@ -66,13 +67,13 @@ def pixel(folder):
     return diffusers.DDPMPipeline(unet=unet, scheduler=diffusers.DDPMScheduler.from_config(DDPM))
 
 
-def latent(folder):
+def latent(folder, scheduler=None, **fields):
     return diffusers.StableDiffusionPipeline(
         vae=module(diffusers.AutoencoderKL, SMALL_VAE),
         text_encoder=encoder(transformers.CLIPTextModel, text(TEXT_14, 48)),
         tokenizer=tokenizer(folder / "tokens"),
-        unet=module(diffusers.UNet2DConditionModel, LATENT | CROSS),
-        scheduler=diffusers.DDIMScheduler.from_config(DDIM),
+        unet=module(diffusers.UNet2DConditionModel, LATENT | CROSS, **fields),
+        scheduler=scheduler or diffusers.DDIMScheduler.from_config(DDIM),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -220,3 +221,24 @@ def test_samples_are_what_the_pipeline_returns(saved, tmp_path, monkeypatch):
     # Some ten float32 roundings per step, multiplied by the guidance.
     np.testing.assert_allclose(found, images, atol=2e-5)
     assert np.std(found) > 0.05
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_network_that_embeds_the_guidance_is_sampled_as_by_its_pipeline(guidance, tmp_path, monkeypatch):
+    scheduler = diffusers.LCMScheduler.from_config(DDIM | {"timestep_scaling": 10.0})
+    theirs = latent(tmp_path, scheduler, time_cond_proj_dim=32)
+    theirs.save_pretrained(tmp_path / "saved")
+    theirs.set_progress_bar_config(disable=True)
+    options = ["--num", 2, "--steps", STEPS, "--seed", 6, "--guidance", guidance, "--prompt", PROMPT, "--quiet"]
+    run("sample", tmp_path / "saved", *options, "--out", tmp_path / "out")
+    ours = np.load(tmp_path / "out" / "samples.npz")
+
+    def drawn(call):
+        return torch.from_numpy(np.stack([noise(i, call, (4, 8, 8), 6) for i in range(2)]))
+
+    calls = iter(range(1, STEPS))
+    monkeypatch.setattr(of_lcm, "randn_tensor", lambda *_, **__: drawn(next(calls)))
+    more = {"latents": drawn(0), "num_inference_steps": STEPS, "output_type": "np"}
+    images = theirs([PROMPT] * 2, guidance_scale=guidance, **more).images
+    np.testing.assert_allclose((ours["images"].transpose(0, 2, 3, 1) + 1) / 2, images, atol=2e-5)
+    assert np.std(images) > 0.05

@@ -321,7 +321,7 @@ def test_half_precision_networks_are_walked_in_float32(key):
         ({"unconditional": labels(0)}, "guidance and unconditional go together"),
         ({"guidance": 2.0, "unconditional": Condition()}, "must give the same inputs"),
         ({"condition": labels(0, 1, 2)}, r"batch axis of size 2 or 1 first, got shapes \(3,\)"),
-        ({"method": "unipc"}, "method 'unipc' is not known"),
+        ({"method": "deis"}, "method 'deis' is not known"),
         ({"eta": 2.0}, "eta must lie in"),
     ],
 )
@@ -339,5 +339,13 @@ def test_a_network_that_embeds_the_guidance_needs_the_embedding(key):
         sample(key, model, schedule, 1, 2, condition=Condition(context))
     # Its activations can still be read.
     model.apply(model.params, jnp.zeros((1, 4, 8, 8)), 5, context)
-    added = {"timestep_cond": jnp.zeros((1, 8))}
-    assert sample(key, model, schedule, 1, 2, condition=Condition(context, None, added)).x.shape == (1, 4, 8, 8)
+    with pytest.raises(ValueError, match="guidance must be one number"):
+        sample(key, model, schedule, 1, 2, condition=Condition(context), guidance=jnp.ones(2))
+    drawn = sample(key, model, schedule, 1, 2, condition=Condition(context), guidance=3.0).x
+    added = {"timestep_cond": samplers.guidance_embedding(3.0, 8)}
+    # One pass on the condition alone, whatever the other half is.
+    given = {"condition": Condition(context, None, added), "guidance": 7.0, "unconditional": Condition(context + 1)}
+    np.testing.assert_array_equal(sample(key, model, schedule, 1, 2, **given).x, drawn)
+    assert (
+        jnp.max(jnp.abs(sample(key, model, schedule, 1, 2, condition=Condition(context), guidance=1.0).x - drawn)) > 0
+    )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scheduler_side import CLASSES, COSINE, DDPM, STABLE, TRAINED, ZERO_SNR
 
-from scaling.diffusion import schedules
+from scaling.diffusion import scheduler_fields
 from scaling.diffusion.denoisers import clean_weights, noise_weights
 from scaling.diffusion.schedules import (
     add_noise,
@@ -104,9 +104,11 @@ def test_another_method_takes_its_own_defaults_but_the_model_s_noise():
 
 
 def test_other_classes_lend_their_noise_schedule():
-    config = {"_class_name": "UniPCMultistepScheduler", "solver_type": "bh2", "predict_x0": True, "solver_p": None}
-    assert from_config(config, "dpmsolver++").solver_type == "midpoint"
-    with pytest.raises(ValueError, match=r"steps of UniPCMultistepScheduler.*method= one of ddim"):
+    config = {"_class_name": "DEISMultistepScheduler", "solver_type": "logrho", "algorithm_type": "deis"}
+    for method, kind in (("dpmsolver++", "midpoint"), ("unipc", "bh2")):
+        assert from_config(config, method).solver_type == kind
+        assert from_config(config, method).algorithm_type == "dpmsolver++"
+    with pytest.raises(ValueError, match=r"steps of DEISMultistepScheduler.*method= one of ddim"):
         from_config(config)
 
 
@@ -117,7 +119,12 @@ def test_other_classes_lend_their_noise_schedule():
         ({"_class_name": "GaussianDDPMScheduler", "timesteps": 1000}, None, "'GaussianDDPMScheduler' is not supported"),
         ({"_class_name": ["DDIMScheduler"]}, None, "is not supported"),
         ({}, None, "no _class_name"),
-        ({}, "unipc", "method 'unipc' is not known; choose from ddim"),
+        ({}, "deis", "method 'deis' is not known; choose from ddim"),
+        ({"predict_x0": False}, "unipc", "predict_x0 = False"),
+        ({"solver_p": {"_class_name": "DDIMScheduler"}}, "unipc", "solver_p"),
+        ({"disable_corrector": [0, -1]}, "unipc", "disable_corrector"),
+        ({"disable_corrector": 0}, "unipc", "disable_corrector"),
+        ({"original_inference_steps": 0}, "lcm", "original_inference_steps"),
         ({"timestep_values": [900, 500]}, "ddim", r"timestep_values = \[900, 500\]: this field is not supported"),
         ({"betas": 3}, "ddim", "betas = 3: this field is not supported"),
         ({"beta_schedule": "sigmoid"}, "ddim", "beta_schedule = 'sigmoid': supported are 'linear'"),
@@ -127,8 +134,8 @@ def test_other_classes_lend_their_noise_schedule():
         ({"interpolation_type": "log_linear"}, "euler", "interpolation_type"),
         ({"use_beta_sigmas": True}, "euler", "use_beta_sigmas = True"),
         ({"use_karras_sigmas": True, "use_exponential_sigmas": True}, "euler", "choose one"),
-        ({"algorithm_type": "sde-dpmsolver++"}, "dpmsolver++", "algorithm_type"),
-        ({"solver_order": 3}, "dpmsolver++", "solver_order = 3"),
+        ({"algorithm_type": "sde-dpmsolver"}, "dpmsolver++", "algorithm_type"),
+        ({"solver_order": 4}, "dpmsolver++", "solver_order = 4"),
         ({"use_flow_sigmas": True}, "dpmsolver++", "use_flow_sigmas"),
         ({"num_train_timesteps": 10**9}, "ddim", "num_train_timesteps"),
         ({"num_train_timesteps": 0}, "ddim", "num_train_timesteps"),
@@ -166,7 +173,7 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
     max_leaves=4,
 )
-NAMES = st.sampled_from(sorted(schedules._KNOWN)) | st.text(max_size=8)
+NAMES = st.sampled_from(sorted(scheduler_fields.KNOWN)) | st.text(max_size=8)
 
 
 @hypothesis.given(

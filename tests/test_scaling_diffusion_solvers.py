@@ -122,6 +122,12 @@ POINT = np.array([[0.4, -0.7, 0.2]])
         ("heun", {"prediction_type": "sample"}),
         ("dpmsolver++", {}),
         ("dpmsolver++", {"solver_type": "heun", "prediction_type": "v_prediction"}),
+        ("dpmsolver++", {"solver_order": 3}),
+        ("dpmsolver++", {"algorithm_type": "sde-dpmsolver++"}),
+        ("euler_ancestral", {}),
+        ("lms", {}),
+        ("unipc", {}),
+        ("unipc", {"solver_order": 3, "solver_type": "bh1"}),
     ],
 )
 def test_one_training_image_is_reached_exactly(method, fields):
@@ -158,7 +164,7 @@ def test_ddim_euler_and_first_order_dpm_solver_are_one_method():
     _, sigmas = sigma_grid(first, 10)
     ratio, ends = sigmas[1:] / sigmas[:-1], 1 / np.hypot(1, sigmas)
     np.testing.assert_allclose(solver.calls.states[:, 0], ratio * ends[1:] / ends[:-1], rtol=1e-12)
-    np.testing.assert_allclose(solver.calls.history, np.stack([ends[1:] * (1 - ratio), 0 * ratio], axis=1), rtol=1e-12)
+    np.testing.assert_allclose(solver.calls.history, (ends[1:] * (1 - ratio))[:, None], rtol=1e-12)
 
 
 def test_ddim_with_all_its_noise_is_ddpm():
@@ -177,6 +183,12 @@ def test_ddim_with_all_its_noise_is_ddpm():
         ("dpmsolver++", {"timestep_spacing": "leading", "solver_order": 1}, 1),
         ("dpmsolver++", {"use_karras_sigmas": True}, 2),
         ("dpmsolver++", {"use_karras_sigmas": True, "solver_type": "heun"}, 2),
+        # Of order 4, but its first steps are not.
+        ("lms", {"use_karras_sigmas": True}, 3.5),
+        # The corrector adds an order to the predictor's.
+        ("unipc", {"use_karras_sigmas": True, "disable_corrector": [*range(80)]}, 2),
+        ("unipc", {"use_karras_sigmas": True}, 3),
+        ("unipc", {"use_karras_sigmas": True, "solver_type": "bh1"}, 3),
     ],
 )
 def test_order_of_methods_in_sigma(method, fields, order):
@@ -188,7 +200,7 @@ def test_order_of_methods_in_sigma(method, fields, order):
         _, sigmas = sigma_grid(schedule, number)
         # Before the last step, which goes to 0 in one jump whatever the number.
         state, sigma = gaussian_states(init, solver, schedule)[-2], sigmas[-2]
-        preserving = method == "dpmsolver++"
+        preserving = method in ("dpmsolver++", "unipc")
         y, start = (np.hypot(1, sigma) if preserving else 1.0) * state, np.hypot(1, sigmas[0]) if preserving else None
         expected = exact(init * (solver.start if start is None else start), sigmas[0], sigma)
         errors.append(np.max(np.abs(y - expected)))
@@ -213,7 +225,7 @@ def test_order_of_methods_in_t(method, skip, order):
 
 def test_calls_and_steps():
     count = {method: make_solver(of(method), 50).calls.step for method in METHODS}
-    for method in ("ddim", "ddpm", "euler", "dpmsolver++"):
+    for method in {*METHODS} - {"heun", "pndm"}:
         np.testing.assert_array_equal(count[method], np.arange(50))
     np.testing.assert_array_equal(count["heun"], np.arange(99) // 2)
     np.testing.assert_array_equal(count["pndm"], np.maximum(np.arange(51) - 1, 0))
@@ -254,6 +266,11 @@ def test_one_step():
         ("pndm", {"prediction_type": "sample"}, 10, 0.0, "pndm takes the prediction types"),
         ("pndm", {"skip_prk_steps": False}, 3, 0.0, "at least 4"),
         ("dpmsolver++", {"timestep_spacing": "leading"}, 999, 0.0, "take fewer"),
+        ("unipc", {"use_exponential_sigmas": True}, 9, 0.0, "unipc with use_exponential_sigmas"),
+        ("dpmsolver++", {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}, 9, 0.0, "take solver_order 2"),
+        ("unipc", {"lower_order_final": False}, 9, 0.0, "no finite result"),
+        ("unipc", {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min"}, 9, 0.0, "no finite result"),
+        ("lcm", {}, 51, 0.0, "take at most 50 steps"),
         ("dpmsolver++", {"use_exponential_sigmas": True}, 9, 0.0, "use_exponential_sigmas"),
         ("dpmsolver++", {"lambda_min_clipped": -1.0, "timestep_spacing": "trailing"}, 9, 0.0, "lambda_min_clipped"),
     ],

@@ -19,7 +19,7 @@ AUTOENCODERS = ("vae", "vqvae")
 COMPONENTS: dict[str, tuple[str, ...]] = {
     "unet": DENOISERS,
     "transformer": DENOISERS,
-    **dict.fromkeys(AUTOENCODERS, ("autoencoder_kl",)),
+    **dict.fromkeys(AUTOENCODERS, ("autoencoder_kl", "vq_model")),
     "text_encoder": ("clip_text",),
     "text_encoder_2": ("clip_text",),
 }

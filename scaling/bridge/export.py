@@ -64,8 +64,11 @@ def save_pipeline(pipeline: Pipeline, folder: str | Path) -> Path:
     folder, config = Path(folder), json.loads(pipeline.network.source)
     architecture = pipeline.network.apply.architecture
     networks = {"transformer" if architecture == "dit" else "unet": pipeline.network}
+    named = PIPELINES[architecture]
     if pipeline.vae is not None:
-        networks["vae"] = pipeline.vae
+        networks["vae" if architecture != "unet2d" else "vqvae"] = pipeline.vae
+        # An unconditional network has a class of its own on latents, which calls the autoencoder so.
+        named = "LDMPipeline" if architecture == "unet2d" else named
     index: dict[str, list[str | None]] = {
         name: ["diffusers", json.loads(m.source)["_class_name"]] for name, m in networks.items()
     }
@@ -89,6 +92,6 @@ def save_pipeline(pipeline: Pipeline, folder: str | Path) -> Path:
     settings = dict(pipeline.settings)
     if architecture == "unet2d_condition":
         settings.setdefault("requires_safety_checker", False)
-    head = {"_class_name": PIPELINES[architecture], "_diffusers_version": config.get("_diffusers_version", "0.35.0")}
+    head = {"_class_name": named, "_diffusers_version": config.get("_diffusers_version", "0.35.0")}
     write_text(folder / "model_index.json", json.dumps(head | settings | index, indent=2) + "\n")
     return folder

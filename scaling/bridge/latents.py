@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
 from scaling.diffusion.ranges import check_range, scaled
-from scaling.models import autoencoder_kl
+from scaling.models.blocks_autoencoder import scale, unscale
 from scaling.models.layers import widened
 from scaling.models.model import Model, vae_decode, vae_encode
 
@@ -20,6 +20,8 @@ def to_latents(
     vae: Model, images: Num[Array, "b c h w"], noise: Float[Array, "b z h2 w2"] | None = None
 ) -> Float[Array, "b z h2 w2"]:
     r"""Scaled latents of images in [-1, 1]: the mean of :math:`q(z \mid x)`, or a sample of it given unit ``noise``.
+
+    The latents of a VQModel have no noise.
 
     Bytes are mapped from 0 and 255. ``ValueError`` for values far outside.
     """
@@ -33,12 +35,12 @@ def to_latents(
         )
     mean, logvar = vae_encode(_wide(vae), images)
     z = mean if noise is None else mean + jnp.exp(logvar / 2) * noise
-    return autoencoder_kl.scale(vae.config, z)
+    return scale(vae.config, z)
 
 
 def from_latents(vae: Model, latents: Float[Array, "b z h2 w2"]) -> Float[Array, "b c h w"]:
     """Images of scaled latents, clipped to [-1, 1]."""
-    return jnp.clip(vae_decode(_wide(vae), autoencoder_kl.unscale(vae.config, latents)), -1, 1)
+    return jnp.clip(vae_decode(_wide(vae), unscale(vae.config, latents)), -1, 1)
 
 
 def _wide(vae: Model) -> Model:

@@ -1,11 +1,14 @@
 from . import choices as choices
 from . import denoisers as denoisers
 from . import grids as grids
+from . import multistep as multistep
 from . import noise as noise
 from . import ranges as ranges
 from . import samplers as samplers
+from . import scheduler_fields as scheduler_fields
 from . import schedules as schedules
 from . import solvers as solvers
+from . import tables as tables
 from .denoisers import as_denoiser as as_denoiser
 from .denoisers import from_denoiser as from_denoiser
 from .denoisers import to_denoiser as to_denoiser

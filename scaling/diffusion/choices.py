@@ -6,7 +6,9 @@ from typing import Literal, TypeAlias, get_args
 
 __all__ = ["BETA_SCHEDULES", "METHODS", "OTHER_CLASSES", "PREDICTIONS", "Method", "Prediction"]
 
-Method: TypeAlias = Literal["ddim", "ddpm", "pndm", "euler", "heun", "dpmsolver++"]
+Method: TypeAlias = Literal[
+    "ddim", "ddpm", "pndm", "euler", "euler_ancestral", "heun", "lms", "dpmsolver++", "unipc", "lcm"
+]
 METHODS: tuple[Method, ...] = get_args(Method)
 """Samplers."""
 
@@ -25,13 +27,9 @@ OTHER_CLASSES = (
     "DPMSolverMultistepInverseScheduler",
     "DPMSolverSDEScheduler",
     "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler",
     "KDPM2AncestralDiscreteScheduler",
     "KDPM2DiscreteScheduler",
-    "LCMScheduler",
-    "LMSDiscreteScheduler",
     "SASolverScheduler",
     "TCDScheduler",
-    "UniPCMultistepScheduler",
 )
 """Classes with the same noise schedules but other steps; any method of :data:`METHODS` samples their models."""

@@ -9,7 +9,10 @@ import numpy as np
 
 from scaling.diffusion.schedules import Schedule
 
-__all__ = ["sigma_grid", "timestep_grid"]
+MULTISTEP = ("dpmsolver++", "unipc")
+"""Methods that round their timesteps."""
+
+__all__ = ["consistency_grid", "sigma_grid", "timestep_grid"]
 
 
 def timestep_grid(schedule: Schedule, num_steps: int) -> np.ndarray:
@@ -26,18 +29,21 @@ def sigma_grid(schedule: Schedule, num_steps: int) -> tuple[np.ndarray, np.ndarr
 
     Noise levels are interpolated linearly in t between the schedule's. Or they are spaced evenly in
     :math:`\sigma^{1/7}` (``use_karras_sigmas``) :cite:`karras22`, eq. (5), or in :math:`\log \sigma`
-    (``use_exponential_sigmas``), and timesteps are interpolated linearly in :math:`\log \sigma`. DPM-Solver++ rounds
-    its timesteps. The last noise level is 0, or σ_0 if ``final_sigmas_type`` is ``sigma_min``. ``ValueError`` if two
-    steps fall on one timestep, and for settings under which diffusers' timesteps depend on rounding errors.
+    (``use_exponential_sigmas``), and timesteps are interpolated linearly in :math:`\log \sigma`. DPM-Solver++ and UniPC
+    round their timesteps. The last noise level is 0, or σ_0 if ``final_sigmas_type`` is ``sigma_min``.
+    ``ValueError`` if two steps fall on one timestep, and for settings under which diffusers' timesteps depend on
+    rounding errors.
     """
     table = schedule.sigmas
     grid, log_table = np.arange(table.size), np.log(table)
-    multistep = schedule.method == "dpmsolver++"
+    multistep = schedule.method in MULTISTEP
     cosine = schedule.beta_schedule == "squaredcos_cap_v2"
-    if multistep and (schedule.use_exponential_sigmas or (schedule.use_karras_sigmas and cosine)):
+    cuts = schedule.method == "dpmsolver++" and schedule.use_karras_sigmas and cosine
+    if cuts or (multistep and schedule.use_exponential_sigmas):
         raise ValueError(
-            "dpmsolver++ with use_exponential_sigmas, or with use_karras_sigmas on squaredcos_cap_v2, cuts timesteps "
-            "like 998.9999 to integers in diffusers, so that rounding errors decide them; choose other noise levels."
+            f"{schedule.method} with {'use_karras_sigmas on squaredcos_cap_v2' if cuts else 'use_exponential_sigmas'} "
+            "cuts timesteps like 998.9999 to integers in diffusers, so that rounding errors decide them; choose other "
+            "noise levels."
         )
     # λ = −log σ: clipping removes the noisiest timesteps.
     last = int(np.sum(-log_table >= schedule.lambda_min_clipped))
@@ -63,6 +69,22 @@ def sigma_grid(schedule: Schedule, num_steps: int) -> tuple[np.ndarray, np.ndarr
     if np.any(np.diff(sigmas) >= 0):
         raise ValueError(f"{schedule.method}: {num_steps} steps are too many, two fall on one timestep; take fewer.")
     return t, np.append(sigmas, table[0] if schedule.final_sigmas_type == "sigma_min" else 0.0)
+
+
+def consistency_grid(schedule: Schedule, num_steps: int) -> np.ndarray:
+    """Decreasing timesteps (num_steps,) of latent consistency models, from those at which they were distilled.
+
+    These are kT/K − 1 for k = 1, ..., K with K = ``original_inference_steps``; every (K/num_steps)-th is taken, from
+    the noisiest on. ``ValueError`` for more steps than K.
+    """
+    total, count = schedule.num_train_timesteps, schedule.original_inference_steps
+    if not num_steps <= count <= total:
+        raise ValueError(
+            f"lcm: {num_steps} steps are more than the original_inference_steps, {count}, or these are more than the "
+            f"timesteps, {total}; take at most {min(count, total)} steps."
+        )
+    distilled = np.arange(count, 0, -1) * (total // count) - 1
+    return distilled[np.floor(np.linspace(0, count, num_steps, endpoint=False)).astype(int)]
 
 
 def _spaced(schedule: Schedule, num_steps: int, *, last: int, dropped: int = 0) -> np.ndarray:

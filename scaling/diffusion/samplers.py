@@ -19,11 +19,13 @@ from dae_theory.checks import check_integer
 from dae_theory.types import PRNGKey
 from scaling.diffusion.noise import noise_at
 from scaling.diffusion.schedules import Schedule, with_method
-from scaling.diffusion.solvers import Bound, Calls, Solver, Table, make_solver
+from scaling.diffusion.solvers import make_solver
+from scaling.diffusion.tables import Bound, Calls, Solver, Table
+from scaling.models.layers import sinusoidal_embedding
 from scaling.models.model import Condition, Model
 from scaling.models.taps import Edit, Edits, each_edit
 
-__all__ = ["ModelFn", "Samples", "guided", "reverse", "sample"]
+__all__ = ["ModelFn", "Samples", "guidance_embedding", "guided", "reverse", "sample"]
 
 ModelFn: TypeAlias = Callable[[Array, Array, Array], Any]
 """``(x, t, step) -> output`` for a batch x at timestep t; ``step`` in [0, num_steps) indexes what varies by step."""
@@ -151,8 +153,11 @@ def sample(
 
     Compiles once per model architecture, shapes, number of calls and set of taps; other keys, schedules, conditions,
     guidance, and values and strengths of edits do not recompile. Raises ``ValueError`` if only one of ``guidance`` and
-    ``unconditional`` is given, for a strength whose length is not ``num_steps``, and for a network that embeds the
-    guidance scale if ``condition`` has no such embedding.
+    ``unconditional`` is given, and for a strength whose length is not ``num_steps``.
+
+    A network that takes the guidance scale as an embedding (``time_cond_proj_dim``, as latent consistency models do)
+    is called on the condition alone, with :func:`guidance_embedding` of ``guidance``, and ``unconditional`` is not
+    used; ``ValueError`` if neither ``guidance`` nor ``condition.added["timestep_cond"]`` is given.
 
     Args:
         key: item i draws its noise from ``fold_in(key, first + i)``.
@@ -184,10 +189,13 @@ def sample(
     """
     solver = make_solver(with_method(schedule, method), num_steps, eta=eta)
     check_integer("num", num, minimum=1)
-    if (guidance is None) != (unconditional is None):
+    embeds = getattr(model.config, "time_condition", None)
+    if (guidance is None) != (unconditional is None) and not embeds:
         raise ValueError("guidance and unconditional go together: give both, or neither.")
     condition = condition or Condition()
-    _check_guidance_embedding(model, condition)
+    if embeds:
+        condition = _with_guidance(condition, guidance, embeds)
+        guidance = unconditional = None
     halves = (condition,) if unconditional is None else (unconditional, condition)
     shape = (num, *_image_shape(model, size))
     strengths = {name: _strengths(name, edit, num_steps) for name, edit in (edits or {}).items()}
@@ -222,12 +230,25 @@ def _sample(
     )
 
 
-def _check_guidance_embedding(model: Model, condition: Condition) -> None:
-    if getattr(model.config, "time_condition", None) and "timestep_cond" not in (condition.added or {}):
+def guidance_embedding(guidance: ArrayLike, channels: int) -> Float[Array, "1 c"]:
+    r"""The embedding of a guidance scale g for networks that were distilled with one :cite:`meng23`.
+
+    .. math:: (\sin \omega_j w, \cos \omega_j w), \qquad w = 1000 (g - 1), \qquad \omega_j = 10^{-4 j / (c/2 - 1)}
+    """
+    w = 1000 * (jnp.asarray(guidance, jnp.float32)[None] - 1)
+    return sinusoidal_embedding(w, channels, flip_sin_to_cos=False, freq_shift=1)
+
+
+def _with_guidance(condition: Condition, guidance: ArrayLike | None, channels: int) -> Condition:
+    added = dict(condition.added or {})
+    if "timestep_cond" in added:
+        return condition
+    if guidance is None or jnp.ndim(guidance):
         raise ValueError(
             "the network takes the guidance scale as an embedding (time_cond_proj_dim, as in latent consistency "
-            "models), and its samples are wrong without; give it as added['timestep_cond'] of the Condition, in Python."
+            "models), so guidance must be one number; give guidance=, or added['timestep_cond'] of the Condition."
         )
+    return condition._replace(added=added | {"timestep_cond": guidance_embedding(guidance, channels)})
 
 
 def _cast(table: ArrayLike, dtype: DTypeLike) -> Array:

@@ -30,7 +30,17 @@ from jaxtyping import Array, ArrayLike, Float, Float64
 
 from dae_theory.checks import is_concrete
 from dae_theory.types import Scalar
-from scaling.diffusion.choices import BETA_SCHEDULES, METHODS, OTHER_CLASSES, PREDICTIONS, Method, Prediction
+from scaling.diffusion.choices import METHODS, OTHER_CLASSES, Method, Prediction
+from scaling.diffusion.scheduler_fields import (
+    CLASSES,
+    DEFAULTS,
+    INERT_IF_NULL,
+    KNOWN,
+    NOISE_OF_CLASS,
+    STEPS,
+    field_value,
+    solver_types,
+)
 from scaling.models.config import Fields
 
 __all__ = [
@@ -48,17 +58,6 @@ __all__ = [
     "with_method",
 ]
 
-CLASSES: dict[str, Method] = {
-    "DDIMScheduler": "ddim",
-    "DDPMScheduler": "ddpm",
-    "PNDMScheduler": "pndm",
-    "EulerDiscreteScheduler": "euler",
-    "HeunDiscreteScheduler": "heun",
-    "DPMSolverMultistepScheduler": "dpmsolver++",
-}
-"""Methods by diffusers' scheduler class, for those whose steps are reproduced."""
-
-MAX_TIMESTEPS = 1_000_000
 # diffusers' substitute for ᾱ = 0, where σ would be infinite.
 TINY_ALPHA_BAR = 2.0**-24
 
@@ -98,11 +97,15 @@ class Schedule:
     sigma_max: float | None = None
     final_sigmas_type: str = "zero"
     timestep_type: str = "discrete"
+    algorithm_type: str = "dpmsolver++"
     solver_order: int = 1
     solver_type: str = "midpoint"
     lower_order_final: bool = True
     euler_at_final: bool = False
     lambda_min_clipped: float = -math.inf
+    disable_corrector: tuple[int, ...] = ()
+    original_inference_steps: int = 50
+    timestep_scaling: float = 10.0
     refusal: str = ""
     """Why it cannot be sampled without another method."""
 
@@ -125,101 +128,6 @@ class Schedule:
         return _read_only(np.sqrt((1 - alpha_bar) / alpha_bar))
 
 
-_NOISE = {
-    "num_train_timesteps": 1000,
-    "beta_schedule": "linear",
-    "beta_start": 1e-4,
-    "beta_end": 0.02,
-    "trained_betas": None,
-    "rescale_betas_zero_snr": False,
-    "prediction_type": "epsilon",
-    "steps_offset": 0,
-}
-_CLIP = {"clip_sample": True, "clip_sample_range": 1.0}
-_THRESHOLD = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
-_SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
-_ENDS = {"sigma_min": None, "sigma_max": None}
-_LEADING, _LINSPACE = {"timestep_spacing": "leading"}, {"timestep_spacing": "linspace"}
-
-# diffusers' defaults for the fields of each method's class.
-_DEFAULTS: dict[Method, dict[str, Any]] = {
-    "ddim": _NOISE | _LEADING | _CLIP | _THRESHOLD | {"set_alpha_to_one": True},
-    "ddpm": _NOISE | _LEADING | _CLIP | _THRESHOLD | {"variance_type": "fixed_small"},
-    "pndm": _NOISE | _LEADING | {"set_alpha_to_one": False, "skip_prk_steps": False},
-    "euler": _NOISE
-    | _LINSPACE
-    | _SIGMAS
-    | _ENDS
-    | {"interpolation_type": "linear", "timestep_type": "discrete", "final_sigmas_type": "zero"},
-    "heun": _NOISE | _LINSPACE | _SIGMAS | _ENDS | {"clip_sample": False, "clip_sample_range": 1.0},
-    "dpmsolver++": _NOISE
-    | _LINSPACE
-    | _SIGMAS
-    | _ENDS
-    | _THRESHOLD
-    | {
-        "algorithm_type": "dpmsolver++",
-        "solver_order": 2,
-        "solver_type": "midpoint",
-        "lower_order_final": True,
-        "euler_at_final": False,
-        "final_sigmas_type": "zero",
-        "lambda_min_clipped": -math.inf,
-        "use_lu_lambdas": False,
-        "use_flow_sigmas": False,
-        "use_dynamic_shifting": False,
-    },
-}
-# Betas belong to the model, not to the sampling method, so their defaults depend on the file's class.
-_BETAS_OF_KARRAS = {"beta_start": 0.00085, "beta_end": 0.012}
-_NOISE_OF_CLASS = {
-    "DPMSolverSDEScheduler": _BETAS_OF_KARRAS,
-    "HeunDiscreteScheduler": _BETAS_OF_KARRAS,
-    "KDPM2AncestralDiscreteScheduler": _BETAS_OF_KARRAS,
-    "KDPM2DiscreteScheduler": _BETAS_OF_KARRAS,
-    "LCMScheduler": _BETAS_OF_KARRAS | {"beta_schedule": "scaled_linear"},
-    "TCDScheduler": _BETAS_OF_KARRAS | {"beta_schedule": "scaled_linear"},
-}
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "beta_schedule": BETA_SCHEDULES,
-    "prediction_type": PREDICTIONS,
-    "timestep_spacing": ("leading", "trailing", "linspace"),
-    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large"),
-    "interpolation_type": ("linear",),
-    "timestep_type": ("discrete", "continuous"),
-    "final_sigmas_type": ("zero", "sigma_min"),
-    "algorithm_type": ("dpmsolver++", "deis"),
-    "solver_order": (1, 2),
-    "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),
-    "use_beta_sigmas": (False,),
-    "use_lu_lambdas": (False,),
-    "use_flow_sigmas": (False,),
-    "use_dynamic_shifting": (False,),
-}
-# Fields of old files and of OTHER_CLASSES that no method uses.
-_IGNORED = frozenset(
-    {"disable_corrector", "flow_shift", "predict_x0", "shift_terminal", "solver_p", "tensor_format", "time_shift_type"}
-)
-# Fields of the steps, whatever their values; use_flow_sigmas and use_dynamic_shifting would change the noise itself.
-_OF_OTHER_STEPS = {
-    "corrector_order",
-    "noise_sampler_seed",
-    "original_inference_steps",
-    "predictor_order",
-    "tau_func",
-    "timestep_scaling",
-    "timestep_values",
-}
-_STEPS = (frozenset().union(*_DEFAULTS.values()) | _IGNORED | _OF_OTHER_STEPS) - {
-    *_NOISE,
-    "use_flow_sigmas",
-    "use_dynamic_shifting",
-}
-# Of files of 2022: timesteps in place of those of the method.
-_INERT_IF_NULL = frozenset({"timestep_values"})
-_KNOWN = frozenset().union(*_DEFAULTS.values()) | _IGNORED | (_OF_OTHER_STEPS - _INERT_IF_NULL)
-
-
 def from_config(config: Mapping[str, Any], method: str | None = None) -> Schedule:
     """Read a scheduler_config.json.
 
@@ -240,19 +148,16 @@ def from_config(config: Mapping[str, Any], method: str | None = None) -> Schedul
     except (TypeError, ValueError) as error:
         raise ValueError(f"{fields.owner} config: it must hold plain JSON values; {error}.") from error
     for field, value in config.items():
-        if value is None and field in _INERT_IF_NULL:
+        if value is None and field in INERT_IF_NULL:
             continue
-        if not (field in _KNOWN or field.startswith("_")):
-            raise fields.refusal(
-                field, value, f"this field is not supported; supported are {', '.join(sorted(_KNOWN))}"
-            )
+        if not (field in KNOWN or field.startswith("_")):
+            raise fields.refusal(field, value, f"this field is not supported; supported are {', '.join(sorted(KNOWN))}")
     owner = name or next(known for known, walked in CLASSES.items() if walked == method)
-    defaults = _DEFAULTS[method] | _NOISE_OF_CLASS.get(owner, {})
-    values = {field: _value(fields, field, default) for field, default in defaults.items()}
+    defaults = DEFAULTS[method] | NOISE_OF_CLASS.get(owner, {})
+    values = {field: field_value(fields, field, default) for field, default in defaults.items()}
     if values.get("use_karras_sigmas") and values.get("use_exponential_sigmas"):
         raise fields.refusal("use_exponential_sigmas", True, "use_karras_sigmas is set too; choose one")
-    if values.get("solver_type") in ("logrho", "bh1", "bh2"):
-        values["solver_type"] = "midpoint"
+    values |= solver_types(method, values)
     known = {field.name for field in dataclasses.fields(Schedule)}
     schedule = Schedule(method, source, **{field: value for field, value in values.items() if field in known})
     _check_alpha_bar(fields, schedule)
@@ -266,7 +171,7 @@ def read(config: Mapping[str, Any], method: str | None = None) -> Schedule:
     """
     name = str(config.get("_class_name")).removeprefix("Flax")
     for field in ("use_flow_sigmas", "use_dynamic_shifting"):
-        if config.get(field) and not (name in CLASSES and field not in _DEFAULTS[CLASSES[name]]):
+        if config.get(field) and not (name in CLASSES and field not in DEFAULTS[CLASSES[name]]):
             raise Fields("scheduler", config).refusal(field, config[field], "noise of flow matching is not supported")
     try:
         return from_config(config, method)
@@ -274,7 +179,7 @@ def read(config: Mapping[str, Any], method: str | None = None) -> Schedule:
         if method is not None:
             raise
         refusal = str(error)
-    schedule = from_config({field: value for field, value in config.items() if field not in _STEPS}, "ddim")
+    schedule = from_config({field: value for field, value in config.items() if field not in STEPS}, "ddim")
     return dataclasses.replace(schedule, method=None, source=json.dumps(dict(config)), refusal=refusal)
 
 
@@ -330,38 +235,6 @@ def _method(name: object, method: str | None) -> Method:
             f"{problem}; choose how to sample its noise schedule: method= one of {', '.join(METHODS)} (--sampler)."
         )
     raise ValueError(f"scheduler {name!r} is not supported; supported are {', '.join((*CLASSES, *OTHER_CLASSES))}.")
-
-
-def _value(fields: Fields, name: str, default: Any) -> Any:
-    value = fields.raw(name, default)
-    if name in _CHOICES:
-        return fields.choice(name, default, _CHOICES[name])
-    if name == "lambda_min_clipped":
-        return _number(fields, name, value, maximum=math.inf)
-    if name == "trained_betas":
-        return None if value is None else _betas(fields, value)
-    if isinstance(default, bool):
-        # diffusers reads null as false, whatever the default.
-        return fields.boolean(name, default) if value is not None else False
-    if isinstance(default, int):
-        return fields.integer(name, default, minimum=int(name != "steps_offset"), maximum=MAX_TIMESTEPS)
-    if default is None:
-        return None if value is None else fields.number(name, value)
-    return fields.number(name, default)
-
-
-def _number(fields: Fields, name: str, value: object, *, maximum: float) -> float:
-    # An integer of hundreds of digits is below infinity, but is no float.
-    huge = isinstance(value, int) and abs(value) >= 1 << 63
-    if huge or isinstance(value, bool) or not isinstance(value, int | float) or not value < maximum:
-        raise fields.refusal(name, value, f"it must be a number below {maximum}")
-    return float(value)
-
-
-def _betas(fields: Fields, value: object) -> tuple[float, ...]:
-    if not isinstance(value, list | tuple) or not 1 <= len(value) <= MAX_TIMESTEPS:
-        raise fields.refusal("trained_betas", value, "it must be a list of numbers")
-    return tuple(_number(fields, "trained_betas", beta, maximum=1.0) for beta in value)
 
 
 def _alpha_bar(schedule: Schedule) -> Float64[np.ndarray, " T"]:

@@ -1,74 +1,23 @@
-r"""Every sampler as a table: a linear multistep method with one row of coefficients per call of the model.
+r"""Sampling methods as tables of coefficients, see :mod:`scaling.diffusion.tables`; here those of one step at a time.
 
-With x_s the state before call s, o_s the model's output and q_s the quantity that the method stores for later calls,
-
-.. math:: o_s = \mathrm{model}(\text{scale}_s x_s, t_s), \qquad
-          q_s = \mathrm{bound}\left(k_{s0} x_s + k_{s1} o_s\right), \qquad
-          x_{s+1} = \sum_j A_{sj} x_{s-j} + \sum_j B_{sj} q_{s-j} + g_s o_s + c_s \epsilon_s
-
-and x_0 = ``start`` ε. As in diffusers, states of DDIM, DDPM, PNDM and DPM-Solver++ are variance preserving, and those
-of Euler and Heun variance exploding; q is the clean sample x̂₀ (PNDM: the output). Coefficients are computed in float64
-on the host. Below, ``r = σ'/σ`` is the ratio of the next noise level to the present one.
+Below, primes mark the next noise level, and ``r = σ'/σ`` is its ratio to the present one.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
-from flax import struct
 
 from dae_theory.checks import check_integer, check_nonnegative
-from scaling.diffusion.denoisers import clean_weights, noise_weights
-from scaling.diffusion.grids import sigma_grid, timestep_grid
+from scaling.diffusion.denoisers import noise_weights
+from scaling.diffusion.grids import consistency_grid, sigma_grid, timestep_grid
+from scaling.diffusion.multistep import dpm_solver, lms, unipc
 from scaling.diffusion.schedules import Method, Schedule
+from scaling.diffusion.tables import Solver, clean, levels, solver_of, start_scale
 
-__all__ = ["Bound", "Calls", "Solver", "make_solver"]
-
-Table: TypeAlias = Any
-"""A NumPy array when a solver is made, and a JAX array when it is traced."""
-
-
-class Calls(NamedTuple):
-    """The rows of a solver's table, one per call of the model; ``stored`` is k above, ``states`` A, ``history`` B.
-
-    ``output`` is g, and ``noise`` c. J and K are as small as the method allows. ``step`` in [0, num_steps) is the step
-    that a call belongs to: Heun calls the model twice per step; PNDM twice in its first step, or four times in each of
-    its first three.
-    """
-
-    t: Table  # (calls,), integers if all timesteps are
-    step: Table  # (calls,)
-    scale: Table  # (calls,)
-    stored: Table  # (calls, 2)
-    states: Table  # (calls, J)
-    history: Table  # (calls, K)
-    output: Table  # (calls,)
-    noise: Table  # (calls,)
-
-
-class Bound(NamedTuple):
-    """How x̂₀ is bounded: it is clipped to ±``limit``.
-
-    With a ``quantile`` it is clipped to ±s and divided by s, where s is that quantile of its magnitude, per example,
-    clipped to [1, ``limit``] :cite:`saharia22`, section 2.3.
-    """
-
-    limit: float
-    quantile: float | None
-
-
-@struct.dataclass
-class Solver:
-    """A reverse process of ``num_steps`` steps; arrays are traced, so that solvers with equal shapes compile once."""
-
-    calls: Calls
-    start: Table  # ()
-    num_steps: int = struct.field(pytree_node=False)
-    bound: Bound | None = struct.field(pytree_node=False)
-    stochastic: bool = struct.field(pytree_node=False)
+__all__ = ["make_solver"]
 
 
 def make_solver(schedule: Schedule, num_steps: int, *, eta: float = 0.0) -> Solver:
@@ -102,10 +51,10 @@ def _ddim(schedule: Schedule, num_steps: int, eta: float) -> Solver:
     variance = (1 - to) / (1 - now) * (1 - now / to)
     along = np.sqrt(np.maximum(1 - to - eta**2 * variance, 0.0))
     of_state, of_output = noise_weights(schedule.prediction_type, alpha, sigma)
-    return _solver(
+    return solver_of(
         schedule,
         t,
-        stored=_clean(schedule, alpha, sigma),
+        stored=clean(schedule, alpha, sigma),
         states=along * of_state,
         history=np.sqrt(to),
         output=along * of_output,
@@ -127,10 +76,10 @@ def _ddpm(schedule: Schedule, num_steps: int, eta: float) -> Solver:
     beta = 1 - now / to
     # The lower limit of the variance is diffusers' own.
     variance = beta if schedule.variance_type == "fixed_large" else np.maximum((1 - to) / (1 - now) * beta, 1e-20)
-    return _solver(
+    return solver_of(
         schedule,
         t,
-        stored=_clean(schedule, np.sqrt(now), np.sqrt(1 - now)),
+        stored=clean(schedule, np.sqrt(now), np.sqrt(1 - now)),
         states=np.sqrt(now / to) * (1 - to) / (1 - now),
         history=np.sqrt(to) * beta / (1 - now),
         noise=np.where(t > 0, np.sqrt(variance), 0.0),
@@ -166,7 +115,7 @@ def _pndm(schedule: Schedule, num_steps: int, eta: float) -> Solver:
         for lag, weight in move.weights.items():
             history[s, lag] = along[s] * of_output[s] * weight
     t, step = (np.asarray([getattr(move, name) for move in moves]) for name in ("t", "step"))
-    return _solver(schedule, t, step=step, stored=(0.0, 1.0), states=states, history=history)
+    return solver_of(schedule, t, step=step, stored=(0.0, 1.0), states=states, history=history)
 
 
 def _euler(schedule: Schedule, num_steps: int, eta: float) -> Solver:
@@ -177,15 +126,15 @@ def _euler(schedule: Schedule, num_steps: int, eta: float) -> Solver:
     del eta
     t, sigmas = sigma_grid(schedule, num_steps)
     ratio = sigmas[1:] / sigmas[:-1]
-    alpha, sigma = _levels(sigmas[:-1])
-    return _solver(
+    alpha, sigma = levels(sigmas[:-1])
+    return solver_of(
         schedule,
         t,
         scale=alpha,
-        stored=_clean(schedule, alpha, sigma, scale=alpha),
+        stored=clean(schedule, alpha, sigma, scale=alpha),
         states=ratio,
         history=1 - ratio,
-        start=_start(schedule, sigmas[0]),
+        start=start_scale(schedule, sigmas[0]),
     )
 
 
@@ -206,46 +155,64 @@ def _heun(schedule: Schedule, num_steps: int, eta: float) -> Solver:
     pairs = (ahead, 1 + behind), (-ahead, -behind), (to / now, 0 * now), (1 - to / now, 0 * now)
     corrected, from_kept, euler, euler_kept = (np.stack(pair, axis=1) for pair in pairs)
     second = corrects[:, None] == 1
-    alpha, sigma = _levels(sigmas[step + corrects])
-    return _solver(
+    alpha, sigma = levels(sigmas[step + corrects])
+    return solver_of(
         schedule,
         t[step + corrects],
         step=step,
         scale=alpha,
-        stored=_clean(schedule, alpha, sigma, scale=alpha),
+        stored=clean(schedule, alpha, sigma, scale=alpha),
         states=np.where(second, corrected, euler),
         history=np.where(second, from_kept, euler_kept),
-        start=_start(schedule, sigmas[0]),
+        start=start_scale(schedule, sigmas[0]),
     )
 
 
-def _dpm_solver(schedule: Schedule, num_steps: int, eta: float) -> Solver:
-    r"""DPM-Solver++(2M) :cite:`lu22`, Algorithm 2, with ``h = −log r`` and h₀ the one before.
+def _euler_ancestral(schedule: Schedule, num_steps: int, eta: float) -> Solver:
+    r"""Euler steps to a lower σ than σ', then fresh noise up to it: ancestral sampling :cite:`song21sde` in σ.
 
-    .. math:: x' = \frac{\tilde\sigma'}{\tilde\sigma} x + \alpha' (1 - r) \hat x_0 + b \frac{h}{h_0}
-              \left(\hat x_0 - \hat x_0^{\text{before}}\right), \qquad
-              b = \frac{\alpha' (1 - r)}{2} \;\; \text{or} \;\; \alpha' \left(1 - \frac{1 - r}{h}\right)
-
-    for the solver types ``midpoint`` and ``heun``. It is of first order (b = 0) in the first step, in the last step
-    depending on the configuration, and everywhere if ``solver_order`` is 1.
+    .. math:: x' = \frac{\sigma_\downarrow}{\sigma} x + \left(1 - \frac{\sigma_\downarrow}{\sigma}\right) \hat x_0
+              + \sigma_\uparrow \epsilon, \qquad \sigma_\uparrow = \sigma' \sqrt{1 - r^2}, \qquad
+              \sigma_\downarrow = r \sigma'
     """
     del eta
     t, sigmas = sigma_grid(schedule, num_steps)
-    alpha, sigma = _levels(sigmas)
     ratio = sigmas[1:] / sigmas[:-1]
-    lower = np.zeros(num_steps, bool)
-    lower[0] = True
-    few = schedule.lower_order_final and num_steps < 15
-    lower[-1] |= few or schedule.euler_at_final or schedule.final_sigmas_type == "zero"
-    lower |= schedule.solver_order == 1
-    with np.errstate(divide="ignore"):
-        h = -np.log(ratio)
-    before = np.roll(h, 1)
-    mean = (1 - ratio) / 2 if schedule.solver_type == "midpoint" else 1 - (1 - ratio) / h
-    bend = np.where(lower, 0.0, alpha[1:] * mean * np.where(lower, 1.0, h) / np.where(lower, 1.0, before))
-    history = np.stack([alpha[1:] * (1 - ratio) + bend, -bend], axis=1)
-    stored = _clean(schedule, alpha[:-1], sigma[:-1])
-    return _solver(schedule, t, stored=stored, states=sigma[1:] / sigma[:-1], history=history)
+    alpha, sigma = levels(sigmas[:-1])
+    return solver_of(
+        schedule,
+        t,
+        scale=alpha,
+        stored=clean(schedule, alpha, sigma, scale=alpha),
+        states=ratio**2,
+        history=1 - ratio**2,
+        noise=sigmas[1:] * np.sqrt(1 - ratio**2),
+        start=start_scale(schedule, sigmas[0]),
+    )
+
+
+def _lcm(schedule: Schedule, num_steps: int, eta: float) -> Solver:
+    r"""Multistep consistency sampling :cite:`luo23`, Algorithm 3: to a clean sample, then back to the next noise level.
+
+    .. math:: x' = \sqrt{\bar\alpha'} \left(c_\text{skip} x + c_\text{out} \hat x_0\right)
+              + \sqrt{1 - \bar\alpha'} \, \epsilon, \qquad c_\text{skip} = \frac{1/4}{(m t)^2 + 1/4}, \qquad
+              c_\text{out} = \frac{m t}{\sqrt{(m t)^2 + 1/4}}
+
+    with m = ``timestep_scaling``; the last step ends at the clean sample.
+    """
+    del eta
+    t = consistency_grid(schedule, num_steps)
+    now = schedule.alpha_bar[t]
+    to = np.append(now[1:], 1.0)
+    scaled, data = schedule.timestep_scaling * t, 0.5
+    return solver_of(
+        schedule,
+        t,
+        stored=clean(schedule, np.sqrt(now), np.sqrt(1 - now)),
+        states=np.sqrt(to) * data**2 / (scaled**2 + data**2),
+        history=np.sqrt(to) * scaled / np.hypot(scaled, data),
+        noise=np.sqrt(1 - to),
+    )
 
 
 _SOLVERS: dict[Method, Callable[[Schedule, int, float], Solver]] = {
@@ -253,8 +220,12 @@ _SOLVERS: dict[Method, Callable[[Schedule, int, float], Solver]] = {
     "ddpm": _ddpm,
     "pndm": _pndm,
     "euler": _euler,
+    "euler_ancestral": _euler_ancestral,
     "heun": _heun,
-    "dpmsolver++": _dpm_solver,
+    "lms": lms,
+    "dpmsolver++": dpm_solver,
+    "unipc": unipc,
+    "lcm": _lcm,
 }
 
 
@@ -306,60 +277,3 @@ def _adams_bashforth(ts: list[int], stride: int, first: int, before: list[_Move]
 def _alpha_bar_at(schedule: Schedule, t: np.ndarray) -> np.ndarray:
     final = 1.0 if schedule.set_alpha_to_one else schedule.alpha_bar[0]
     return np.where(t >= 0, schedule.alpha_bar[np.maximum(t, 0)], final)
-
-
-def _levels(sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    alpha = 1 / np.hypot(sigmas, 1.0)
-    return alpha, sigmas * alpha
-
-
-def _clean(
-    schedule: Schedule, alpha: np.ndarray, sigma: np.ndarray, *, scale: np.ndarray | float = 1.0
-) -> tuple[np.ndarray, np.ndarray]:
-    if schedule.prediction_type == "epsilon" and np.any(alpha == 0):
-        raise ValueError(
-            f"{schedule.method}: no clean sample follows from a predicted noise where the signal power is 0 "
-            "(rescale_betas_zero_snr with prediction_type epsilon); start below it, or predict v or the sample."
-        )
-    of_state, of_output = clean_weights(schedule.prediction_type, alpha, sigma)
-    return scale * of_state, of_output
-
-
-def _start(schedule: Schedule, sigma: float) -> float:
-    # In diffusers, the scale of the initial noise depends on the spacing.
-    return math.hypot(sigma, 1.0) if schedule.timestep_spacing == "leading" else float(sigma)
-
-
-def _solver(
-    schedule: Schedule,
-    t: np.ndarray,
-    *,
-    stored: tuple[np.ndarray | float, np.ndarray | float],
-    states: np.ndarray,
-    history: np.ndarray,
-    step: np.ndarray | None = None,
-    scale: np.ndarray | float = 1.0,
-    output: np.ndarray | float = 0.0,
-    noise: np.ndarray | float = 0.0,
-    start: float = 1.0,
-) -> Solver:
-    step = np.arange(len(t)) if step is None else step
-    calls = Calls(
-        t=t.astype(np.int32 if np.all(t == np.rint(t)) else np.float64),
-        step=step.astype(np.int32),
-        scale=_column(scale, t),
-        stored=np.stack([_column(weight, t) for weight in stored], axis=1),
-        states=states.reshape(len(t), -1),
-        history=history.reshape(len(t), -1),
-        output=_column(output, t),
-        noise=_column(noise, t),
-    )
-    if schedule.thresholding:
-        bound = Bound(schedule.sample_max_value, schedule.dynamic_thresholding_ratio)
-    else:
-        bound = Bound(schedule.clip_sample_range, None) if schedule.clip_sample else None
-    return Solver(calls, np.float64(start), int(step[-1]) + 1, bound, bool(np.any(noise)))
-
-
-def _column(values: np.ndarray | float, t: np.ndarray) -> np.ndarray:
-    return np.broadcast_to(np.asarray(values, np.float64), t.shape)

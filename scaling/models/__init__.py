@@ -1,7 +1,7 @@
 """Architectures as pure functions over one flat dict of parameters, named as in PyTorch.
 
-The module of an architecture (``unet2d``, ``unet2d_condition``, ``dit``, ``autoencoder_kl``, ``clip_text``,
-``clip_vision``, ``clip``) has these names, which :class:`scaling.models.model.Apply` looks up:
+The module of an architecture (``unet2d``, ``unet2d_condition``, ``dit``, ``autoencoder_kl``, ``vq_model``,
+``clip_text``, ``clip_vision``, ``clip``) has these names, which :class:`scaling.models.model.Apply` looks up:
 
 ``parse(config) -> Config``
     the config.json as a frozen dataclass; unsupported fields are refused by name and value;

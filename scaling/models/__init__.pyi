@@ -1,5 +1,6 @@
 from . import autoencoder_kl as autoencoder_kl
 from . import blocks as blocks
+from . import blocks_autoencoder as blocks_autoencoder
 from . import blocks_clip as blocks_clip
 from . import blocks_resnet as blocks_resnet
 from . import blocks_transformer as blocks_transformer
@@ -15,6 +16,7 @@ from . import model as model
 from . import taps as taps
 from . import unet2d as unet2d
 from . import unet2d_condition as unet2d_condition
+from . import vq_model as vq_model
 from .model import Apply as Apply
 from .model import Condition as Condition
 from .model import Model as Model

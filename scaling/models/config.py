@@ -104,6 +104,8 @@ NO_EFFECT: dict[str, frozenset[str]] = {
     "DiTTransformer2DModel": _AVERAGE | frozenset({"dropout", "norm_num_groups", "upcast_attention"}),
     # The caller scales latents; sample_size affects tiling only.
     "AutoencoderKL": _AVERAGE | frozenset({"force_upcast", "sample_size"}),
+    # Indices of the codebook in place of latents are not taken.
+    "VQModel": _AVERAGE | frozenset({"force_upcast", "lookup_from_codebook", "sample_size"}),
     "CLIPModel": frozenset({*_TRANSFORMERS.split(), "logit_scale_init_value"}),
     "CLIPTextModel": frozenset(_TRANSFORMERS.split()),
     "CLIPVisionModel": frozenset(_TRANSFORMERS.split()),

@@ -44,6 +44,7 @@ ARCHITECTURES = {
     "DiTTransformer2DModel": "dit",
     "Transformer2DModel": "dit",
     "AutoencoderKL": "autoencoder_kl",
+    "VQModel": "vq_model",
     "CLIPTextModel": "clip_text",
     "CLIPTextModelWithProjection": "clip_text",
     "CLIPVisionModel": "clip_vision",

@@ -83,6 +83,8 @@ def generate(
     total, size = check_integer("num", num, minimum=1), size or pixel_size(pipeline)
     batch = min(check_integer("batch_size", batch_size, minimum=1), total)
     key = jax.random.key(check_seed("seed", seed))
+    embeds = getattr(network.config, "time_condition", None)
+    scale = 1.0 if guidance is None and embeds else guidance
     schedule = with_method(pipeline.schedule, method)
     make_solver(schedule, num_steps, eta=eta)
     draw = functools.partial(
@@ -93,8 +95,8 @@ def generate(
         num_steps=num_steps,
         eta=eta,
         condition=condition_on(pipeline, prompt, class_label, size=size),
-        unconditional=None if guidance is None else null_condition(pipeline, negative_prompt, size=size),
-        guidance=guidance,
+        unconditional=None if guidance is None or embeds else null_condition(pipeline, negative_prompt, size=size),
+        guidance=scale,
         size=_sampled_size(pipeline, size),
     )
 
