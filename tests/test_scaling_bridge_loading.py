@@ -59,7 +59,7 @@ def test_an_autoencoder_is_one_under_each_of_its_names(tmp_path):
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"vqvae": ["diffusers", "VQGANModel"]}, "vqvae of class VQGANModel: supported are AutoencoderKL, VQModel.*unet"),
+        ({"vqvae": ["diffusers", "VQGAN"]}, "vqvae of class VQGAN: supported are AutoencoderKL, VQModel.*unet"),
         ({"vae": ["diffusers", "AutoencoderTiny"]}, "vae of class AutoencoderTiny: supported are AutoencoderKL"),
         ({"bert": ["ldm", "LDMBertModel"]}, "bert of class LDMBertModel: pipelines with one are not supported"),
         ({"controlnet": ["diffusers", "ControlNetModel"]}, "controlnet of class ControlNetModel.*--scheduler"),
@@ -270,7 +270,7 @@ def test_paths_are_not_looked_up_on_the_hub(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("named", "fields", "message"),
     [
-        ("TCDScheduler", {"original_inference_steps": 50, "timestep_scaling": 10.0}, "steps of TCDScheduler.*--sampler"),
+        ("TCDScheduler", {"original_inference_steps": 50}, "steps of TCDScheduler.*--sampler"),
         ("SASolverScheduler", {"predictor_order": 3}, "steps of SASolverScheduler are not supported"),
         ("DDPMScheduler", {"variance_type": "learned_range"}, "variance_type = 'learned_range'"),
         ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver"}, "algorithm_type"),
