@@ -1,9 +1,11 @@
 """Loading pipelines: what a model_index.json lists, which class reads which file, where files are looked for."""
 
+import argparse
 import dataclasses
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import huggingface_hub
@@ -28,9 +30,11 @@ from pipelines import (
     write,
 )
 
-from scaling import as_denoiser, load_model, load_pipeline, save_pretrained
+from scaling import as_denoiser, load_model, load_pipeline, save_pretrained, zoo
+from scaling.bridge import sources
 from scaling.bridge.latents import to_latents
 from scaling.bridge.loading import read_checkpoints
+from scaling.commands import options
 from scaling.diffusion import schedules
 from scaling.diffusion.solvers import make_solver
 from scaling.models.model import parse_config
@@ -154,6 +158,8 @@ def test_the_hub_gives_the_tokens_of_the_same_folder_on_disk(tmp_path, monkeypat
     size = len(json.loads((repository / "tokenizer" / "vocab.json").read_text()))
     write(repository / "tokenizer" / "added_tokens.json", {"<sks>": size})
 
+    monkeypatch.setattr(sources, "_unreachable", lambda: None)
+
     def download(_, name, revision=None):
         if not (repository / name).is_file():
             raise EntryNotFoundError(name)
@@ -248,6 +254,50 @@ def test_no_conversion_is_advised_where_there_is_nothing_to_convert(tmp_path):
     assert all("not a file, but a folder" in messages[case] for case in ("folder", "pipe", "loop"))
     assert all("no weights; expected" in messages[case] for case in ("empty", "pickle", "variant"))
     assert "there are only diffusion_pytorch_model.bf16.safetensors" in messages["variant"]
+
+
+def test_an_unknown_name_is_told_at_once_without_a_connection(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_unreachable", lambda: "no answer")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    for name in ("digitz", "nobody/nothing"):
+        with pytest.raises(ValueError, match=rf"{name}: no folder.*digits-10.*the hub was not asked: no answer"):
+            load_model(name)
+    # What the cache holds of a repository is read from there.
+    asked = []
+
+    def download(*_, **options):
+        asked.append(options["local_files_only"])
+        raise EntryNotFoundError("nothing")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    (tmp_path / "models--nobody--nothing").mkdir()
+    with pytest.raises(ValueError, match="no config.json here, nor in the cache"):
+        load_model("nobody/nothing")
+    assert asked
+    assert all(asked)
+
+
+def test_a_hub_that_stays_silent_is_awaited_for_seconds(monkeypatch):
+    class Silent:
+        def head(self, *_, **__):
+            threading.Event().wait(60)
+
+    monkeypatch.setattr(sources, "REACH", 0.1)
+    monkeypatch.setattr(huggingface_hub.utils, "get_session", Silent)
+    assert sources._unreachable() == "no answer within 0.1 seconds"
+
+
+def test_names_of_the_zoo_are_models_unless_a_folder_has_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sources.zoo_names() == sorted(zoo.names())
+    here = load_model("digits-10", subfolder="unet").params["conv_in.weight"]
+    np.testing.assert_array_equal(here, zoo.load("digits-10", None).network.params["conv_in.weight"])
+    # Computed with, their weights are single precision.
+    args = argparse.Namespace(model="digits-10", dtype=None, revision=None, scheduler=None)
+    assert options.load(args).network.params["conv_in.weight"].dtype == np.float32
+    (tmp_path / "digits-10").mkdir()
+    with pytest.raises(ValueError, match="no config.json"):
+        load_model("digits-10")
 
 
 def test_paths_are_not_looked_up_on_the_hub(tmp_path, monkeypatch):

@@ -1,16 +1,23 @@
-"""Where a model's files are: a folder on this machine, or a repository on the hub."""
+"""Where a model's files are: a folder on this machine, the zoo, or a repository on the hub."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 from scaling.bridge.refusals import not_safetensors
 from sims.store.files import read_json
 
-__all__ = ["Source", "join", "locate"]
+__all__ = ["ZOO", "Source", "is_zoo", "join", "locate", "zoo_names"]
+
+ZOO = Path(__file__).parents[1] / "zoo" / "models"
+"""The folder of the models that come with the package."""
+
+REACH = 2.0
+"""Seconds within which the hub must answer."""
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json")
 
@@ -39,6 +46,8 @@ def locate(path_or_hub_id: str | Path, revision: str | None) -> Source:
             raise ValueError(f"{path} is a folder: revision={revision!r} is for repositories on the hub.")
         return Source(str(path), _local(path), _listing(path))
     text = str(path_or_hub_id)
+    if revision is None and is_zoo(path_or_hub_id):
+        return locate(ZOO / text, None)
     # A name on the hub has at most one slash, and no file of weights is a repository.
     first = Path(text.split("/")[0])
     looks_local = text.endswith(SUFFIXES) or isinstance(path_or_hub_id, Path) or ("/" in text and first.is_dir())
@@ -46,11 +55,24 @@ def locate(path_or_hub_id: str | Path, revision: str | None) -> Source:
         kind = "a special file or a link that leads nowhere" if path.is_symlink() or path.exists() else "nothing"
         raise ValueError(
             f"{path}: neither a folder nor a .safetensors file, but {kind}. It is looked up on the hub only with a "
-            "revision, for example main."
+            f"revision, for example main. The zoo has {', '.join(zoo_names())}."
         )
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(path_or_hub_id)):
-        raise ValueError(f"{path_or_hub_id}: neither a folder nor the name of a repository on the hub (owner/name).")
+        raise ValueError(
+            f"{path_or_hub_id}: neither a folder, nor of the zoo ({', '.join(zoo_names())}), nor the name of a "
+            "repository on the hub (owner/name)."
+        )
     return Source(text, _hub(text, revision), lambda _: None)
+
+
+def zoo_names() -> list[str]:
+    """The names of the models that come with the package."""
+    return sorted(folder.name for folder in ZOO.iterdir() if folder.is_dir())
+
+
+def is_zoo(path_or_hub_id: str | Path) -> bool:
+    """Whether a name means a model of the zoo; a folder or file of that name goes before."""
+    return str(path_or_hub_id) in zoo_names() and not Path(path_or_hub_id).exists()
 
 
 def join(folder: str, name: str) -> str:
@@ -99,14 +121,47 @@ def _local(folder: Path) -> Callable[[str], Path | None]:
 
 def _hub(repository: str, revision: str | None) -> Callable[[str], Path | None]:
     import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
+    from huggingface_hub.file_download import repo_folder_name
+
+    problem = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _unreachable()
+    cached = (Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model")).is_dir()
+    if problem and not cached:
+        raise ValueError(
+            f"{repository}: no folder of this name is here, no model of the zoo ({', '.join(zoo_names())}), and "
+            f"nothing in huggingface_hub's cache; the hub was not asked: {problem}. Give the path of a model's folder, "
+            "or try again with a connection."
+        )
+    cache_only = {"local_files_only": True} if problem else {}
 
     def fetch(name: str) -> Path | None:
         try:
-            return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
+            return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision, **cache_only))
         except errors.EntryNotFoundError:
             return None
         except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
             raise ValueError(f"{repository}: neither a folder nor reachable on the hub: {error}") from error
 
     return fetch
+
+
+def _unreachable() -> str | None:
+    """Why the hub does not answer; None if it does. Its client would try each file for half a minute."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    # The answer arrives here; a thread, for looking up the address of a host knows no deadline.
+    outcome = [f"no answer within {REACH:g} seconds"]
+
+    def ask() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=REACH)
+        except Exception as error:  # Of the HTTP library that huggingface_hub uses.
+            outcome[0] = str(error) or type(error).__name__
+        else:
+            outcome.clear()
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(REACH)
+    return outcome[0] if outcome else None

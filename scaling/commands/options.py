@@ -30,7 +30,9 @@ __all__ = [
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the model and its revision."""
     parser.add_argument(
-        "model", metavar="MODEL", help="folder of a diffusers pipeline or of one network, or its name on the hub"
+        "model",
+        metavar="MODEL",
+        help="folder of a diffusers pipeline or of one network, a name of the zoo, or a name on the hub",
     )
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub (default: its main branch)")
 
@@ -124,5 +126,8 @@ def training_of(args: argparse.Namespace) -> dict[str, Any]:
 def load(args: argparse.Namespace) -> Pipeline:
     """The pipeline that the command line names."""
     from scaling.bridge.loading import load_pipeline
+    from scaling.bridge.sources import is_zoo
 
-    return load_pipeline(args.model, args.dtype, args.revision, scheduler=args.scheduler)
+    # The zoo's weights are stored in half precision to be small, not to be computed with.
+    dtype = args.dtype or ("float32" if is_zoo(args.model) else None)
+    return load_pipeline(args.model, dtype, args.revision, scheduler=args.scheduler)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from scaling.bridge.loading import Pipeline, load_pipeline
+from scaling.bridge.sources import ZOO
 from sims.store.files import read_json
 
 __all__ = ["RECIPES", "folder", "load", "membership", "names", "prompts", "recipe"]
@@ -46,7 +47,7 @@ def load(name: str, dtype: Any = "float32") -> Pipeline:
 def folder(name: str) -> Path:
     """The folder of a model, which diffusers can open too. ``ValueError`` for unknown names."""
     recipe(name)
-    return Path(__file__).parent / "models" / name
+    return ZOO / name
 
 
 def recipe(name: str) -> list[str]:
