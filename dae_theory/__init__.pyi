@@ -6,10 +6,12 @@ from . import certificate as certificate
 from . import checks as checks
 from . import codes as codes
 from . import conditions as conditions
+from . import curvature as curvature
 from . import denoisers as denoisers
 from . import energies as energies
 from . import exact_training as exact_training
 from . import function_space as function_space
+from . import jackknife as jackknife
 from . import lanczos as lanczos
 from . import minimizers as minimizers
 from . import mixture as mixture

@@ -30,8 +30,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dae_theory.checks import check_data, check_integer, check_nonnegative, check_positive, is_concrete
 from dae_theory.conditions import check_conditions
+from dae_theory.curvature import dense_curvature, lanczos_curvature
 from dae_theory.exact_training import from_span, minimize_exact_objective, span_basis, to_span
-from dae_theory.lanczos import lanczos
 from dae_theory.minimizers import memorizing_minimizer
 from dae_theory.model import ReluDae, live_columns
 from dae_theory.precision import full_precision
@@ -52,9 +52,6 @@ __all__ = [
     "residual_law",
 ]
 
-
-# In about k steps Lanczos resolves curvatures down to 1/k² of the largest.
-LANCZOS_STEPS = 400
 
 # Directions orthogonal to some rows from which the search for a new unit starts, besides the rows.
 NUM_CANDIDATES = 8
@@ -141,6 +138,10 @@ class Certificate(NamedTuple):
         return next((name for name, applies in outcomes.items() if applies), "strict")
 
 
+def _silent(line: str) -> None:
+    del line
+
+
 def certify(
     dae: ReluDae,
     data: Float[Array, "n d"],
@@ -149,6 +150,7 @@ def certify(
     *,
     tolerance: float = 1e-12,
     max_size: int = 1500,
+    told: Callable[[str], None] | None = None,
 ) -> Certificate:
     """Certify a local minimum near ``dae``: gradient, Newton refinement, curvature, turns, stability of zero columns.
 
@@ -165,6 +167,7 @@ def certify(
         tolerance: Gradient norm at which the refinement has converged; 1e-12 needs float64.
         max_size: Largest number of live coordinates (2 · rank · live columns) for which the Hessian is diagonalized;
             above it Lanczos' method bounds the smallest curvatures from above.
+        told: Called with a line before each stage, which can take minutes for many live columns.
 
     Example:
         >>> import jax.numpy as jnp
@@ -185,15 +188,22 @@ def certify(
     if live.size == 0:
         raise ValueError("all columns of the network are zero: there is nothing to certify.")
     start = ReluDae(*(w[:, live] for w in small))
+    told = told or _silent
+    coordinates = 2 * start.w1.size
+    told(f"refining {live.size} live columns by Newton's method ({coordinates} coordinates)")
     end = minimize_exact_objective(start, rows, sigma, penalty, method="products", tolerance=tolerance, max_rough=0)
     tangents = symmetry_tangents(end.dae, families=("rescaling", "splitting", "rotation"), data=rows)
     rotations = symmetry_tangents(end.dae, families=("rotation",), data=rows)
-    curvature_of = _lanczos_curvature if 2 * start.w1.size > max_size else _dense_curvature
-    curvature = curvature_of(end.dae, rows, sigma, penalty, tangents, rotations)
+    told(f"curvature by {'the method of Lanczos' if coordinates > max_size else 'diagonalization'}")
+    if coordinates > max_size:
+        curvature = lanczos_curvature(end.dae, rows, sigma, penalty, tangents, rotations)
+    else:
+        curvature = dense_curvature(hessian(end.dae, rows, sigma, penalty), tangents, rotations)
     live_columns_of_refined = from_span(end.dae, basis)
     refined = ReluDae(*(w.at[:, live].set(new) for w, new in zip(dae, live_columns_of_refined, strict=True)))
     # A negative value within the rounding of the eigenvalues is not evidence of negative curvature.
     rounding = -2 * start.w1.size * float(jnp.finfo(rows.dtype).eps) * curvature.values[-1]
+    told("searching for directions in which a zero column grows, and turns that lower the objective")
     dead = dead_direction(end.dae, rows, sigma, penalty)
     # Splitting a live unit into a dead one costs nothing, so the slack is at most 0, and 0 up to rounding where stable.
     lowest_slack = -math.sqrt(float(jnp.finfo(rows.dtype).eps)) * float(penalty)
@@ -359,62 +369,3 @@ def _check_in_span(dae: ReluDae, small: ReluDae) -> None:
                 f"{name} has a component of norm {math.sqrt(total - inside):.3g} outside the span of the data; project "
                 "it with dae_theory.exact_training.to_span, or add rows to the data that span it."
             )
-
-
-class _Curvature(NamedTuple):
-    values: Float[Array, " k"]
-    """Ascending eigenvalues or Ritz values."""
-    modulo_symmetry: Float[Array, ""]
-    """Smallest curvature orthogonal to the symmetries."""
-    error: Float[Array, ""]
-    """Error bound of ``modulo_symmetry``."""
-    along_rotations: Float[Array, ""]
-    """Smallest curvature along rotations."""
-
-
-def _dense_curvature(
-    dae: ReluDae, rows: Array, sigma: Scalar, penalty: Scalar, tangents: Array, rotations: Array
-) -> _Curvature:
-    """Curvatures from the whole Hessian.
-
-    Args:
-        dae, rows, sigma, penalty: The problem, in the span of the data, without zero columns.
-        tangents, rotations: Orthonormal tangents of all symmetries and of rotations alone, shape (k, 2, d, p).
-    """
-    matrix = hessian(dae, rows, sigma, penalty)
-    tangents = tangents.reshape(len(tangents), len(matrix))
-    complement = jnp.linalg.qr(tangents.T, mode="complete")[0][:, len(tangents) :]
-    modulo_symmetry = jnp.linalg.eigvalsh(complement.T @ matrix @ complement)[0]
-    along_rotations = _smallest_along(rotations.reshape(len(rotations), len(matrix)), lambda v: matrix @ v)
-    return _Curvature(jnp.linalg.eigvalsh(matrix), modulo_symmetry, jnp.zeros_like(modulo_symmetry), along_rotations)
-
-
-def _lanczos_curvature(
-    dae: ReluDae, rows: Array, sigma: Scalar, penalty: Scalar, tangents: Array, rotations: Array
-) -> _Curvature:
-    """Curvatures by Lanczos' method, from products with the Hessian.
-
-    Args:
-        dae, rows, sigma, penalty, tangents, rotations: As in :func:`_dense_curvature`.
-    """
-    x, unravel = ravel_pytree(dae)
-    product = jax.jit(jax.linearize(jax.grad(lambda x: exact_objective(unravel(x), rows, sigma, penalty)), x)[1])
-    tangents = tangents.reshape(len(tangents), x.size)
-    # Any start with a component along every eigenvector works; the key is fixed so that certificates are reproducible.
-    start = jax.random.normal(jax.random.key(0), x.shape, x.dtype)
-
-    steps = min(LANCZOS_STEPS, x.size - len(tangents))
-    whole = jax.jit(lambda v: lanczos(product, v, steps))(start)
-    rest = jax.jit(lambda v: lanczos(product, v, steps, without=tangents))(start)
-    along_rotations = _smallest_along(rotations.reshape(len(rotations), x.size), product)
-    return _Curvature(whole.values, rest.values[0], rest.residuals[0], along_rotations)
-
-
-def _smallest_along(
-    directions: Float[Array, "k m"], product: Callable[[Float[Array, " m"]], Float[Array, " m"]]
-) -> Float[Array, ""]:
-    """Smallest eigenvalue of a quadratic form on the span of orthonormal rows; infinite if there are no rows."""
-    if not len(directions):
-        return jnp.full((), jnp.inf, directions.dtype)
-    images = jax.lax.map(product, directions, batch_size=32)
-    return jnp.linalg.eigvalsh(directions @ images.T)[0]

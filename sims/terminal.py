@@ -87,6 +87,8 @@ class Bar:
 
     def __init__(self, quiet: bool, unit: str) -> None:
         self._bar = tqdm(disable=quiet, unit=f" {unit}", dynamic_ncols=True)
+        self._begun: int | None = None
+        self._compiled = False
 
     def __enter__(self) -> Bar:
         return self
@@ -98,10 +100,20 @@ class Bar:
         """Show ``done`` of ``total``."""
         if self._bar.total is None:
             # What an earlier run finished must not count in the rate.
-            self._bar.reset(total=total)
-            self._bar.initial = done
+            self._restart(done, total)
         self._bar.set_postfix_str(label, refresh=False)
         self._bar.update(done - self._bar.n)
+        if self._begun is None:
+            self._begun = done
+        elif done > self._begun and not self._compiled:
+            # The first work contains compilation, of which the rest has little: the time left is told by the rest.
+            self._compiled = True
+            self._restart(done, total)
+
+    def _restart(self, done: int, total: int) -> None:
+        self._bar.reset(total=total)
+        self._bar.initial = self._bar.n = self._bar.last_print_n = done
+        self._bar.refresh()
 
 
 class Log:

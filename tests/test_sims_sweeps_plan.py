@@ -118,7 +118,9 @@ def test_a_dry_run_prints_and_writes_nothing(tmp_path, capsys):
     argv += "--eval-samples 5 --eval-draws 2 --held-out 20 --measures train_error --dry-run".split()
     args = cli._parse(["sims", "sweep", *argv, "--out", str(tmp_path / "run"), "--log", str(tmp_path / "log")])
     assert args.run(args) == 0
-    lines = capsys.readouterr().out.splitlines()
+    printed, told = capsys.readouterr()
+    assert told.splitlines() == ["reading the data", "compiling and timing the unit of the least work"]
+    lines = printed.splitlines()
     assert lines[0] == "4 cells in 2 units of work; 1 compiled programs, 2 cells at a time."
     assert lines[1].startswith("Memory: about ")
     assert lines[2].startswith("Time: about ")

@@ -93,10 +93,10 @@ def load_model(
 
     ``path_or_hub_id`` is a folder with config.json and weights (one safetensors file, or shards and their index), or
     the weights file in such a folder, or a name of :mod:`scaling.zoo`, or a repository on the Hugging Face hub; its
-    ``revision`` is downloaded to huggingface_hub's cache, or read from there without a connection. ``dtype`` converts the
-    parameters to float32, bfloat16, float16 or float64; None keeps the file's. If the folder holds the weights in two
-    precisions, the float16 files are read if ``dtype`` is float16, else the others. Raises ``ValueError`` for anything
-    that cannot be reproduced exactly.
+    ``revision`` is downloaded to huggingface_hub's cache, or read from there without a connection. ``dtype`` converts
+    the parameters to float32, bfloat16, float16 or float64; None keeps the file's. If the folder holds the weights in
+    two precisions, the float16 files are read if ``dtype`` is float16, else the others. Raises ``ValueError`` for
+    anything that cannot be reproduced exactly.
 
     >>> import scaling
     >>> unet = scaling.load_model(scaling.zoo.folder("digits"), subfolder="unet", dtype="bfloat16")

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from scaling.commands import train as train_command
+from sims.flags import parse_out
 
 __all__ = ["SUMMARY", "add_flags", "run"]
 
@@ -15,7 +16,12 @@ SUMMARY = "list the small models that come with this package; with a name and --
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.add_argument("name", nargs="?", metavar="NAME", help="model whose card to print (default: list all)")
-    parser.add_argument("--out", metavar="DIR", help="train the model: the run in DIR/training, the result in DIR/NAME")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        type=parse_out,
+        help="train the model: the run in DIR/training, the result in DIR/NAME",
+    )
     parser.add_argument("--quiet", action="store_true", help="print neither progress nor summary")
 
 
@@ -38,16 +44,18 @@ def run(args: argparse.Namespace) -> None:
 def _train(args: argparse.Namespace) -> str:
     from scaling import zoo
     from scaling.training.run import train
-    from scaling.zoo.packing import pack
+    from scaling.zoo.packing import claim, pack
     from sims.terminal import Bar
 
     recipe = zoo.recipe(args.name)
     parser = argparse.ArgumentParser()
     train_command.add_flags(parser)
     flags = parser.parse_args([*recipe, "--out", str(Path(args.out) / "training")])
+    target = Path(args.out) / args.name
+    claim(target)
     with Bar(args.quiet, "steps") as bar:
         train(train_command.spec_from_flags(flags), flags.out, save_every=flags.save_every, on_steps=bar.move)
-    out = pack(flags.out, Path(args.out) / args.name, args.name, recipe)
+    out = pack(flags.out, target, args.name, recipe)
     return f"Written: {out}/model_index.json, {out}/README.md, {out}/membership.json"
 
 

@@ -49,7 +49,7 @@ def pack(trained: str | Path, out: str | Path, name: str, flags: Sequence[str]) 
     difference = _difference(pipeline, rounded, corpus)
     packed = rounded if difference <= TOLERANCE else pipeline
     # What tells that the folder is this model's is written first, so that an interrupted packing can be repeated.
-    own_folder(out, ["membership.json"])
+    claim(out)
     out.mkdir(parents=True, exist_ok=True)
     for part in ("membership.json", "prompts.json", "tokenizer"):
         source = trained / part
@@ -64,6 +64,11 @@ def pack(trained: str | Path, out: str | Path, name: str, flags: Sequence[str]) 
     write_text(out / "card.json", json.dumps({"name": name, "flags": list(flags), **facts}, indent=1) + "\n")
     write_text(out / "README.md", _card(name, flags, spec, facts, read_json(out / "membership.json")))
     return out
+
+
+def claim(out: Path) -> None:
+    """``ValueError`` if ``out`` holds other files than a model of :func:`pack`."""
+    own_folder(out, ["membership.json"])
 
 
 def _rounded(pipeline: Pipeline) -> Pipeline:

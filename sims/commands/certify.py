@@ -10,6 +10,7 @@ from typing import Any
 from sims.commands import options
 from sims.flags import parse_out
 from sims.presets import CERTIFY
+from sims.terminal import tell
 
 __all__ = ["SUMMARY", "add_flags", "run"]
 
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     options.set_precision("float64")
     with store.locked(args.out):
         earlier = _earlier(args.out)
-        result = certification.certification(spec, max_size=args.max_size)
+        result = certification.certification(spec, max_size=args.max_size, told=tell(args.quiet))
         if earlier is not None and earlier != _identity(json.loads(json.dumps(result))):
             raise ValueError(f"{args.out} holds the certificate of other data or noise levels: choose another folder.")
         text = certification.as_text(result)

@@ -43,7 +43,9 @@ def run(args: argparse.Namespace, **defaults: Any) -> None:
         )
         args.quiet = args.quiet or number > 0
     if args.dry_run:
-        estimate = plan.plan(spec, measures, memory=args.memory, group=args.group, shard=args.shard)
+        estimate = plan.plan(
+            spec, measures, memory=args.memory, group=args.group, shard=args.shard, told=tell(args.quiet)
+        )
         if not args.quiet:
             print(plan.as_text(estimate), end="")
         return
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace, **defaults: Any) -> None:
             )
 
         def on_unit(progress: engine.CellProgress) -> None:
-            label = ", ".join(f"{axis} {value}" for axis, value in progress.unit.items())
+            label = ", ".join(f"{axis} {value}" for axis, value in progress.unit.items() if value != "")
             bar.move(progress.done, progress.total, label)
             log.write(f"{progress.done} of {progress.total} cells: {label or 'begin'}")
 

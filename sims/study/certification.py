@@ -7,6 +7,7 @@ Everything is closed-form or deterministic; nothing is trained. Numbers come fro
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -25,12 +26,13 @@ from sims.sweeps.spec import Spec
 __all__ = ["as_text", "certification", "regime"]
 
 
-def certification(spec: Spec, *, max_size: int = 1500) -> dict[str, Any]:
+def certification(spec: Spec, *, max_size: int = 1500, told: Callable[[str], None] | None = None) -> dict[str, Any]:
     """Conditions, predicted regime and certificate for the data of ``spec`` at each of its σ, as JSON values.
 
     The clusters of the generalizing candidate are the classes of the data set, or one cluster of all rows if it has no
     classes. If no unit is live, the reason replaces the certificate. The Hessian is diagonalized if it has at most
-    ``max_size`` rows. ``ValueError`` for more than one n, width or penalty, and for errors of the data set.
+    ``max_size`` rows. ``told`` is called with a line before whatever may take long. ``ValueError`` for more than one n,
+    width or penalty, and for errors of the data set.
     """
     for name in ("dataset", "separation", "duplicates", "num_samples", "width", "penalty"):
         if len(getattr(spec, name)) > 1:
@@ -50,7 +52,7 @@ def certification(spec: Spec, *, max_size: int = 1500) -> dict[str, Any]:
         dtype=np.float64,
     )
     rows, width, penalty = jnp.asarray(data.train), spec.width[0], spec.penalty[0]
-    entries = [_at(rows, data.train_labels, sigma, penalty, width, max_size) for sigma in spec.sigma]
+    entries = [_at(rows, data.train_labels, sigma, penalty, width, max_size, told or _silent) for sigma in spec.sigma]
     facts = datasets.describe(data) | {"width": width, "penalty": penalty}
     return {"data": facts, "certificates": entries}
 
@@ -89,10 +91,23 @@ def as_text(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _at(rows: Any, classes: np.ndarray, sigma: float, penalty: float, width: int, max_size: int) -> dict[str, Any]:
+def _silent(line: str) -> None:
+    del line
+
+
+def _at(
+    rows: Any,
+    classes: np.ndarray,
+    sigma: float,
+    penalty: float,
+    width: int,
+    max_size: int,
+    told: Callable[[str], None],
+) -> dict[str, Any]:
     labels = classes if np.all(classes >= 0) else np.zeros(len(classes), int)
     # No gate separates equal rows of two classes: they take the class of the first one.
     _, first, inverse = np.unique(np.asarray(rows), axis=0, return_index=True, return_inverse=True)
+    told(f"sigma = {sigma:g}: comparing structures of {len(rows)} rows")
     candidates = compare_structures(rows, labels[first][inverse.ravel()], sigma, penalty, width)
     best = candidates[0]
     ranks = best.ranks
@@ -116,17 +131,20 @@ def _at(rows: Any, classes: np.ndarray, sigma: float, penalty: float, width: int
     if not any(ranks):
         reason = {"left_out": "no direction lowers the objective by more than its penalty: the minimizer is zero"}
         return entry | {"conditions": [], "certificate": reason}
+    told(f"sigma = {sigma:g}: conditions of the {len(ranks)} clusters")
     checked = conditions.check_conditions(rows, best.labels, sigma, penalty, ranks, width=width)
     dae = block_minimizer(rows, best.labels, sigma, penalty, ranks, width=width)
     checks = [row._asdict() | {"slack": _finite(row.slack)} for row in conditions.rows(checked)]
-    return entry | {"conditions": checks, "certificate": _certificate(dae, rows, sigma, penalty, max_size)}
+    return entry | {"conditions": checks, "certificate": _certificate(dae, rows, sigma, penalty, max_size, told)}
 
 
-def _certificate(dae: Any, rows: Any, sigma: float, penalty: float, max_size: int) -> dict[str, Any]:
+def _certificate(
+    dae: Any, rows: Any, sigma: float, penalty: float, max_size: int, told: Callable[[str], None]
+) -> dict[str, Any]:
     live = int(np.sum(live_columns(dae, tolerance=1e-12)))
     if not live:
         return {"left_out": "every direction is clipped: the minimizer is zero"}
-    c = certify(dae, rows, sigma, penalty, max_size=max_size)
+    c = certify(dae, rows, sigma, penalty, max_size=max_size, told=lambda line: told(f"sigma = {sigma:g}: {line}"))
     return {
         "objective": float(exact_objective(c.refined, rows, sigma, penalty)),
         "gradient_norm": float(c.gradient_norm),

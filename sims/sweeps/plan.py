@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -75,19 +75,27 @@ def plan(
     memory: int = 2 << 30,
     group: int | None = None,
     shard: tuple[int, int] | None = None,
+    told: Callable[[str], None] | None = None,
 ) -> Plan:
     """Estimate a sweep of ``spec`` on this machine, or one of its shards.
 
-    Arguments and errors are those of :func:`sims.sweeps.engine.sweep`.
+    Arguments and errors are those of :func:`sims.sweeps.engine.sweep`; ``told`` is called with a line before whatever
+    may take long.
     """
+    told = told or (lambda _: None)
+    told("reading the data")
     chosen, place = resolve_measures(measures), placement(memory=memory, group=group)
     worlds = worlds_of(spec)
     kinds = [(job_of(spec, alike[0], worlds), len(alike)) for alike in alike_units(all_units(spec, shard))]
     kinds.sort(key=lambda kind: _work(kind[0]))
     keys = [compile_key(spec, job, chosen, place) for job, _ in kinds]
+    told("compiling and timing the unit of the least work")
     least = _probe(spec, kinds[0][0], chosen, place)
     # Compiled a second time, the same program would come from memory and seem to take no time.
-    most = least if keys[-1] == keys[0] else _probe(spec, kinds[-1][0], chosen, place)
+    most = least
+    if keys[-1] != keys[0]:
+        told("compiling and timing the unit of the most work")
+        most = _probe(spec, kinds[-1][0], chosen, place)
     programs = len(set(keys)) if len(set(keys)) <= REMEMBERED else len(kinds)
     cells = spec.cells_per_unit
     devices = len(place.devices)
