@@ -15,6 +15,7 @@ import pytest
 from networks import network
 from PIL import Image
 from pipelines import CLASSES, DDPM, PIXEL, SAVERS, save_pictures, write
+from safetensors.numpy import load_file, save_file
 from scaling_commands import run
 
 import scaling
@@ -152,6 +153,29 @@ def test_samples_are_images_to_extract_from(home, tmp_path):
     pictures, arrays = (store.load(tmp_path / str(i)).mid_block.values for i in (0, 1))
     # The pictures have been rounded to bytes.
     assert 0 < np.max(np.abs(pictures - arrays)) < 0.1 * np.max(np.abs(arrays))
+
+
+def test_results_that_are_not_finite_are_counted_marked_and_end_with_1(home, tmp_path, capsys):
+    """The last convolution's weights are finite, and overflow: in samples always, in codes only at its own tap."""
+    folder = shutil.copytree(home / "pixel", tmp_path / "pixel")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    params = load_file(weights)
+    save_file(params | {"conv_out.weight": np.full_like(params["conv_out.weight"], 3e38)}, weights)
+    flags = ["--batch-size", 2, "--quiet", "--out"]
+    assert run("sample", folder, "--num", 3, "--steps", 2, *flags, tmp_path / "samples") == 1
+    assert "3 of 3 samples are not finite (numbers 0, 1, 2)" in capsys.readouterr().err
+    written = np.asarray(Image.open(tmp_path / "samples" / "images" / "00000.png"))
+    assert {*np.unique(written)} == {0, 255}
+    assert np.all(np.isnan(np.load(tmp_path / "samples" / "samples.npz")["images"]))
+    pictures = save_pictures(tmp_path / "pictures", 3)
+    for tap, code in (("mid_block", 0), ("conv_out", 1)):
+        argv = ["--images", pictures, "--taps", tap, *flags, tmp_path / tap]
+        assert run("extract", folder, *argv) == code
+    assert "3 of 3 images are not finite" in capsys.readouterr().err
+    assert run("jacobian", folder, "--images", pictures, "--rank", 1, *flags[:2], "--out", tmp_path / "jacobian") == 1
+    printed = capsys.readouterr()
+    assert "3 of 3 images are not finite" in printed.err
+    assert "| not finite |" in printed.out
 
 
 def test_one_bad_picture_stops_no_extraction_that_may_skip_it(home, tmp_path, capsys):

@@ -13,7 +13,7 @@ from scaling.models.blocks_autoencoder import scale, unscale
 from scaling.models.layers import widened
 from scaling.models.model import Model, vae_decode, vae_encode
 
-__all__ = ["from_latents", "to_latents"]
+__all__ = ["clipped", "from_latents", "to_latents"]
 
 
 def to_latents(
@@ -39,8 +39,13 @@ def to_latents(
 
 
 def from_latents(vae: Model, latents: Float[Array, "b z h2 w2"]) -> Float[Array, "b c h w"]:
-    """Images of scaled latents, clipped to [-1, 1]."""
-    return jnp.clip(vae_decode(_wide(vae), unscale(vae.config, latents)), -1, 1)
+    """Images of scaled latents, clipped to [-1, 1]; see :func:`clipped`."""
+    return clipped(vae_decode(_wide(vae), unscale(vae.config, latents)))
+
+
+def clipped(images: Float[Array, "b c h w"]) -> Float[Array, "b c h w"]:
+    """Images clipped to [-1, 1]; what is infinite becomes NaN, for it is no white."""
+    return jnp.where(jnp.isfinite(images), jnp.clip(images, -1, 1), jnp.nan)
 
 
 def _wide(vae: Model) -> Model:

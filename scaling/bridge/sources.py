@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from scaling.bridge.refusals import not_safetensors
 from sims.store.files import read_json
@@ -132,11 +133,11 @@ def _hub(repository: str, revision: str | None) -> Callable[[str], Path | None]:
             f"nothing in huggingface_hub's cache; the hub was not asked: {problem}. Give the path of a model's folder, "
             "or try again with a connection."
         )
-    cache_only = {"local_files_only": True} if problem else {}
+    options: Any = {"local_files_only": True} if problem else {}
 
     def fetch(name: str) -> Path | None:
         try:
-            return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision, **cache_only))
+            return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision, **options))
         except errors.EntryNotFoundError:
             return None
         except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:

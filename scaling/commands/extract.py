@@ -75,3 +75,4 @@ def run(args: argparse.Namespace) -> None:
         )
     if not args.quiet:
         print(f"Written: {args.out}/results.zarr, {args.out}/spec.json")
+    options.check_finite(args.out, "image")

@@ -82,16 +82,26 @@ def run(args: argparse.Namespace) -> None:
     if not args.quiet:
         print(summary(results))
         print(f"\nWritten: {', '.join(map(str, files))}, {args.out}/results.zarr, {args.out}/spec.json")
+    options.check_finite(args.out, "image")
 
 
 def summary(results: xr.Dataset) -> str:
-    """A Markdown table: means ± standard errors over the images of each group and noise level."""
+    """A Markdown table: means ± standard errors over the images of each group and noise level.
+
+    Images of which a value is not finite are counted, not averaged.
+    """
     from scaling.study.jacobians import SUMMARIZED, group_values
     from sims.study.tables import markdown, mean_and_error
 
-    head = ("group", "sigma", "images", *(name.replace("_", " ") for name in SUMMARIZED))
+    head = ("group", "sigma", "images", "not finite", *(name.replace("_", " ") for name in SUMMARIZED))
     rows = [
-        (entry["group"], f"{entry['sigma']:.4g}", entry["images"], *map(mean_and_error, values.values()))
+        (
+            entry["group"],
+            f"{entry['sigma']:.4g}",
+            entry["images"],
+            entry["not_finite"],
+            *map(mean_and_error, values.values()),
+        )
         for entry, values in group_values(results)
     ]
     return markdown(head, rows)

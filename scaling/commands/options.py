@@ -21,6 +21,7 @@ __all__ = [
     "add_pipeline_run",
     "add_series_run",
     "add_skip_bad",
+    "check_finite",
     "examination_of",
     "load",
     "training_of",
@@ -121,6 +122,21 @@ def training_of(args: argparse.Namespace) -> dict[str, Any]:
     if args.color:
         values["dataset"] = with_options(values.get("dataset", TrainSpec.dataset), color=args.color)
     return values
+
+
+def check_finite(out: str, dim: str) -> None:
+    """``UselessResultError`` if values of the finished run in ``out`` are NaN or infinite, naming the items."""
+    from sims import store
+    from sims.terminal import UselessResultError
+
+    bad, total = store.not_finite(out, dim), store.template_of(out).sizes[dim]
+    if bad:
+        shown = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
+        raise UselessResultError(
+            f"{len(bad)} of {total} {dim}s are not finite (numbers {shown}): the weights are so large that activations "
+            "overflow, or the precision is too low; look at them with `python -m scaling inspect`, or give --dtype "
+            "float32 and another folder."
+        )
 
 
 def load(args: argparse.Namespace) -> Pipeline:

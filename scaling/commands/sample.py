@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> None:
     files = generation.write_pictures(args.out)
     if not args.quiet:
         print(f"Written: {files[0].parent}, {files[-2]}, {files[-1]}, {args.out}/results.zarr, {args.out}/spec.json")
+    options.check_finite(args.out, "sample")
 
 
 def _sides(text: str) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Int
 from dae_theory.checks import check_integer, check_seed
 from scaling.bridge.conditioning import condition_on, null_condition, pixel_size
 from scaling.bridge.identity import identify
-from scaling.bridge.latents import from_latents
+from scaling.bridge.latents import clipped, from_latents
 from scaling.bridge.loading import Pipeline
 from scaling.diffusion.samplers import sample
 from scaling.diffusion.schedules import with_method
@@ -103,7 +103,7 @@ def generate(
     def compute(rows: Int[np.ndarray | Array, " b"]) -> dict[str, Array]:
         x = draw(num=len(rows), first=rows[0]).x
         if vae is None:
-            return {"images": jnp.clip(x, -1, 1)}
+            return {"images": clipped(x)}
         return {"images": from_latents(vae, x), "latents": x}
 
     spec = {

@@ -214,9 +214,10 @@ def analyze(
 
 
 def group_values(results: xr.Dataset) -> Iterator[tuple[dict[str, Any], dict[str, Float[np.ndarray, " n"]]]]:
-    """For each group and level ``group``, ``sigma`` and ``images``, their number, and the values of the images.
+    """For each group and level the values of the images, and ``group``, ``sigma``, ``images`` and ``not_finite``.
 
-    Values are those of each of :data:`SUMMARIZED`.
+    Values are those of each of :data:`SUMMARIZED`, of the images of which all are finite; the last two are the numbers
+    of images, and of those that are not.
     """
     for name in dict.fromkeys(results.group.values.tolist()):
         members = results.isel(image=np.flatnonzero(results.group.values == name))
@@ -226,7 +227,10 @@ def group_values(results: xr.Dataset) -> Iterator[tuple[dict[str, Any], dict[str
                 label: at[variable].values.reshape(count, -1)[:, 0].astype(float)
                 for label, variable in SUMMARIZED.items()
             }
-            yield {"group": name, "sigma": float(at.sigma), "images": count}, values
+            finite = np.all([np.isfinite(value) for value in values.values()], axis=0)
+            left_out = int(count - finite.sum())
+            entry = {"group": name, "sigma": float(at.sigma), "images": count, "not_finite": left_out}
+            yield entry, {label: value[finite] for label, value in values.items()}
 
 
 def group_means(results: xr.Dataset) -> list[dict[str, Any]]:
@@ -234,8 +238,8 @@ def group_means(results: xr.Dataset) -> list[dict[str, Any]]:
     entries = []
     for entry, values in group_values(results):
         for label, of_images in values.items():
-            error = standard_error(of_images)[1] if entry["images"] > 1 else None
-            entry |= {label: float(of_images.mean()), f"{label}_se": error}
+            error = standard_error(of_images)[1] if of_images.size > 1 else None
+            entry |= {label: float(of_images.mean()) if of_images.size else None, f"{label}_se": error}
         entries.append(entry)
     return entries
 

@@ -19,7 +19,10 @@ SHEET, GAP, TILE = 4096, 2, 64
 
 
 def to_bytes(images: Float[np.ndarray, "n c h w"]) -> UInt8[np.ndarray, "n h w c"]:
-    """Images in [-1, 1] as bytes, -1 black and 1 white, channels last."""
+    """Images in [-1, 1] as bytes, -1 black and 1 white, channels last; what is not finite is a checkerboard."""
+    finite = np.isfinite(images)
+    if not finite.all():
+        images = np.where(finite, images, 1.0 - 2.0 * (np.indices(images.shape[-2:]).sum(0) % 2))
     return np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
 
 

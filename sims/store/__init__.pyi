@@ -8,6 +8,7 @@ from .filling import batch_rows as batch_rows
 from .filling import checksum as checksum
 from .filling import fill as fill
 from .filling import fill_units as fill_units
+from .filling import not_finite as not_finite
 from .provenance import environment as environment
 from .run import FORMAT as FORMAT
 from .run import SPEC as SPEC

@@ -20,6 +20,7 @@ from jaxtyping import Int
 
 from sims.store import chunks as on_disk
 from sims.store import run as store
+from sims.store.chunks import BOOKKEEPING
 from sims.store.run import Region, Run
 
 __all__ = ["Computed", "batch_rows", "checksum", "fill", "fill_units"]
@@ -98,6 +99,23 @@ def fill(
                 on_batch(done, total)
 
         fill_units(run, batches, on_unit=report)
+
+
+def not_finite(out: str | Path, dim: str) -> list[int]:
+    """The finished items along ``dim`` of which some value is NaN or infinite; reads a unit at a time.
+
+    ``StoreError`` as for :func:`sims.store.run.load`.
+    """
+    run, bad = store.attached(out), []
+    for unit in on_disk.finished(run):
+        part = unit[dim]
+        for name, values in on_disk.read_unit(run, unit).items():
+            dims = on_disk.dims(run.arrays[name])
+            if name in BOOKKEEPING or dim not in dims or values.dtype.kind not in "fc":
+                continue
+            others = tuple(axis for axis, of in enumerate(dims) if of != dim)
+            bad.extend((part.start + np.flatnonzero(~np.isfinite(values).all(axis=others))).tolist())
+    return sorted(set(bad))
 
 
 def batch_rows(start: int, size: int, total: int) -> Int[np.ndarray, " size"]:
