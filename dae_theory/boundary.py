@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from dae_theory.checks import check_data, check_integer, check_nonnegative, is_concrete
+from dae_theory.checks import check_data, check_integer, check_level, is_concrete
 from dae_theory.conditions import masked_separability
 from dae_theory.energies import allocate_ranks, spectral_energy
 from dae_theory.precision import full_precision
@@ -95,8 +95,8 @@ def predicted_boundary(
         multiplicity: Copies that each row stands for, shape (n,), positive integers; one each by default.
     """
     check_data(data)
-    check_nonnegative("sigma", sigma)
-    check_nonnegative("penalty", penalty)
+    check_level("sigma", sigma)
+    check_level("penalty", penalty)
     if is_concrete(width):
         check_integer("width", width, minimum=1)
     if not is_concrete(data):

@@ -28,7 +28,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
-from dae_theory.checks import check_data, check_integer, check_nonnegative, check_positive, is_concrete
+from dae_theory.checks import check_data, check_integer, check_level, check_positive, is_concrete
 from dae_theory.conditions import check_conditions
 from dae_theory.curvature import dense_curvature, lanczos_curvature
 from dae_theory.exact_training import from_span, minimize_exact_objective, span_basis, to_span
@@ -177,8 +177,8 @@ def certify(
         (True, 1, 1)
     """
     check_data(data)
-    check_nonnegative("sigma", sigma)
-    check_nonnegative("penalty", penalty)
+    check_level("sigma", sigma)
+    check_level("penalty", penalty)
     if not is_concrete(dae, data, sigma, penalty):
         raise ValueError("certify needs concrete values, because ranks are shapes; call it outside jit.")
     basis = span_basis(data, extra=1)

@@ -18,6 +18,7 @@ __all__ = [
     "check_example",
     "check_finite",
     "check_integer",
+    "check_level",
     "check_nonnegative",
     "check_number",
     "check_positive",
@@ -85,13 +86,14 @@ def check_seed(name: str, value: object) -> int:
 
 def check_data(data: Any, *, name: str = "data") -> None:
     """Raise ``ValueError`` unless ``data`` is a floating (n, d) array with n, d >= 1 and, when concrete, finite."""
-    import jax.numpy as jnp
-
-    shape, dtype = jnp.shape(data), jnp.result_type(data)
+    shape = _shape(name, data)
     if len(shape) != 2:
         raise ValueError(f"{name} must have shape (n, d), samples as rows; got shape {shape}.")
     if 0 in shape:
         raise ValueError(f"{name} is empty: shape {shape}; it needs at least one sample and one dimension.")
+    import jax.numpy as jnp
+
+    dtype = jnp.result_type(data)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"{name} must be floating point, got {dtype}; convert it, for example with .astype(float).")
     check_finite(name, data)
@@ -112,6 +114,12 @@ def check_number(name: str, value: Any) -> None:
     shape = _shape(name, value)
     if shape:
         raise ValueError(f"{name} must be one number, got shape {shape}; for several, use jax.vmap(...) over {name}.")
+
+
+def check_level(name: str, value: Any, *, zero: bool = True) -> None:
+    """Raise ``ValueError`` unless ``value``, such as σ or λ, is one number >= 0, or > 0 if not ``zero``."""
+    check_number(name, value)
+    (check_nonnegative if zero else check_positive)(name, value)
 
 
 def _shape(name: str, value: Any) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dae_theory.bivariate_normal import bivariate_normal_cdf, normal_cdf, normal_pdf
-from dae_theory.checks import check_data, check_positive
+from dae_theory.checks import check_data, check_level
 from dae_theory.model import ReluDae
 from dae_theory.precision import full_precision
 from dae_theory.relu_gaussian import angle, standardize
@@ -208,7 +208,7 @@ def _preactivations(
 ) -> tuple[Float[Array, " p"], Float[Array, " p"], Float[Array, "p p"]]:
     """Mean, standard deviation and covariance of ``W₁ᵀ(x + σε)``."""
     check_data(x[None])
-    check_positive("sigma", sigma)
+    check_level("sigma", sigma, zero=False)
     sigma = jnp.asarray(sigma, x.dtype)
     gram = dae.w1.T @ dae.w1
     return x @ dae.w1, sigma * column_norms(dae.w1), sigma * sigma * gram

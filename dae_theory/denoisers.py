@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dae_theory.checks import check_example, check_number, check_positive
+from dae_theory.checks import check_example, check_level
 from dae_theory.mixture import GaussianMixture
 from dae_theory.precision import full_precision
 from dae_theory.types import Denoiser, Scalar
@@ -118,8 +118,7 @@ def score(denoiser: Denoiser, y: Float[Array, " d"], sigma: Scalar) -> Float[Arr
 
 def _check_example(y: Float[Array, " d"], sigma: Scalar) -> None:
     check_example("y", y)
-    check_number("sigma", sigma)
-    check_positive("sigma", sigma)
+    check_level("sigma", sigma, zero=False)
 
 
 def _axes(covariances: Float[Array, "*K d d"]) -> tuple[Float[Array, "*K d"], Float[Array, "*K d d"]]:

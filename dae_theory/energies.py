@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from dae_theory.checks import check_data, check_integer, check_nonnegative, is_concrete
+from dae_theory.checks import check_data, check_integer, check_level, is_concrete
 from dae_theory.minimizers import shrinkage, threshold
 from dae_theory.mixture import GaussianMixture
 from dae_theory.model import ReluDae
@@ -190,5 +190,5 @@ def _total(
 
 
 def _check(sigma: Scalar, penalty: Scalar) -> None:
-    check_nonnegative("sigma", sigma)
-    check_nonnegative("penalty", penalty)
+    check_level("sigma", sigma)
+    check_level("penalty", penalty)

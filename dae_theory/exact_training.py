@@ -18,7 +18,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
-from dae_theory.checks import check_data, check_nonnegative, check_positive, is_concrete
+from dae_theory.checks import check_data, check_level, is_concrete
 from dae_theory.model import ReluDae
 from dae_theory.newton import lbfgs, newton, preconditioned_lbfgs
 from dae_theory.precision import full_precision
@@ -98,10 +98,10 @@ def minimize_exact_objective(
     if method not in ("auto", "dense", "products"):
         raise ValueError(f"method is {method!r}; it must be 'auto', 'dense' or 'products'.")
     check_data(data)
-    check_nonnegative("sigma", sigma)
-    check_nonnegative("penalty", penalty)
+    check_level("sigma", sigma)
+    check_level("penalty", penalty)
     if method == "dense":
-        check_positive("sigma", sigma)
+        check_level("sigma", sigma, zero=False)
     if method == "auto":
         small = dae.w1.size <= DENSE_SIZE and not (is_concrete(sigma) and float(sigma) == 0.0)
         method = "dense" if small else "products"

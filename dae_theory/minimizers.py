@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from dae_theory.checks import check_data, check_integer, check_nonnegative
+from dae_theory.checks import check_data, check_integer, check_level
 from dae_theory.mixture import GaussianMixture
 from dae_theory.model import ReluDae
 from dae_theory.precision import full_precision
@@ -170,8 +170,8 @@ def generalizing_minimizer(
         >>> dae.w1.shape, bool(jnp.all(modes.means[0] @ dae.w1[:, :2] > 0))  # the first block is on at its mean
         ((2, 4), True)
     """
-    check_nonnegative("sigma", sigma)
-    check_nonnegative("penalty", penalty)
+    check_level("sigma", sigma)
+    check_level("penalty", penalty)
     moments, axes = population_axes(mixture)
     ranks = _check_any_unit(check_ranks(ranks, [moments.shape[1]] * moments.shape[0], width=width))
     q = shrinkage(moments, mixture.weights[:, None], sigma, penalty)
@@ -223,8 +223,8 @@ def orthogonal_factor(rank: int) -> np.ndarray:
 
 def _check(data: Float[Array, "n d"], sigma: Scalar, penalty: Scalar) -> None:
     check_data(data)
-    check_nonnegative("sigma", sigma)
-    check_nonnegative("penalty", penalty)
+    check_level("sigma", sigma)
+    check_level("penalty", penalty)
 
 
 def _block(

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dae_theory.bivariate_normal import normal_cdf
-from dae_theory.checks import check_data, check_integer, check_nonnegative, is_concrete
+from dae_theory.checks import check_data, check_integer, check_level, is_concrete
 from dae_theory.jackknife import jackknife_error, jackknife_reach
 from dae_theory.minimizers import block_minimizer, generalizing_minimizer
 from dae_theory.mixture import GaussianMixture, check_mixture, covariance_roots
@@ -85,7 +85,7 @@ def population_risk(dae: ReluDae, mixture: GaussianMixture, sigma: Scalar) -> Fl
     with moments of ``h`` in mode k. Jittable and differentiable; the cost is K evaluations of p² pairs. Raises
     ``ValueError`` for a negative ``sigma``, an invalid mixture, or dimensions that disagree.
     """
-    check_nonnegative("sigma", sigma)
+    check_level("sigma", sigma)
     check_mixture(mixture)
     if dae.w1.shape[0] != mixture.means.shape[1] or dae.w1.shape != dae.w2.shape:
         raise ValueError(
@@ -113,7 +113,7 @@ def population_risk(dae: ReluDae, mixture: GaussianMixture, sigma: Scalar) -> Fl
 
 def population_objective(dae: ReluDae, mixture: GaussianMixture, sigma: Scalar, penalty: Scalar) -> Float[Array, ""]:
     """:func:`population_risk` plus ``λ(‖W₁‖² + ‖W₂‖²)``: the training objective for infinitely many samples."""
-    check_nonnegative("penalty", penalty)
+    check_level("penalty", penalty)
     return population_risk(dae, mixture, sigma) + penalty * (jnp.sum(jnp.square(dae.w1)) + jnp.sum(jnp.square(dae.w2)))
 
 

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dae_theory.checks import check_data, check_finite, check_integer, check_nonnegative
+from dae_theory.checks import check_data, check_finite, check_integer, check_level
 from dae_theory.model import ReluDae, denoise
 from dae_theory.precision import full_precision
 from dae_theory.relu_gaussian import relu_covariance, relu_mean
@@ -260,7 +260,7 @@ def monte_carlo_estimate(
 
 def _checked(dae: ReluDae, data: Array, sigma: Scalar) -> Float[Array, ""]:
     check_data(data)
-    check_nonnegative("sigma", sigma)
+    check_level("sigma", sigma)
     shape, dtype = jnp.shape(dae.w1), jnp.result_type(dae.w1)
     if len(shape) != 2 or jnp.shape(dae.w2) != shape:
         raise ValueError(f"w1 and w2 must have the same shape (d, p), got {shape} and {jnp.shape(dae.w2)}.")
@@ -335,7 +335,7 @@ def _add_chunk(function: Callable[[Any], Array], total: Array, chunk: tuple[Any,
 
 
 def _weight_term(dae: ReluDae, penalty: Scalar) -> Float[Array, ""]:
-    check_nonnegative("penalty", penalty)
+    check_level("penalty", penalty)
     return jnp.asarray(penalty, dae.w1.dtype) * (jnp.sum(jnp.square(dae.w1)) + jnp.sum(jnp.square(dae.w2)))
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dae_theory.checks import check_data, check_integer, check_nonnegative, check_positive, is_concrete
+from dae_theory.checks import check_data, check_integer, check_level, check_nonnegative, check_positive, is_concrete
 from dae_theory.model import ReluDae, denoise
 from dae_theory.precision import full_precision
 from dae_theory.types import Denoiser, PRNGKey, Scalar
@@ -256,7 +256,7 @@ def gaussian_flow(
 
     since ``d(log u_jᵀ(y − μ))/dσ = σ/(s_j + σ²)``. A reference to test solvers against.
     """
-    check_positive("sigma", sigma)
+    check_level("sigma", sigma, zero=False)
     check_nonnegative("next_sigma", next_sigma)
     s, vectors = jnp.linalg.eigh(covariance)
     deviation = jnp.sqrt(jnp.maximum(s, 0.0))

@@ -27,7 +27,7 @@ from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float
 
 from dae_theory.bivariate_normal import gate_covariance, normal_cdf, normal_pdf, wedge
-from dae_theory.checks import check_data, check_nonnegative, check_positive
+from dae_theory.checks import check_data, check_level
 from dae_theory.model import ReluDae
 from dae_theory.precision import full_precision
 from dae_theory.relu_gaussian import angle, relu_mean, relu_second_moment, standardize
@@ -72,8 +72,8 @@ def objective_hessian(dae: ReluDae, data: Float[Array, "n d"], sigma: Scalar, pe
     non-finite data.
     """
     check_data(data)
-    check_positive("sigma", sigma)
-    check_nonnegative("penalty", penalty)
+    check_level("sigma", sigma, zero=False)
+    check_level("penalty", penalty)
     if dae.w1.shape != dae.w2.shape or dae.w1.shape[0] != data.shape[1]:
         raise ValueError(f"weights of shape {dae.w1.shape} and {dae.w2.shape} do not fit data of shape {data.shape}.")
     return _objective_hessian(dae, data, jnp.asarray(sigma, data.dtype), jnp.asarray(penalty, data.dtype))

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from dae_theory.checks import check_data, check_integer, check_nonnegative, is_concrete
+from dae_theory.checks import check_data, check_integer, check_level, is_concrete
 from dae_theory.energies import Energy, allocate_ranks, best_energy, direction_gain, spectral_energy
 from dae_theory.minimizers import block_units, orthogonal_factor, shrinkage
 from dae_theory.precision import full_precision
@@ -98,8 +98,8 @@ def compare_structures(
         exhaustive_limit: Largest number of distinct samples for which all partitions are compared.
     """
     check_data(data)
-    check_nonnegative("sigma", sigma)
-    check_nonnegative("penalty", penalty)
+    check_level("sigma", sigma)
+    check_level("penalty", penalty)
     check_integer("width", width, minimum=1)
     check_integer("exhaustive_limit", exhaustive_limit, minimum=0)
     if not is_concrete(data, sigma, penalty):

@@ -69,6 +69,11 @@ def guarded(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Nam
         except BrokenPipeError:
             # The reader (head, less) has closed the pipe; Python would complain once more at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError as error:
+            # What the system refuses and no reader has put into words: names that are too long, files that vanish.
+            name = f"{error.filename}: " if error.filename is not None else ""
+            sys.stderr.write(f"error: {name}{error.strerror or error}\n")
+            return 2
         except KeyboardInterrupt:
             finished = f"; finished cells are in {args.out}" if getattr(args, "out", None) else ""
             sys.stderr.write(f"\ninterrupted{finished}. The same command again resumes.\n")

@@ -153,6 +153,11 @@ def test_tokens_beyond_the_vocabulary_are_refused(pipelines):
         condition_on(pipeline._replace(tokenizers=(tokenizer,)), "a cat")
 
 
+def test_a_prompt_is_unicode_text(pipelines):
+    with pytest.raises(ValueError, match=r"prompt 'a \\ud800 cat' is not Unicode text"):
+        condition_on(pipelines["latent"], "a \ud800 cat")
+
+
 def test_sizes_in_pixels(pipelines):
     assert pixel_size(pipelines["pixel"]) == (8, 8)
     assert pixel_size(pipelines["latent"]) == (16, 16)

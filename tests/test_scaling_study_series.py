@@ -11,6 +11,7 @@ from paper_figs import __main__ as figures
 from paper_figs.artifacts import load_arrays
 from scaling import load_pipeline
 from scaling.commands import duplication as duplication_command
+from scaling.measures.copies import share_over_networks
 from scaling.study import series
 from scaling.study.examination import examine
 from scaling.study.settings import ExaminationSetting
@@ -127,6 +128,10 @@ def test_the_two_layer_networks_stand_beside_them(over_n):
     assert shallow.sigma.values.tolist() == [0.5, 1.5]
     summary = (out / "summary.md").read_text()
     assert "gap, two layers" in summary
+    # Two halves of four samples of one seed: none of eight is a copy, or so many that the interval says so.
+    copied = store.load(out).copied.isel(eta=0, num_samples=0, seed=0).sum().item()
+    share = share_over_networks([copied], [8])
+    assert f"| 3 | {share.share:.3f} ({share.low:.3f} to {share.high:.3f}) |" in summary
     assert summary.count("\n| ") == 3
     # Both distances at both groups, each under a head that names it.
     head, row = ([cell.strip() for cell in line.split("|")] for line in summary.splitlines()[2:5:2])

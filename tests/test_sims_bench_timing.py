@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from sims.bench import timing as benchmarks
-from sims.bench.timing import Row, compare, peak_memory, row, seconds, table, write_json
+from sims.bench.timing import Row, compare, peak_memory, per_unit, row, seconds, table, write_json
 
 
 def clock(monkeypatch, durations):
@@ -22,11 +22,42 @@ def clock(monkeypatch, durations):
 
 def test_ratios_are_of_pairs_and_more_is_better(monkeypatch):
     calls = []
-    # A warm-up of each, then ours 1, 2, 4 beside the rival's 3, 4, 20.
-    clock(monkeypatch, [9, 9, 1, 3, 2, 4, 4, 20])
+    # A warm-up of each, then ours 1, 2, 4 beside the rival's 3, 4, 5.
+    clock(monkeypatch, [9, 9, 1, 3, 2, 4, 4, 5])
     found = compare("a", lambda: calls.append("ours"), lambda: calls.append("rival"), 3, notes={"bytes": 5})
     assert calls == ["ours", "rival"] * 4
-    assert found == Row("a", 2, 4, 3, 2, 5, {"bytes": 5})
+    assert found == Row("a", 2, 4, 2, 1.25, 3, {"bytes": 5})
+
+
+def test_a_rival_in_pytorch_has_the_better_number_of_threads(monkeypatch):
+    """With all threads it takes 50 seconds, as beside other work; with one it takes 1."""
+    now, count, used = [0.0], [2], []
+
+    class Torch:
+        set_num_threads = staticmethod(lambda number: count.__setitem__(0, number))
+
+    def rival():
+        used.append(count[0])
+        now[0] += 1.0 if count[0] == 1 else 50.0
+
+    def ours():
+        now[0] += 0.5
+
+    monkeypatch.setitem(sys.modules, "torch", Torch)
+    monkeypatch.setattr(benchmarks.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(benchmarks.time, "perf_counter", lambda: now[0])
+    assert compare("a", ours, rival, 3) == Row("a", 0.5, 1.0, 2.0, 2.0, 2.0, {"rival_threads": 1})
+    assert sorted(used[:4]) == [1, 1, 2, 2]
+    assert used[4:] == [1] * 4
+
+
+def test_without_an_idle_machine_there_is_no_ratio():
+    found = row("a", [1.0, 1.0], [2.0, 50.0], notes={"bytes": 5})
+    assert (found.ratio_median, found.ratio_min, found.ratio_max) == (None, None, None)
+    assert "from 2 to 50 s, so the machine is not idle" in found.notes["busy"]
+    assert "| -" in table([found])
+    # Of half the work, too.
+    assert per_unit(found, 2, 2).ratio_median is None
 
 
 def test_without_a_rival_and_without_a_warm_up(monkeypatch):

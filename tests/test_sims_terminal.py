@@ -1,6 +1,10 @@
 """The progress bar: what an estimate of the time left is made of."""
 
-from sims.terminal import Bar
+import pathlib
+
+import pytest
+
+from sims.terminal import Bar, UselessResultError, guarded
 
 
 def test_compilation_and_earlier_work_are_not_in_the_time_left():
@@ -28,3 +32,24 @@ def test_a_quiet_bar_counts_nothing_and_accepts_all():
     with Bar(True, "cells") as bar:
         for done in (0, 1, 5):
             bar.move(done, 5, "label")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("sigma must be positive"), 2, "error: sigma must be positive\n"),
+        (UselessResultError("2 of 3 images are not finite"), 1, "error: 2 of 3 images are not finite\n"),
+        (OSError(28, "No space left on device"), 2, "error: No space left on device\n"),
+    ],
+)
+def test_errors_of_users_and_of_the_system_are_one_line(error, code, line, capsys):
+    def run(_args):
+        raise error
+
+    assert guarded(run)(None) == code
+    assert capsys.readouterr().err == line
+
+
+def test_a_name_that_is_too_long_is_one_line(capsys):
+    assert guarded(lambda _args: pathlib.Path("a" * 300).stat())(None) == 2
+    assert capsys.readouterr().err == f"error: {'a' * 300}: File name too long\n"

@@ -132,6 +132,12 @@ def _encoded(
     pipeline: Pipeline, prompt: str, *, penultimate: bool
 ) -> tuple[Float[Array, "1 t c"], Float[Array, "1 p"]]:
     """States of all encoders, concatenated, and the pooled vector of the last one."""
+    if not isinstance(prompt, str):
+        raise ValueError(f"a prompt must be a string, got {type(prompt).__name__}; give one prompt at a time.")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the prompt {prompt!r} is not Unicode text: {error.reason}; write it in UTF-8.") from error
     if not pipeline.text_encoders:
         raise ValueError("the network takes a prompt, but there is no text encoder; load the whole pipeline's folder.")
     states, pooled = [], None

@@ -7,7 +7,7 @@ import itertools
 from typing import TYPE_CHECKING
 
 from scaling.commands import options
-from scaling.commands.summaries import cell, write_summary
+from scaling.commands.summaries import cell, share_cell, write_summary
 from scaling.study.settings import ExaminationSetting
 from scaling.training.spec import TrainSpec, spec_of
 from sims.flags import add_fields, parse_ints, parse_names
@@ -89,7 +89,6 @@ def run(args: argparse.Namespace) -> None:
 
 def summary(results: xr.Dataset) -> str:
     """Two Markdown tables: copies and detection over repeats and training times, and two-layer fits."""
-    from scaling.measures.copies import share_over_networks
     from sims.study.tables import markdown
 
     head = ["repeats", "steps"]
@@ -102,16 +101,11 @@ def summary(results: xr.Dataset) -> str:
         cells = [value, steps]
         for eta in results.eta.values:
             drawn = of_run.sel(eta=eta)
-            # A network per seed; those that are not computed yet have no samples.
-            drawn = drawn.isel(seed=drawn.done.values) if "done" in drawn else drawn
-            counts = drawn.copied.sum("sample").values.astype(int).tolist()
-            count = sum(counts)
-            if not counts:
-                cells += ["-", "-"]
-                continue
-            share = share_over_networks(counts, [drawn.sizes["sample"]] * len(counts))
-            among = (drawn.duplicated_share * drawn.copied.sum("sample")).sum("seed").item() / max(count, 1)
-            cells += [f"{share.share:.3f} ({share.low:.3f} to {share.high:.3f})", f"{among:.3f}" if count else "-"]
+            copied = drawn.copied.where(drawn.done, False) if "done" in drawn else drawn.copied
+            count = int(copied.sum())
+            among = float((drawn.duplicated_share * copied.sum("sample")).sum("seed")) / max(count, 1)
+            shown = share_cell(drawn.copied.rename(sample="drawn"), drawn.get("done"))
+            cells += [shown, f"{among:.3f}" if count else "-"]
         repeated = of_run.sel(group="duplicated")
         cells += [cell(repeated[f"auroc_{name}"].max("tap")) for name in ("std", "l4_over_l2")]
         rows.append([*cells, cell(repeated.auroc_error.max("sigma")), of_run.sizes["seed"]])

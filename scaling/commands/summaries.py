@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import xarray as xr
 
-__all__ = ["cell", "write_summary"]
+__all__ = ["cell", "share_cell", "write_summary"]
 
 SHOWN = 16
 """Samples of each network on the sheet."""
@@ -19,6 +19,19 @@ def cell(values: xr.DataArray) -> str:
     from sims.study.tables import mean_and_error
 
     return mean_and_error(values.values, missing="-")
+
+
+def share_cell(copied: xr.DataArray, done: xr.DataArray | None) -> str:
+    """The share of copies over seeds (seed, drawn) that are ``done``, with its interval over seeds and samples."""
+    from scaling.measures.copies import share_over_networks
+
+    # Those that are not computed yet have no samples.
+    finished = copied if done is None else copied.isel(seed=done.values)
+    counts = finished.sum("drawn").values.astype(int).tolist()
+    if not counts:
+        return "-"
+    share = share_over_networks(counts, [finished.sizes["drawn"]] * len(counts))
+    return f"{share.share:.3f} ({share.low:.3f} to {share.high:.3f})"
 
 
 def write_summary(out: str, results: xr.Dataset, text: str, dims: tuple[str, ...]) -> str:

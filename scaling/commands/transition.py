@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from scaling.commands import options
-from scaling.commands.summaries import cell, write_summary
+from scaling.commands.summaries import cell, share_cell, write_summary
 from scaling.study.settings import NUM_SAMPLES, ExaminationSetting
 from scaling.training.spec import TrainSpec, spec_of
 from sims.flags import add_fields, parse_ints
@@ -82,7 +82,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def summary(results: xr.Dataset, shallow: xr.Dataset) -> str:
-    """A Markdown table over n: means over seeds ± standard errors, of the deep and of the two-layer networks."""
+    """A Markdown table over n: means over seeds ± standard errors, of the deep and of the two-layer networks.
+
+    Shares of copies have intervals over seeds and samples together.
+    """
     from sims.study.tables import markdown
 
     sigma, tap = results.sigma.values[results.sizes["sigma"] // 2], results.tap.values[0]
@@ -90,7 +93,6 @@ def summary(results: xr.Dataset, shallow: xr.Dataset) -> str:
     train, held_out = (deep.sel(group=group, sigma=sigma, tap=tap) for group in ("train", "held_out"))
     two = shallow.gap.sel(sigma=sigma)
     columns = {
-        **{f"copies, η = {eta:g}": deep.copy_share.sel(eta=eta) for eta in results.eta.values},
         "agreement": results.agreement,
         "agreement by chance": results.agreement_unpaired,
         f"gap, σ = {sigma:g}": deep.gap.sel(sigma=sigma),
@@ -104,10 +106,22 @@ def summary(results: xr.Dataset, shallow: xr.Dataset) -> str:
         "‖D − D_pop‖² at training images": train.distance_to_population,
         "‖D − D_pop‖² at held-out images": held_out.distance_to_population,
     }
-    rows = [[n, *(cell(column.sel(num_samples=n)) for column in columns.values())] for n in results.num_samples.values]
+    # The halves of a seed share their order of the data: they count as one network of twice as many samples.
+    copied = {
+        f"copies, η = {eta:g} (95 % interval)": results.copied.sel(eta=eta).stack(drawn=("half", "sample"))
+        for eta in results.eta.values
+    }
+    rows = [
+        [
+            n,
+            *(share_cell(of_eta.sel(num_samples=n), results.done.sel(num_samples=n)) for of_eta in copied.values()),
+            *(cell(column.sel(num_samples=n)) for column in columns.values()),
+        ]
+        for n in results.num_samples.values
+    ]
     return (
         f"Means over {results.sizes['seed']} seeds ± standard errors; codes at {tap}.\n\n"
-        f"{markdown(['n', *columns], rows)}\n\n"
+        f"{markdown(['n', *copied, *columns], rows)}\n\n"
         f"Rank of the Jacobian J and distances at σ = {sigma:g}. Squared distances are sums over pixels; D_emp is the "
         "optimal denoiser of the training set, D_pop that of the population, the Wiener filter of held-out images.\n"
     )

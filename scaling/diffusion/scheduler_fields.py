@@ -142,21 +142,21 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 # Fields of old files and of OTHER_CLASSES that no method uses.
 _IGNORED = frozenset({"flow_shift", "shift_terminal", "tensor_format", "time_shift_type"})
 # Fields of the steps, whatever their values; use_flow_sigmas and use_dynamic_shifting would change the noise itself.
-_OF_OTHERSTEPS = {
+_OF_OTHER_STEPS = {
     "corrector_order",
     "noise_sampler_seed",
     "predictor_order",
     "tau_func",
     "timestep_values",
 }
-STEPS = (frozenset().union(*DEFAULTS.values()) | _IGNORED | _OF_OTHERSTEPS) - {
+STEPS = (frozenset().union(*DEFAULTS.values()) | _IGNORED | _OF_OTHER_STEPS) - {
     *NOISE,
     "use_flow_sigmas",
     "use_dynamic_shifting",
 }
 # Of files of 2022: timesteps in place of those of the method.
 INERT_IF_NULL = frozenset({"timestep_values"})
-KNOWN = frozenset().union(*DEFAULTS.values()) | _IGNORED | (_OF_OTHERSTEPS - INERT_IF_NULL)
+KNOWN = frozenset().union(*DEFAULTS.values()) | _IGNORED | (_OF_OTHER_STEPS - INERT_IF_NULL)
 
 
 def solver_types(method: Method, values: Mapping[str, Any]) -> dict[str, str]:

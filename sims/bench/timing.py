@@ -1,13 +1,16 @@
 r"""Speed as a ratio: two ways to do one thing, timed in turn in one process, so that a drift of the machine cancels.
 
 Each pair of runs gives :math:`r_k = t_k^\text{rival} / t_k^\text{ours}`, so more is better; a :class:`Row` has their
-median, smallest and largest value. A wide range indicates a busy machine.
+median, smallest and largest value. Rivals in PyTorch run with one thread or with all, whichever is faster here: beside
+other work, threads that wait for each other make a small step fifty times slower. A row whose rival's times differ by
+more than a factor of two has no ratio.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import pathlib
 import resource
 import statistics
@@ -25,6 +28,7 @@ __all__ = [
     "Row",
     "apart",
     "compare",
+    "fastest_threads",
     "peak_memory",
     "per_unit",
     "row",
@@ -71,6 +75,8 @@ def compare(
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}.")
+    if rival is not None and (threads := fastest_threads(rival)):
+        notes = {**(notes or {}), "rival_threads": threads}
     if warm_up:
         seconds(ours)
         if rival is not None:
@@ -78,6 +84,25 @@ def compare(
     pairs = [(seconds(ours), None if rival is None else seconds(rival)) for _ in range(repeats)]
     theirs = [their for _, their in pairs if their is not None]
     return row(name, [our for our, _ in pairs], theirs or None, notes=notes)
+
+
+def fastest_threads(rival: Callable[[], object]) -> int:
+    """Leave PyTorch with one thread or with one per core, whichever runs ``rival`` faster; returns the number.
+
+    0, and nothing is called, where PyTorch has not been imported.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return 0
+    times = {}
+    for count in {1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1}:
+        torch.set_num_threads(count)
+        # The first call may allocate.
+        seconds(rival)
+        times[count] = seconds(rival)
+    best = min(times, key=lambda count: times[count])
+    torch.set_num_threads(best)
+    return best
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -90,7 +115,14 @@ def seconds(function: Callable[[], object]) -> float:
 def row(
     name: str, ours: Sequence[float], rival: Sequence[float] | None, *, notes: Mapping[str, Any] | None = None
 ) -> Row:
-    """A row from given times, the k-th of ``ours`` beside the k-th of ``rival``."""
+    """A row from given times, the k-th of ``ours`` beside the k-th of ``rival``.
+
+    It has no ratios, and a note that says why, if the rival's times differ by more than a factor of two.
+    """
+    if rival is not None and max(rival) > 2 * min(rival):
+        busy = f"the rival took from {min(rival):.3g} to {max(rival):.3g} s, so the machine is not idle: no ratio"
+        medians = statistics.median(ours), statistics.median(rival)
+        return Row(name, *medians, None, None, None, {**(notes or {}), "busy": busy})
     if rival is None:
         return Row(name, statistics.median(ours), None, None, None, None, dict(notes or {}))
     ratios = [their / our for our, their in zip(ours, rival, strict=True)]

@@ -74,6 +74,11 @@ def noisy_pairs(
     several percent.
     """
     used = rows[: spec.eval_samples]
+    if not len(used):
+        raise ValueError(
+            "there are no rows to measure on, because none is held out; hold out at least one (held_out, --held-out), "
+            "or choose measures of training rows alone."
+        )
     clean = jnp.repeat(used, -(-spec.eval_samples * spec.eval_draws // used.shape[0]), axis=0)
 
     def eps(i: Array) -> Float[Array, " d"]:
