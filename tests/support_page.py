@@ -111,7 +111,7 @@ def page():
     lines = [
         "# What loads, what samples, what is refused",
         "",
-        "A file is read exactly or refused by name. This page is written by `tests/support_page.py` from the code's own",
+        "A file is read exactly or refused by name. This page is written by `tests/support_page.py` from the code's",
         "tables, and a test keeps the two equal. Differences from PyTorch's results are in [PARITY.md](PARITY.md).",
         "",
         "## Networks",
@@ -132,7 +132,7 @@ def page():
         "",
         f"Safetensors, whole or in shards with their index, of the types {code(FLOATS)}; they load as "
         f"{code(DTYPES)}. Files that end with {code(PICKLES)} are pickles, which can run any code when opened: they "
-        "are never read, and the message has the command that converts them. Weights that are NaN or infinite are refused. "
+        "are never read, and the message has the command that converts them. Weights that are not finite are refused. "
         f"Tokenizers are read from {code(TOKENIZER_FILES)}.",
         "",
         "## Pipelines",
@@ -142,7 +142,7 @@ def page():
         markdown(("component", "classes"), components),
         "",
         f"Read beside them: {code(READ_BESIDE)}. Settings that are read: {code(SETTINGS)}. Without effect on the "
-        f"images, and left out: {code(sorted(IRRELEVANT))}. Everything else is refused, unless it is null. For example:",
+        f"images, and left out: {code(sorted(IRRELEVANT))}. All else is refused, unless it is null. For example:",
         "",
         markdown(("pipeline", "message"), pipelines),
         "",

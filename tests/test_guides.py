@@ -12,14 +12,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 README = ROOT / "README.md"
 GUIDES = [ROOT / name for name in ("sims/SCALE.md", "scaling/GUIDE.md", "paper_figs/RESULTS.md")]
 PAGES = [
-    
     README,
     *GUIDES,
     ROOT / "scaling/PARITY.md",
     ROOT / "scaling/SUPPORT.md",
     ROOT / "dae_theory/THEORY.md",
     ROOT / "CONTRIBUTING.md",
-,
 ]
 
 
