@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import dae_theory
 from dae_theory import checks
 
 
@@ -82,20 +81,3 @@ def test_a_level_is_one_number():
         checks.check_level("sigma", 0.0, zero=False)
     with pytest.raises(ValueError, match="penalty must not be negative"):
         checks.check_level("penalty", -1.0)
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda rows, sigma: dae_theory.memorizing_minimizer(rows, sigma, 1e-3, 2),
-        lambda rows, sigma: dae_theory.check_conditions(rows, [0, 1], sigma, 1e-3, 1),
-        lambda rows, sigma: dae_theory.exact_risk(dae_theory.ReluDae(jnp.eye(2), jnp.eye(2)), rows, sigma),
-        lambda rows, sigma: dae_theory.certify(dae_theory.ReluDae(jnp.eye(2), jnp.eye(2)), rows, sigma, 1e-3),
-    ],
-    ids=["memorizing_minimizer", "check_conditions", "exact_risk", "certify"],
-)
-def test_lists_and_several_levels_are_told(call):
-    with pytest.raises(ValueError, match="data must be an array, got list"):
-        call([[1.0, 0.0], [0.0, 1.0]], 0.3)
-    with pytest.raises(ValueError, match=r"sigma must be one number, got shape \(3,\)"):
-        call(jnp.eye(2), jnp.ones(3))

@@ -152,7 +152,8 @@ def test_a_batch_is_refused_without_the_type_checks_of_the_tests():
     """With n = d or n = p a batch would give an array of the right shape and the wrong values."""
     code = """
 import functools, jax.numpy as jnp
-from dae_theory import ReluDae, denoise, denoisers, encode, jacobian
+from dae_theory import ReluDae, certify, check_conditions, denoise, denoisers, encode, exact_risk, jacobian
+from dae_theory import memorizing_minimizer
 from dae_theory.mixture import GaussianMixture
 square, y = jnp.eye(3), jnp.ones(3)
 dae, mixture = ReluDae(square, square), GaussianMixture(jnp.ones(1), y[None], square[None])
@@ -180,6 +181,23 @@ for name, call in calls.items():
         assert "jax.vmap" in str(error) and "shape (3" in str(error), (name, error)
     else:
         raise AssertionError(name)
+given = {
+    "memorizing_minimizer": lambda rows, sigma: memorizing_minimizer(rows, sigma, 1e-3, 3),
+    "check_conditions": lambda rows, sigma: check_conditions(rows, [0, 1, 2], sigma, 1e-3, 1),
+    "exact_risk": lambda rows, sigma: exact_risk(dae, rows, sigma),
+    "certify": lambda rows, sigma: certify(dae, rows, sigma, 1e-3),
+}
+for name, call in given.items():
+    for rows, sigma, words in (
+        ([[1.0, 0.0], [0.0, 1.0]], 0.3, "data must be an array, got list"),
+        (square, several, "sigma must be one number, got shape (3,)"),
+    ):
+        try:
+            call(rows, sigma)
+        except ValueError as error:
+            assert words in str(error), (name, error)
+        else:
+            raise AssertionError((name, words))
 for data, words in (([[1.0, 2.0, 3.0]], "got list"), (jnp.ones((2, 4)), "shape (2, 4)"), (y, "shape (3,)")):
     try:
         denoisers.empirical_denoiser(y, 0.3, data)

@@ -1,5 +1,6 @@
 """The progress bar: what an estimate of the time left is made of."""
 
+import argparse
 import pathlib
 
 import pytest
@@ -46,10 +47,10 @@ def test_errors_of_users_and_of_the_system_are_one_line(error, code, line, capsy
     def run(_args):
         raise error
 
-    assert guarded(run)(None) == code
+    assert guarded(run)(argparse.Namespace()) == code
     assert capsys.readouterr().err == line
 
 
 def test_a_name_that_is_too_long_is_one_line(capsys):
-    assert guarded(lambda _args: pathlib.Path("a" * 300).stat())(None) == 2
+    assert guarded(lambda _args: pathlib.Path("a" * 300).stat())(argparse.Namespace()) == 2
     assert capsys.readouterr().err == f"error: {'a' * 300}: File name too long\n"
