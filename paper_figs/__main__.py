@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import pathlib
-import sys
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from absl import app, logging
-from absl.flags import argparse_flags
+from sims.interrupts import end_quietly_during_imports
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
 
 FIGURES = tuple(sorted(path.stem.removeprefix("fig_") for path in pathlib.Path(__file__).parent.glob("fig_*.py")))
 """Names of the figures; the module is ``paper_figs.fig_NAME``."""
@@ -18,11 +18,15 @@ FIGURES = tuple(sorted(path.stem.removeprefix("fig_") for path in pathlib.Path(_
 
 def main() -> None:
     """Run the command line and exit: 0 done, 2 bad input, 130 interrupted."""
-    logging.set_verbosity(logging.WARNING)
-    app.run(_run, flags_parser=_parse)
+    end_quietly_during_imports()
+    from sims.terminal import run_program
+
+    run_program(_run, _parse)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    from absl.flags import argparse_flags
+
     parser = argparse_flags.ArgumentParser(prog="python -m paper_figs", description=__doc__, allow_abbrev=False)
     parser.add_argument("name", metavar="list|NAME|all", help="which figure; list names them")
     parser.add_argument("--quick", action="store_true", help="a small version in seconds, to try it out")
@@ -32,21 +36,18 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from sims.terminal import guarded
+
+    return guarded(_draw)(args)
+
+
+def _draw(args: argparse.Namespace) -> None:
     if args.name == "list":
         for name in FIGURES:
             print(f"{name:16s} {_module(name).SUMMARY}")
-        return 0
-    names = list(FIGURES) if args.name == "all" else [args.name]
-    try:
-        for name in names:
-            print("\n".join(str(path) for path in make(name, args.out, quick=args.quick, run=args.run)))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; figures already written are kept.", file=sys.stderr)
-        return 130
-    return 0
+        return
+    for name in FIGURES if args.name == "all" else (args.name,):
+        print("\n".join(str(path) for path in make(name, args.out, quick=args.quick, run=args.run)))
 
 
 def make(name: str, out: pathlib.Path, *, quick: bool = False, run: str | None = None) -> list[pathlib.Path]:

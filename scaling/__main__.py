@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from scaling.commands import COMMANDS
-from sims.terminal import run_commands
+from sims.interrupts import end_quietly_during_imports
 
 
 def main() -> None:
-    """Run the command line and exit: 0 done, 2 bad input, 130 interrupted."""
+    """Run the command line and exit: 0 done, 1 done but of no use, 2 bad input, 130 interrupted."""
+    end_quietly_during_imports()
+    from scaling.commands import COMMANDS
+    from sims.terminal import run_commands
+
     run_commands("python -m scaling", __doc__, "scaling.commands", COMMANDS, before=_prepare)
 
 

@@ -2,6 +2,7 @@ __version__: str
 
 from . import data as data
 from . import flags as flags
+from . import interrupts as interrupts
 from . import presets as presets
 from . import store as store
 from . import study as study

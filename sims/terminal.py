@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import importlib
 import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
 
 from absl import app, logging
 from absl.flags import argparse_flags
 from tqdm import tqdm
 
-__all__ = ["Bar", "Log", "UselessResultError", "guarded", "parse_command", "run_commands", "tell"]
+from sims.interrupts import INTERRUPTED, ignore_from_here
+
+__all__ = [
+    "Bar",
+    "Log",
+    "UselessResultError",
+    "guarded",
+    "parse_command",
+    "repair_streams",
+    "run_commands",
+    "run_program",
+    "tell",
+]
 
 
 class UselessResultError(Exception):
@@ -30,14 +44,48 @@ def run_commands(
     ``run(args)``. What takes long to import belongs inside ``run``, so that ``--help`` and a mistyped flag answer at
     once. ``before`` is called after parsing, before the command runs.
     """
-    logging.set_verbosity(logging.WARNING)
 
     def run(args: argparse.Namespace) -> int:
         if before is not None:
             before()
         return args.run(args)
 
-    app.run(run, flags_parser=lambda argv: parse_command(argv[1:], prog, doc, package, commands))
+    run_program(run, lambda argv: parse_command(argv[1:], prog, doc, package, commands))
+
+
+def run_program(
+    run: Callable[[argparse.Namespace], int], parse: Callable[[Sequence[str]], argparse.Namespace]
+) -> NoReturn:
+    """Parse the command line, call ``run`` with it and exit with the code that it returns; 130 if interrupted."""
+    logging.set_verbosity(logging.WARNING)
+    repair_streams()
+
+    def last(args: argparse.Namespace) -> int:
+        code = run(args)
+        ignore_from_here()
+        return code
+
+    try:
+        app.run(last, flags_parser=parse)
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted.\n")
+        sys.exit(INTERRUPTED)
+    raise AssertionError("app.run exits")
+
+
+def repair_streams() -> None:
+    """Let no output fail: characters that the terminal's encoding lacks are escaped, closed streams lead nowhere."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            # Else the next file that is opened would take the place of the stream, and libraries would write to it.
+            with contextlib.suppress(OSError):
+                os.fstat(number)
+                continue
+            os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+        elif number and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def parse_command(
@@ -70,14 +118,15 @@ def guarded(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Nam
             # The reader (head, less) has closed the pipe; Python would complain once more at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except OSError as error:
-            # What the system refuses and no reader has put into words: names that are too long, files that vanish.
+            # What the system refuses and no reader has put into words: names that are too long, files that vanish, a
+            # full disk below the standard output.
             name = f"{error.filename}: " if error.filename is not None else ""
             sys.stderr.write(f"error: {name}{error.strerror or error}\n")
             return 2
         except KeyboardInterrupt:
             finished = f"; finished cells are in {args.out}" if getattr(args, "out", None) else ""
             sys.stderr.write(f"\ninterrupted{finished}. The same command again resumes.\n")
-            return 130
+            return INTERRUPTED
         return 0
 
     return shielded

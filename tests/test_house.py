@@ -21,7 +21,8 @@ STANDARD_LIBRARY_IN_THEORY = {
 ARROWS = {
     "sims": {
         "flags": "",
-        "terminal": "",
+        "interrupts": "",
+        "terminal": "interrupts",
         "presets": "",
         "data": "",
         "store": "",
@@ -29,7 +30,7 @@ ARROWS = {
         "study": "sweeps data store",
         "bench": "sweeps study data store terminal",
         "commands": "sweeps study data store flags presets terminal",
-        "__main__": "commands terminal",
+        "__main__": "commands interrupts terminal",
     },
     "scaling": {
         "backend": "",

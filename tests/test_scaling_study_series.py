@@ -1,6 +1,7 @@
 """Series of trainings: what they store and summarize, resumed, continued, refused."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -108,6 +109,17 @@ def test_a_series_over_n_trains_disjoint_halves_and_keeps_what_was_found(over_n)
     both = results.samples.isel(seed=0, num_samples=1, eta=0).values
     expected = series.agreement(both[0], both[1], read_corpus(spec).held_out.mean(axis=0))
     np.testing.assert_allclose([results.agreement[1, 0], results.agreement_unpaired[1, 0]], expected, rtol=1e-5)
+
+
+def test_a_series_may_be_moved_and_have_any_name(over_n, tmp_path):
+    out, asked = over_n
+    moved = tmp_path / "what? it & that"
+    shutil.copytree(out, moved)
+    before = (moved / "summary.md").read_text()
+    # Nothing is left to compute, and nothing is refused.
+    assert run("transition", *asked[:-1], moved) == 0
+    assert (moved / "summary.md").read_text() == before
+    assert str(out) not in (moved / "two_layer" / "spec.json").read_text()
 
 
 def test_a_series_equals_looking_at_its_folders(over_n):

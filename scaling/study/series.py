@@ -41,6 +41,7 @@ from scaling.training.captions import from_labels
 from scaling.training.run import PATHS, config_of, read_corpus, train
 from scaling.training.spec import TrainSpec
 from sims import Spec, store, sweep
+from sims.data.arrays import of_array
 from sims.store import Region, checksum
 from sims.store.files import write_npz
 from sims.store.filling import Computed
@@ -206,11 +207,11 @@ def two_layer(
     """
     whole = read_corpus(dataclasses.replace(base, num_samples=None, duplicates="", singles=0, held_out=0, offset=0))
     order = np.argsort(whole.rows)
-    file = Path(out) / "images.npz"
     images, labels = whole.images[order].transpose(0, 2, 3, 1), whole.labels[order]
-    write_npz(file, {"images": images, "labels": labels}, compress=True)
+    write_npz(Path(out) / "images.npz", {"images": images, "labels": labels}, compress=True)
+    # Known by a digest of its values: the folder of the series may be moved.
+    source = of_array(images)._replace(labels=labels)
     spec = Spec(
-        dataset=(f"npz:{file}?values=-1:1",),
         num_samples=tuple(num_samples),
         sigma=tuple(sigmas),
         held_out=whole.size - 2 * max(num_samples),
@@ -222,7 +223,7 @@ def two_layer(
         seeds=seeds,
     )
     measures = ("gap", "train_error", "held_out_error", "std_train", "std_held_out", "l4_over_l2_train")
-    return sweep(spec, measures, out=Path(out) / "two_layer", on_unit=on_unit)
+    return sweep(spec, measures, out=Path(out) / "two_layer", data=source, on_unit=on_unit)
 
 
 def agreement(
