@@ -60,6 +60,7 @@ def compute(spec: dict[str, Any]) -> dict[str, np.ndarray]:
         dae = merge_parallel_columns(trained.dae, tolerance=0.01)
         codes = jax.vmap(lambda y, dae=dae: encode(dae, y))(noisy)
         results[f"{name}_code"] = np.asarray(codes[0])
+        results[f"{name}_caption"], results[f"{name}_n"] = np.array(trained.caption), np.array(len(trained.train))
         results[f"{name}_image"] = picked[0].reshape(trained.image_shape)
         for measure in ("std", "l4_over_l2"):
             results[f"{name}_{measure}"] = np.asarray(jax.vmap(spikiness.MEASURES[measure])(codes))
@@ -73,12 +74,17 @@ def from_run(folder: str | Path) -> dict[str, np.ndarray]:
 
 def draw(arrays: Arrays) -> matplotlib.figure.Figure:
     """Top: one code each, with its clean image. Bottom: histograms of std and of l4/l2 over noisy rows."""
-    figure, axes = plt.subplots(2, 2, figsize=(6.2, 3.6))
+    figure, axes = plt.subplots(2, 2, figsize=(6.6, 4.0))
     names = ("memorized", "generalized")
+    rows = {"memorized": "training rows", "generalized": "held-out rows"}
     for axis, name, color in zip(axes[0], names, ("C1", "C0"), strict=True):
         code = np.sort(arrays[f"{name}_code"])[::-1]
         axis.bar(np.arange(code.size), code, width=1.0, color=color)
-        axis.set(title=f"a {name} sample's code", xlabel="unit, in order of size", ylabel="activation")
+        axis.set(
+            title=f"code of one of the {rows[name]}\n{arrays[f'{name}_caption']}",
+            xlabel="unit, in order of size",
+            ylabel="activation",
+        )
         inset = axis.inset_axes((0.72, 0.5, 0.26, 0.5))
         inset.imshow(arrays[f"{name}_image"])
         inset.set(xticks=[], yticks=[])
@@ -86,7 +92,9 @@ def draw(arrays: Arrays) -> matplotlib.figure.Figure:
         values = [arrays[f"{name}_{measure}"] for name in names]
         edges = np.histogram_bin_edges(np.concatenate(values), 30)
         for value, name, color in zip(values, names, ("C1", "C0"), strict=True):
-            axis.hist(value, edges, alpha=0.7, color=color, label=name)
+            axis.hist(value, edges, alpha=0.7, color=color, label=f"{rows[name]}, n = {int(arrays[f'{name}_n']):,}")
         axis.set(xlabel=label, ylabel="noisy samples")
-    axes[1, 1].legend()
+    # Room above the bars.
+    axes[1, 1].set_ylim(0, 1.4 * axes[1, 1].get_ylim()[1])
+    axes[1, 1].legend(loc="upper right")
     return figure

@@ -36,9 +36,9 @@ _COMMON = {
 SPEC: dict[str, Any] = {
     "columns": 8,
     "cases": {
-        "8 separable images, centered": _COMMON | {"center": True, "separable": 8, "num_samples": 8},
-        "8 images": _COMMON | {"num_samples": 8},
-        "1,024 images": _COMMON | {"num_samples": 1024},
+        "separable images, centered": _COMMON | {"center": True, "separable": 8, "num_samples": 8},
+        "as many raw images": _COMMON | {"num_samples": 8},
+        "many raw images": _COMMON | {"num_samples": 1024},
     },
 }
 """The number of columns to show, and a spec for each case."""
@@ -49,7 +49,14 @@ QUICK = SPEC | {"cases": {name: case | {"steps": 200} for name, case in SPEC["ca
 
 def compute(spec: dict[str, Any]) -> dict[str, np.ndarray]:
     """Train each case and return its largest columns (parallel ones merged), the nearest training rows, and cosines."""
-    results: dict[str, list[np.ndarray]] = {"columns": [], "nearest": [], "cosines": [], "norms": []}
+    results: dict[str, list[np.ndarray]] = {
+        "columns": [],
+        "nearest": [],
+        "cosines": [],
+        "norms": [],
+        "captions": [],
+        "gaps": [],
+    }
     for case in spec["cases"].values():
         trained = train(Spec.from_dict(case))
         merged = merge_parallel_columns(trained.dae, tolerance=0.01)
@@ -63,6 +70,8 @@ def compute(spec: dict[str, Any]) -> dict[str, np.ndarray]:
             ("nearest", trained.train[nearest].reshape(-1, *trained.image_shape)),
             ("cosines", cosines[np.arange(len(nearest)), nearest]),
             ("norms", norms[largest]),
+            ("captions", np.array(trained.caption)),
+            ("gaps", np.array(trained.gap)),
         ):
             results[name].append(value)
     return {"titles": np.array(list(spec["cases"])), **{name: np.stack(value) for name, value in results.items()}}
@@ -76,14 +85,14 @@ def from_run(folder: str | Path) -> dict[str, np.ndarray]:
 def draw(arrays: Arrays) -> matplotlib.figure.Figure:
     """Two rows of images for each case: columns above, nearest training images below, with cosines."""
     cases, columns = arrays["cosines"].shape
-    figure = plt.figure(figsize=(0.75 * columns + 0.5, 2.0 * cases))
+    figure = plt.figure(figsize=(0.75 * columns + 0.5, 2.1 * cases))
     panels = figure.subfigures(cases, 1, squeeze=False)[:, 0]
     for case, panel in enumerate(panels):
-        panel.suptitle(f"{arrays['titles'][case]} (above each column: its cosine to the image below)", fontsize=8)
+        panel.suptitle(f"{arrays['titles'][case]}: {arrays['captions'][case]}", fontsize=8)
         axes = panel.subplots(2, columns, squeeze=False)
         for j in range(columns):
             axes[0, j].imshow(arrays["columns"][case, j])
-            axes[0, j].set_title(f"{arrays['cosines'][case, j]:.2f}", pad=2, fontsize=7)
+            axes[0, j].set_title(f"{'cos ' if j == 0 else ''}{arrays['cosines'][case, j]:.2f}", pad=2, fontsize=7)
             axes[1, j].imshow(arrays["nearest"][case, j])
             for axis in axes[:, j]:
                 axis.set(xticks=[], yticks=[])

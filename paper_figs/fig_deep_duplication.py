@@ -16,7 +16,7 @@ import numpy as np
 import xarray as xr
 from matplotlib import pyplot as plt
 
-from paper_figs.artifacts import Arrays, over_seeds
+from paper_figs.artifacts import Arrays, bars, legend_above, over_seeds
 from scaling import zoo
 from scaling.study.examination import examine
 from scaling.study.settings import STANDARD, ExaminationSetting
@@ -84,23 +84,25 @@ def draw(arrays: Arrays) -> matplotlib.figure.Figure:
     scores = {"auroc_std": "std of codes", "auroc_l4_over_l2": "l4/l2 of codes", "auroc_error": "denoising error"}
     sigma, units = float(arrays["sigma"]), int(arrays["units"])
     _curves(axes[0, 0], arrays, [("copies", k, label) for k, label in enumerate(samplers)])
-    axes[0, 0].set(title="copies among samples", ylim=(0, None))
+    axes[0, 0].set(title="copies among samples", ylabel="share of samples", ylim=(0, None))
     _curves(axes[0, 1], arrays, [(name, None, label) for name, label in scores.items()])
     axes[0, 1].axhline(0.5, color="0.6", linewidth=0.6)
-    axes[0, 1].set(title="AUROC, repeated against held-out images", ylim=(0, 1.03))
+    axes[0, 1].set(title="repeated against held-out images", ylabel="AUROC", ylim=(0, 1.03))
     groups = list(enumerate(SHOWN.values()))
     _curves(axes[1, 0], arrays, [("kept", k, label) for k, label in groups])
-    axes[1, 0].set(title=f"singular values of the Jacobian above 1/2, σ = {sigma:g}", ylim=(0, None))
+    axes[1, 0].set(title=f"Jacobian at σ = {sigma:g}", ylabel="singular values above 1/2", ylim=(0, None))
     _curves(axes[1, 1], arrays, [("fit_error", k, label) for k, label in groups])
     unit = "one ReLU unit" if units == 1 else f"{units} ReLU units"
-    axes[1, 1].set(title=f"relative error of {unit} fitted to the denoiser", yscale="log")
+    axes[1, 1].set(title=f"{unit} fitted to the denoiser", ylabel="relative squared error", yscale="log")
     for axis in axes[1]:
         axis.set_xlabel("training steps")
     for axis in axes.flat:
         axis.set_xscale("log")
         axis.set_xticks(arrays["steps"], [f"{n:,}" for n in arrays["steps"]])
         axis.set_xticks([], minor=True)
-        axis.legend()
+        legend_above(axis)
+    axes[0, 1].set_yticks([0, 0.25, 0.5, 0.75, 1])
+    figure.suptitle(bars(arrays), fontsize="small")
     return figure
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import xarray as xr
 from matplotlib import pyplot as plt
 
-from paper_figs.artifacts import Arrays, over_seeds
+from paper_figs.artifacts import Arrays, bars, legend_above, over_seeds
 from scaling import zoo
 from scaling.study.examination import examine, gap
 from scaling.study.settings import STANDARD, ExaminationSetting
@@ -107,6 +107,7 @@ def draw(arrays: Arrays) -> matplotlib.figure.Figure:
     panels = (
         (
             f"copies, agreement, and gap at σ = {sigma:g}",
+            "share, cosine, gap",
             {
                 "copies": "copies among samples",
                 "agreement": "cosine of two halves' samples",
@@ -116,19 +117,23 @@ def draw(arrays: Arrays) -> matplotlib.figure.Figure:
             },
         ),
         (
-            "std of codes, trained/held-out",
+            "codes of training and held-out images",
+            "ratio of their std",
             {"spikiness": "deep, first up block", "spikiness_two_layer": "two layers"},
         ),
         (
-            f"rank of the Jacobian at σ = {sigma:g}",
+            f"Jacobian at σ = {sigma:g}",
+            "effective rank",
             {"rank_train": "at training images", "rank_held_out": "at held-out images"},
         ),
         (
-            f"E‖D - D'‖² at held-out images, σ = {sigma:g}",
+            f"distance from the optima at σ = {sigma:g}",
+            "E‖D - D'‖² at held-out images",
             {"to_empirical": "D' = training set's optimum", "to_population": "D' = population's (Gaussian)"},
         ),
     )
-    for axis, (title, curves) in zip(axes.flat, panels, strict=True):
+    axes[0, 1].axhline(1.0, color="0.6", linewidth=0.6)
+    for axis, (title, label_y, curves) in zip(axes.flat, panels, strict=True):
         for color, (name, label) in enumerate(curves.items()):
             if name in arrays:
                 style = {"linestyle": "--"} if name in ("chance", "gap_two_layer", "spikiness_two_layer") else {}
@@ -142,14 +147,12 @@ def draw(arrays: Arrays) -> matplotlib.figure.Figure:
                     label=label,
                     **style,
                 )
-        axis.set(xscale="log", title=title)
+        axis.set(xscale="log", title=title, ylabel=label_y)
         axis.set_xticks(arrays["num_samples"], [str(n) for n in arrays["num_samples"]])
         axis.set_xticks([], minor=True)
-        axis.legend()
-    # Five curves leave no room among them.
-    axes[0, 0].set_ylim(-0.1, 1.75)
-    axes[0, 0].legend(loc="upper right")
-    axes[0, 1].axhline(1.0, color="0.6", linewidth=0.6)
+        legend_above(axis)
+    axes[0, 0].set_yticks([0, 0.25, 0.5, 0.75, 1])
     for axis in axes[1]:
         axis.set_xlabel("training images n")
+    figure.suptitle(bars(arrays), fontsize="small")
     return figure

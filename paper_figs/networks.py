@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from dae_theory import ReluDae
+from dae_theory import ReluDae, exact_risk
 from sims.sweeps.programs import fit_cell, segments_of, single_unit, unit_program
 from sims.sweeps.spec import Spec
 from sims.sweeps.worlds import make_world
@@ -24,6 +24,10 @@ class Trained(NamedTuple):
     held_out: np.ndarray
     """Rows never trained on (m, d)."""
     image_shape: tuple[int, int]
+    gap: float
+    """Generalization gap at the spec's σ, by the exact risk: 1 − risk on training rows/risk on held-out ones."""
+    caption: str
+    """n, σ, width and what the network does, for a title."""
 
 
 def train(spec: Spec) -> Trained:
@@ -34,7 +38,12 @@ def train(spec: Spec) -> Trained:
     segments = segments_of(spec)
     dae, _ = jax.jit(lambda key, data: fit_cell(key, data, numbers, program, segments, {}))(key, data)
     shape = image_shape(world.data.image_shape, data.train.shape[1])
-    return Trained(dae, np.asarray(data.train), np.asarray(data.held_out), shape)
+    sigma, (width,) = float(spec.sigma[0]), spec.width
+    gap = 1.0 - float(exact_risk(dae, data.train, sigma)) / float(exact_risk(dae, data.held_out, sigma))
+    # The word stands for the number beside it.
+    verb = "memorizes" if gap > 0.5 else "generalizes"
+    caption = f"n = {len(data.train):,}, σ = {sigma:g}, width {width}; {verb} (gap {gap:.2f})"
+    return Trained(dae, np.asarray(data.train), np.asarray(data.held_out), shape, gap, caption)
 
 
 def image_shape(shape: tuple[int, int, int] | None, dim: int) -> tuple[int, int]:

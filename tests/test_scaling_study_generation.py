@@ -135,7 +135,7 @@ def test_pictures_hold_what_the_arrays_hold(tmp_path):
             # A byte is 2/255 wide.
             np.testing.assert_allclose(np.asarray(picture) / 127.5 - 1, image.transpose(1, 2, 0), atol=1.01 / 255)
     with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.size == (3 * (64 + 2) + 2, 2 * (32 + 2) + 2)
+        assert sheet.size == (3 * (96 + 2) + 2, 2 * (48 + 2) + 2)
 
 
 def test_bytes_go_from_black_to_white():
@@ -158,10 +158,37 @@ def test_a_sheet_shows_every_picture_in_its_place():
 def test_sheets_enlarge_the_tiny_and_shrink_the_large():
     checks = (255 * (np.indices((3, 3)).sum(0) % 2)).astype(np.uint8)[None, :, :, None]
     sheet = contact_sheet(checks)
-    assert sheet.shape == (21 * 3 + 4, 21 * 3 + 4, 1)
-    np.testing.assert_array_equal(sheet[2:-2:21, 2:-2:21], checks[0])
+    assert sheet.shape == (32 * 3 + 4, 32 * 3 + 4, 1)
+    np.testing.assert_array_equal(sheet[2:-2:32, 2:-2:32], checks[0])
     large = contact_sheet(np.broadcast_to(np.uint8(7), (100, 512, 256, 3)))
     assert max(large.shape) <= SHEET + 2
     assert large.shape[0] > SHEET // 2
     many = contact_sheet(np.zeros((2500, 8, 8, 1), np.uint8))
     assert max(many.shape) <= SHEET + 2
+
+
+def test_labels_stand_beside_the_pictures_not_over_them():
+    pictures = np.random.RandomState(0).randint(0, 100, (6, 96, 96, 1)).astype(np.uint8)
+    plain = contact_sheet(pictures, 3)
+    sheet = contact_sheet(
+        pictures, 3, row_labels=["n 10, seed 0", "n 30"], column_labels=["noisy", "denoised", "m" * 99]
+    )
+    head, room = np.subtract(sheet.shape, plain.shape)[:2]
+    np.testing.assert_array_equal(sheet[head:, room:], plain)
+    # Black on white, within the margin above each column and left of each row.
+    for column in range(3):
+        above = sheet[:head, room + 98 * column : room + 98 * (column + 1)]
+        assert above.min() < 50
+        assert np.all(sheet[:head, room + 98 * column] == 255)
+    for row in range(2):
+        assert sheet[head + 98 * row : head + 98 * (row + 1), :room].min() < 50
+    with pytest.raises(ValueError, match="2 row labels for 3 rows"):
+        contact_sheet(pictures, 2, row_labels=["a", "b"])
+
+
+def test_what_is_not_finite_is_a_checkerboard():
+    images = np.full((1, 1, 2, 2), np.nan)
+    np.testing.assert_array_equal(to_bytes(images)[0, :, :, 0], [[255, 0], [0, 255]])
+    images[0, 0, 0, 0] = np.inf
+    images[0, 0, 0, 1] = 0.0
+    np.testing.assert_array_equal(to_bytes(images)[0, :, :, 0], [[255, 128], [0, 255]])

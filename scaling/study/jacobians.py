@@ -247,9 +247,10 @@ def group_means(results: xr.Dataset) -> list[dict[str, Any]]:
 def write_pictures(out: str | Path, results: xr.Dataset | None = None) -> list[Path]:
     """Write the finished run of :func:`analyze` in ``out`` as contact sheets and arrays; returns the files.
 
-    ``right_0.png`` for the first level and so on, and ``left_0.png``: in each line the noisy image, the denoised one
-    and the vectors of an image, gray for 0, each vector scaled to its largest entry. ``groups.json`` has
-    :func:`group_means`, ``jacobian.npz`` all arrays. ``results`` are those of the run, if they are already in memory.
+    ``right_0.png`` for the first level and so on, and ``left_0.png``: in each line, labeled by group and row, the noisy
+    image, the denoised one and the vectors of an image, gray for 0, each vector scaled to its largest entry.
+    ``groups.json`` has :func:`group_means`, ``jacobian.npz`` all arrays. ``results`` are those of the run, if they are
+    already in memory.
     ``ValueError`` if the run is not finished.
     """
     out, results = Path(out), store.load(out) if results is None else results
@@ -263,7 +264,11 @@ def write_pictures(out: str | Path, results: xr.Dataset | None = None) -> list[P
             tiles = np.concatenate(shown, axis=1)
             pictures = to_bytes(_viewable(tiles.reshape(-1, *tiles.shape[2:])))
             files.append(out / f"{side}_{k}.png")
-            write_png(files[-1], contact_sheet(pictures, columns=tiles.shape[1]))
+            vectors = [f"{side} {i}" for i in range(1, tiles.shape[1] - 1)]
+            labels = ["noisy", "denoised", *vectors]
+            lines = [f"{group} {row}" for group, row in zip(at.group.values, at.row.values, strict=True)]
+            sheet = contact_sheet(pictures, len(labels), row_labels=lines, column_labels=labels)
+            write_png(files[-1], sheet)
     write_text(out / "groups.json", json.dumps(group_means(results), indent=1) + "\n")
     write_npz(out / "jacobian.npz", {str(name): results[name].values for name in (*results.coords, *results.data_vars)})
     return [*files, out / "groups.json", out / "jacobian.npz"]
