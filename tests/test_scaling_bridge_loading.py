@@ -25,13 +25,14 @@ from pipelines import (
     save,
     save_latent,
     save_pixel,
+    save_tokenizer,
     save_xl,
     text,
     write,
 )
 
 from scaling import as_denoiser, load_model, load_pipeline, save_pretrained, zoo
-from scaling.bridge import sources
+from scaling.bridge import loading, sources
 from scaling.bridge.latents import to_latents
 from scaling.bridge.loading import read_checkpoints
 from scaling.commands import options
@@ -275,6 +276,35 @@ def test_an_unknown_name_is_told_at_once_without_a_connection(tmp_path, monkeypa
         load_model("nobody/nothing")
     assert asked
     assert all(asked)
+
+
+@pytest.mark.parametrize("name", loading.TOKENIZER_FILES)
+def test_files_of_a_tokenizer_that_do_not_fit_are_named(name, tmp_path):
+    """Whatever a file holds, the tokenizer works or its folder is named; its readers raise many other things."""
+    folder = tmp_path / "tokenizer"
+    save_tokenizer(folder)
+    source = sources.locate(tmp_path, None)
+    size = len(json.loads((folder / "vocab.json").read_text()))
+    contents = [[], 3, None, "a", {}, {"a": "b"}, {"a": -1}, {"a": 1 << 40}, {"a": [1]}, {"model": {}}]
+    contents += [{"model_max_length": value} for value in (-1, "a", 1.5, None)]
+    contents += [{"unk_token": 3}, {"bos_token": {"content": "<s>"}}, {"added_tokens_decoder": {"x": 3}}, {"<a>": size}]
+    written = [json.dumps(content) for content in contents]
+    written += ["", "{", "#version: 0.2\na", "a b c\n", "\x00\x01", "a b\n" * 3]
+    messages = []
+    for content in written:
+        before = (folder / name).read_text() if (folder / name).exists() else None
+        (folder / name).write_text(content)
+        try:
+            tokenizer = loading._tokenizer(source, "tokenizer")
+            assert len(tokenizer("the cat", padding="max_length", max_length=8)["input_ids"]) == 8
+        except ValueError as error:
+            messages.append(str(error))
+        if before is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_text(before)
+    assert messages
+    assert all(message.startswith(f"{folder}: ") for message in messages)
 
 
 def test_a_hub_that_stays_silent_is_awaited_for_seconds(monkeypatch):

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from safetensors import SafetensorError
 
 from sims import __main__ as cli
 from sims import store
-from sims.store.files import own_folder, replace_file, write_text
+from sims.store.files import claim_run, own_folder, replace_file, write_text
 from sims.sweeps import single
 from sims.sweeps.spec import Spec
 
@@ -94,3 +96,23 @@ def test_a_certificate_of_other_data_is_refused_and_the_same_is_written_anew(tmp
         assert certify(*other) == 2
         assert "certificate of other data or noise levels" in capsys.readouterr().err
     assert json.loads((tmp_path / "certificate.json").read_text()) == before
+
+
+def test_a_foreign_folder_is_refused_before_anything_is_loaded(tmp_path):
+    """In a fraction of a second, whatever the data are."""
+    (tmp_path / "notes.txt").touch()
+    script = (
+        "import sys; from sims.__main__ import _parse; "
+        f"args = _parse(['sims', 'sweep', '--dataset', 'images:/nowhere', '--out', r'{tmp_path}']); "
+        "assert args.run(args) == 2; assert not {'jax', 'xarray', 'zarr'} & set(sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (
+        0,
+        f"error: {tmp_path} holds other files (notes.txt): choose another folder.\n",
+    )
+    # A run's own files, and what a killed process leaves, are no other files.
+    for name in ("spec.json", "results.zarr"):
+        (tmp_path / name).touch()
+        claim_run(tmp_path)
+        (tmp_path / name).unlink()

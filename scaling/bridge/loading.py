@@ -344,7 +344,24 @@ def _tokenizer(source: Source, folder: str) -> Any:
             f"{join(source.origin, folder)}: no vocabulary of a CLIP tokenizer; it takes vocab.json and merges.txt, or "
             "tokenizer.json."
         )
-    return CLIPTokenizer.from_pretrained(next(iter(files.values())).parent, local_files_only=True)
+    place = next(iter(files.values())).parent
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(place, local_files_only=True)
+        # Some files are used only here.
+        tokenizer("a photograph of a cat", padding="max_length", max_length=8, truncation=True)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    # The tokenizer's readers raise anything, panics of its Rust code included.
+    except BaseException as error:
+        raise ValueError(
+            f"{join(source.origin, folder)}: the tokenizer's files are damaged or do not fit each other "
+            f"({type(error).__name__}: {str(error)[:200]}); copy the folder anew."
+        ) from error
+    if not isinstance(tokenizer.model_max_length, int) or tokenizer.model_max_length < 1:
+        raise ValueError(
+            f"{join(source.origin, folder)}: model_max_length is {tokenizer.model_max_length!r}, no length."
+        )
+    return tokenizer
 
 
 def _some(names: set[str]) -> str:

@@ -53,8 +53,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Compute the codes that the run does not have yet."""
     from scaling.measures.codes import extract, read_images
+    from sims.store.files import claim_run
     from sims.terminal import Bar
 
+    claim_run(args.out)
     pipeline = options.load(args)
     images = read_images(args.images, pipeline, color=args.color or "", skip_bad=args.skip_bad)
     with Bar(args.quiet, "images") as bar:

@@ -57,8 +57,10 @@ def run(args: argparse.Namespace) -> None:
     from scaling.study.jacobians import analyze, choose, read_corpus_images, write_pictures
     from sims import store
     from sims.data.folders import with_options
+    from sims.store.files import claim_run
     from sims.terminal import Bar
 
+    claim_run(args.out)
     pipeline = options.load(args)
     images = read_corpus_images(with_options(args.images, color=args.color or "", skip_bad=args.skip_bad), pipeline)
     chosen = choose(images, _membership(args.model), rows=args.rows, num=args.num)

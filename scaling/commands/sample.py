@@ -39,8 +39,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Draw the images that the run does not have yet, and write them as pictures."""
     from scaling.study import generation
+    from sims.store.files import claim_run
     from sims.terminal import Bar
 
+    claim_run(args.out)
     pipeline = options.load(args)
     guidance = _guidance(args, pipeline.network.apply.architecture)
     with Bar(args.quiet, "images") as bar:

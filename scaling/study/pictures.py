@@ -56,7 +56,7 @@ def contact_sheet(
             raise ValueError(f"{len(labels)} {name} labels for {number} {name}s.")
     font = ImageFont.load_default()
     room = max((round(font.getlength(label)) for label in row_labels), default=-2 * MARGIN) + 2 * MARGIN
-    head = sum(font.getmetrics()) + 2 * MARGIN if column_labels else 0
+    head = round(font.getbbox("Ag")[3]) + 2 * MARGIN if column_labels else 0
     corners = [
         (head + GAP + row * (tile[0] + GAP), room + GAP + column * (tile[1] + GAP))
         for row, column in itertools.product(range(rows), range(columns))

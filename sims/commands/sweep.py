@@ -26,6 +26,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, **defaults: Any) -> None:
     """Compute the sweep, or estimate it (``--dry-run``); write and print its summary. ``defaults`` are of the spec."""
+    from sims.store.files import claim_run
+
+    if not args.dry_run and args.shard is None:
+        claim_run(args.out)
     from sims import store
     from sims.sweeps import cluster, engine, plan, processes, shards
 

@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 __all__ = [
+    "claim_run",
     "own_folder",
     "parse_json",
     "read_json",
@@ -45,6 +46,14 @@ def own_folder(folder: pathlib.Path, records: Collection[str], *, beside: Collec
     if others:
         raise ValueError(f"{folder} holds other files ({', '.join(others[:3])}): choose another folder.")
     return False
+
+
+def claim_run(folder: str | os.PathLike[str]) -> None:
+    """``ValueError`` if ``folder`` holds files but no run of a store; quick, before data are read and JAX is loaded.
+
+    Whether a run there is the same one is known only when it is opened.
+    """
+    own_folder(pathlib.Path(folder), ("spec.json", "results.zarr"), beside=("shards", ".layout"))
 
 
 def refuse_links(folder: pathlib.Path) -> None:
