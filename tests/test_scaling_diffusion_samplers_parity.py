@@ -15,7 +15,7 @@ import scheduler_side  # noqa: E402
 from scheduler_side import CLASSES, COSINE, DDPM, STABLE, TRAINED, ZERO_SNR  # noqa: E402
 from torch_side import TOLERANCE, difference, randomize, to_params  # noqa: E402
 
-from scaling.diffusion import samplers, scheduler_fields, schedules  # noqa: E402
+from scaling.diffusion import flow, samplers, scheduler_fields, schedules  # noqa: E402
 from scaling.diffusion.noise import noise_at  # noqa: E402
 from scaling.diffusion.samplers import reverse, sample  # noqa: E402
 from scaling.diffusion.schedules import METHODS, add_noise, from_config, target  # noqa: E402
@@ -203,3 +203,32 @@ def test_guided_sampling_of_a_network(method, fields, key):
     assert len(states) == len(solver.calls.t)
     for state, expected in zip(ours.states, states, strict=True):
         assert difference(state, expected) <= TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_flow_is_walked_as_by_the_reference(shift):
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": shift}
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+    theirs.set_timesteps(9)
+    solver = flow.make_solver(flow.from_config(dict(theirs.config) | {"_class_name": config["_class_name"]}), 9)
+    np.testing.assert_allclose(solver.calls.t, theirs.timesteps.numpy(), rtol=1e-6)
+    noise = np.random.RandomState(0).standard_normal(scheduler_side.SHAPE).astype("float32")
+    x, states = torch.from_numpy(noise), []
+    for t in theirs.timesteps:
+        x = theirs.step(scheduler_side.network(torch, x, t), t, x).prev_sample
+        states.append(x.numpy())
+    found = reverse(
+        jax.random.key(0),
+        lambda x, t, step: scheduler_side.network(jnp, x, t),
+        solver,
+        noise.shape,
+        init=jnp.asarray(noise),
+        trajectory=True,
+    ).states
+    assert difference(found, np.stack(states)) <= TOLERANCE["float32"]
+    # Its noisy images, at a timestep that it visits.
+    t = theirs.timesteps[3:4]
+    image = torch.ones(1, *noise.shape[1:])
+    noisy = theirs.scale_noise(image, t, torch.from_numpy(noise[:1]))
+    ours = flow.add_noise(flow.FlowSchedule(shift=shift), jnp.asarray(image.numpy()), jnp.asarray(noise[:1]), float(t))
+    assert difference(ours, noisy) <= TOLERANCE["float32"]

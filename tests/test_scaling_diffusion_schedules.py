@@ -115,7 +115,11 @@ def test_other_classes_lend_their_noise_schedule():
 @pytest.mark.parametrize(
     ("config", "method", "message"),
     [
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "euler", r"FlowMatchEuler.*supported are DDIMScheduler"),
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+            "euler",
+            r"FlowMatchEuler.*scaling.diffusion.flow reads it",
+        ),
         ({"_class_name": "GaussianDDPMScheduler", "timesteps": 1000}, None, "'GaussianDDPMScheduler' is not supported"),
         ({"_class_name": ["DDIMScheduler"]}, None, "is not supported"),
         ({}, None, "no _class_name"),

@@ -1,5 +1,6 @@
 from . import choices as choices
 from . import denoisers as denoisers
+from . import flow as flow
 from . import grids as grids
 from . import multistep as multistep
 from . import noise as noise

@@ -234,6 +234,11 @@ def _method(name: object, method: str | None) -> Method:
         raise ValueError(
             f"{problem}; choose how to sample its noise schedule: method= one of {', '.join(METHODS)} (--sampler)."
         )
+    if name == "FlowMatchEulerDiscreteScheduler":
+        raise ValueError(
+            "FlowMatchEulerDiscreteScheduler is the schedule of a rectified flow, and no network that is loaded here "
+            "is one; scaling.diffusion.flow reads it for networks of your own."
+        )
     raise ValueError(f"scheduler {name!r} is not supported; supported are {', '.join((*CLASSES, *OTHER_CLASSES))}.")
 
 
