@@ -79,7 +79,7 @@ def levels(schedule: FlowSchedule, num_steps: int) -> Float64[np.ndarray, " leve
     """
     check_integer("num_steps", num_steps, minimum=1, maximum=schedule.num_train_timesteps)
     ends = _shifted(schedule, np.array([1.0, 1.0 / schedule.num_train_timesteps]))
-    return np.append(_shifted(schedule, np.linspace(*ends, num_steps)), 0.0)
+    return np.append(_shifted(schedule, np.linspace(ends[0], ends[1], num_steps)), 0.0)
 
 
 def make_solver(schedule: FlowSchedule, num_steps: int) -> Solver:

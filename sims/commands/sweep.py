@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sims.commands import options
 from sims.commands.summaries import write_summary
 from sims.terminal import Bar, Log, tell
+
+if TYPE_CHECKING:
+    from sims.sweeps.spec import Spec
 
 __all__ = ["SUMMARY", "add_flags", "run"]
 
@@ -30,22 +33,31 @@ def run(args: argparse.Namespace, **defaults: Any) -> None:
 
     if not args.dry_run and args.shard is None:
         claim_run(args.out)
-    from sims import store
-    from sims.sweeps import cluster, engine, plan, processes, shards
+    from sims.sweeps import processes
 
     spec, measures = options.spec_from_flags(args, **defaults), options.measures_from_flags(args)
     options.set_precision(spec.dtype)
     if args.devices is not None:
         processes.split_cores(args.devices)
     if args.distributed or any(one is not None for one in (args.coordinator, args.num_processes, args.process_id)):
-        number, _ = processes.join(
+        company = processes.join(
             args.coordinator,
             num_processes=args.num_processes,
             process_id=args.process_id,
             wait=args.wait,
             told=tell(args.quiet),
         )
-        args.quiet = args.quiet or number > 0
+        args.quiet = args.quiet or company.number > 0
+        with processes.together(company):
+            _compute(args, spec, measures)
+        return
+    _compute(args, spec, measures)
+
+
+def _compute(args: argparse.Namespace, spec: Spec, measures: list[str]) -> None:
+    from sims import store
+    from sims.sweeps import cluster, engine, plan, shards
+
     if args.dry_run:
         estimate = plan.plan(
             spec, measures, memory=args.memory, group=args.group, shard=args.shard, told=tell(args.quiet)

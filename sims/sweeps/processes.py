@@ -7,16 +7,18 @@ environment of SLURM, Open MPI, Kubernetes or a TPU pod.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import jax
 
-from sims.sweeps.meeting import attend, gather
+from sims.sweeps.meeting import attend, gather, leave, watch
 
-__all__ = ["join", "share_cores", "split_cores"]
+__all__ = ["Company", "join", "share_cores", "split_cores", "together"]
 
 WORKERS = 4
 """Worker threads for each device into which a CPU is split."""
@@ -24,6 +26,14 @@ WORKERS = 4
 
 MAX_DEVICES = 1024
 """Devices that a CPU is split into."""
+
+
+class Company(NamedTuple):
+    """The processes of one run: this one's number, their count, and connections to the first one, or to all others."""
+
+    number: int
+    count: int
+    connections: Mapping[int, socket.socket]
 
 
 def split_cores(devices: int) -> None:
@@ -59,13 +69,14 @@ def join(
     process_id: int | None = None,
     wait: float = 60.0,
     told: Callable[[str], None] = lambda _: None,
-) -> tuple[int, int]:
-    """Join the other processes; returns the number of this process and their count.
+) -> Company:
+    """Join the other processes.
 
     Call it before anything else of JAX. ``coordinator`` is HOST:PORT of the first process. If all three are None, JAX
     reads them from the environment. Processes may start ``wait`` seconds apart; ``told`` is given a line that says who
     is awaited. ``ValueError`` if one of the three is missing or out of range, or if somebody does not come.
     """
+    connections: dict[int, socket.socket] = {}
     if not 0 < wait < 1e6:
         raise ValueError(f"--wait must be a positive number of seconds, got {wait}.")
     if any(one is not None for one in (coordinator, num_processes, process_id)):
@@ -77,16 +88,31 @@ def join(
         if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
             raise ValueError(f"--coordinator must be HOST:PORT, such as node1:8476; got {coordinator!r}.")
         if process_id > 0:
-            attend(host.strip("[]"), int(port), process_id, num_processes, wait, told, ADVICE)
+            connections = {0: attend(host.strip("[]"), int(port), process_id, num_processes, wait, told, ADVICE)}
             _await(host.strip("[]"), int(port), wait)
         else:
-            gather(int(port), num_processes, wait, told)
+            connections = gather(int(port), num_processes, wait, told)
     try:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=max(1, round(wait)))
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"cannot join the other processes: {error}. {ADVICE}") from error
-    return jax.process_index(), jax.process_count()
+    return Company(jax.process_index(), jax.process_count(), connections)
+
+
+@contextlib.contextmanager
+def together(company: Company) -> Iterator[None]:
+    """Work that needs all processes: if one is lost, this one ends with a message, in place of JAX's own abort.
+
+    Of processes that JAX found in its environment the connections are unknown, and JAX's abort remains.
+    """
+    watch(company.connections)
+    try:
+        yield
+    except BaseException:
+        leave(company.connections, failed=True)
+        raise
+    leave(company.connections)
 
 
 ADVICE = (
