@@ -24,7 +24,7 @@ test-slow: $(VENV)/.test ## the tests marked slow
 	FULL_OPTIMIZATION=1 $(BIN)/python $(PYTEST) -m slow
 
 parity: $(VENV)-parity/.parity ## the tests that compare with PyTorch, in an environment of their own
-	FULL_OPTIMIZATION=1 $(VENV)-parity/bin/python $(PYTEST) $(wildcard tests/test_*_parity.py)
+	$(VENV)-parity/bin/python $(PYTEST) $(wildcard tests/test_*_parity.py)
 
 figures: $(VENV)/.demo ## every figure, into runs/figures
 	$(BIN)/python -m paper_figs all --out runs/figures
