@@ -39,7 +39,7 @@ def _compilation(request: pytest.FixtureRequest):
     """Compile fast, without most of LLVM's optimizations: most of the suite's time is compilation.
 
     Modules marked `optimized`, which compute long, keep these optimizations. ``FULL_OPTIMIZATION=1`` in the
-    environment, which the long tests and parity with PyTorch run with, compiles everything as users do.
+    environment, which the long tests run with, compiles everything as users do.
     """
     if request.node.get_closest_marker("optimized") or xla_flags.OPTIMIZED:
         yield
