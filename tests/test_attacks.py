@@ -3,11 +3,13 @@
 import importlib
 import os
 import pathlib
+import shutil
 
 import pytest
 import scaling_commands
 
 from sims import __main__ as cli
+from sims.store import chunks
 
 SWEEP = "--dataset digits --num-samples 2 --sigma 1 --width 2 --steps 2 --seeds 1 --held-out 4 --quiet"
 COMMANDS = {
@@ -99,3 +101,33 @@ def test_every_command_that_takes_an_output_folder_stands_in_the_table():
             # `merge` joins the shards of a run in its own folder, and `zoo` writes a training and a packed model.
             if writes and name not in ("merge", "zoo"):
                 assert f"{package} {name}" in COMMANDS, f"{package} {name}"
+
+
+@pytest.mark.parametrize(
+    ("command", "more"),
+    [
+        ("sims sweep", ["--num-samples", "2,3,4,5"]),
+        pytest.param("sims train", ["--steps", 40, "--record-steps", "5,10,40"], marks=pytest.mark.slow),
+        pytest.param("scaling train", ["--steps", 4, "--save-every", 1], marks=pytest.mark.slow),
+        pytest.param("scaling sample", ["--num", 3, "--batch-size", 1], marks=pytest.mark.slow),
+    ],
+)
+def test_a_folder_that_is_taken_away_is_told_at_the_next_write(command, more, tmp_path, capsys, monkeypatch):
+    """Not computed to the end, and not made anew with a part of a run in it."""
+    out = tmp_path / "run"
+
+    def then_move(function, wanted):
+        def moved(*args):
+            function(*args)
+            if wanted(*args) and out.exists():
+                shutil.move(out, tmp_path / "away")
+
+        return moved
+
+    # After the first unit, or after the first checkpoint and its record.
+    monkeypatch.setattr(chunks, "_flush", then_move(chunks._flush, lambda run, names, unit: names == ["done"]))
+    kept = ("state.safetensors", "checkpoint.safetensors")
+    monkeypatch.setattr(os, "replace", then_move(os.replace, lambda _, path: os.path.basename(path) in kept))
+    assert run(command, *more, "--out", out) == 2
+    assert f"{out} was removed or moved while this command wrote to it" in capsys.readouterr().err
+    assert not out.exists()

@@ -375,7 +375,11 @@ def test_steps_that_are_not_supported_are_refused_by_sampling_alone(named, field
 @pytest.mark.parametrize(
     ("named", "fields", "message"),
     [
-        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, "'FlowMatchEulerDiscreteScheduler' is not supported"),
+        (
+            "FlowMatchEulerDiscreteScheduler",
+            {"shift": 3.0},
+            "FlowMatchEulerDiscreteScheduler is the schedule of a rectified flow",
+        ),
         ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}, "use_flow_sigmas = True"),
         ("DDIMScheduler", {"beta_schedule": "sigmoid"}, "beta_schedule = 'sigmoid'"),
         ("UniPCMultistepScheduler", {"snr_shift_scale": 3.0}, "snr_shift_scale = 3.0: this field is not supported"),

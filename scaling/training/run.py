@@ -89,7 +89,7 @@ def train(
     """
     out = Path(out)
     check_integer("save_every", save_every, minimum=1)
-    with store.locked(out):
+    with store.locked(out) as check:
         ours = own_folder(out, (RECORD,))
         ready = _prepare(spec)
         identity = _identity(spec, ready)
@@ -123,7 +123,9 @@ def train(
             due = len(losses) == spec.steps or len(losses) % save_every == 0
             _check_finite(out, losses, state if due else None)
             if due:
+                check()
                 save(out / CHECKPOINT, state, losses, identity)
+        check()
         _write_results(out, spec, ready, state.ema if recipe.ema else state.params)
         record |= {"trained": spec.steps, "loss": _curve(losses)}
         write_text(out / RECORD, json.dumps(record, indent=1))

@@ -41,12 +41,13 @@ def run(args: argparse.Namespace) -> None:
     args.out = pathlib.Path(args.out)
     spec = options.spec_from_flags(args, **CERTIFY)
     options.set_precision("float64")
-    with store.locked(args.out):
+    with store.locked(args.out) as check:
         earlier = _earlier(args.out)
         result = certification.certification(spec, max_size=args.max_size, told=tell(args.quiet))
         if earlier is not None and earlier != _identity(json.loads(json.dumps(result))):
             raise ValueError(f"{args.out} holds the certificate of other data or noise levels: choose another folder.")
         text = certification.as_text(result)
+        check()
         write_text(args.out / "certificate.json", json.dumps(result, indent=1) + "\n")
         write_text(args.out / "certificate.md", text)
     if not args.quiet:

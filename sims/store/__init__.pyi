@@ -1,6 +1,7 @@
 from . import chunks as chunks
 from . import files as files
 from . import filling as filling
+from . import locking as locking
 from . import provenance as provenance
 from . import repair as repair
 from . import run as run
@@ -9,6 +10,7 @@ from .filling import checksum as checksum
 from .filling import fill as fill
 from .filling import fill_units as fill_units
 from .filling import not_finite as not_finite
+from .locking import locked as locked
 from .provenance import environment as environment
 from .run import FORMAT as FORMAT
 from .run import SPEC as SPEC
@@ -21,7 +23,6 @@ from .run import attached as attached
 from .run import blank as blank
 from .run import count_finite as count_finite
 from .run import load as load
-from .run import locked as locked
 from .run import open_run as open_run
 from .run import pending as pending
 from .run import progress as progress

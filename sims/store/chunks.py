@@ -85,6 +85,14 @@ def repair_advice(path: Path) -> str:
     return f"run `python -m sims repair {path}`, which removes what is damaged and says what will be computed anew"
 
 
+def gone(path: Path) -> StoreError:
+    """The error for a folder that is no longer there."""
+    return StoreError(
+        f"{path} was removed or moved while this command wrote to it; run the same command again, in a folder that "
+        "stays."
+    )
+
+
 @contextlib.contextmanager
 def disk(action: str, path: Path) -> Iterator[None]:
     """Turn an ``OSError`` into a :class:`StoreError` that says "cannot ``action`` ``path``", and what to do."""
@@ -236,15 +244,20 @@ def write_chunk(run: Run, unit: Region, arrays: Mapping[str, Any], *, wall_s: fl
     from the template's, or if the disk refuses: this unit then stays pending, and finished ones stay finished.
     """
     values = {**_checked(run, unit, arrays), "wall_s": np.asarray(wall_s)}
-    with disk(f"write {shown(unit)} in", run.path):
-        for name, value in values.items():
-            run.arrays[name][indices(run.arrays[name], unit)] = value
-        if "seal" in run.arrays:
-            ends = {name: _file(run, name, unit).read_bytes()[-4:] for name in values}
-            run.arrays["seal"][indices(run.arrays["seal"], unit)] = _seal(run, unit, ends)
-        _flush(run, [name for name in run.arrays if name != "done"], unit)
-        run.arrays["done"][indices(run.arrays["done"], unit)] = True
-        _flush(run, ["done"], unit)
+    if not (run.path / RESULTS).is_dir():
+        raise gone(run.path)
+    try:
+        with disk(f"write {shown(unit)} in", run.path):
+            for name, value in values.items():
+                run.arrays[name][indices(run.arrays[name], unit)] = value
+            if "seal" in run.arrays:
+                ends = {name: _file(run, name, unit).read_bytes()[-4:] for name in values}
+                run.arrays["seal"][indices(run.arrays["seal"], unit)] = _seal(run, unit, ends)
+            _flush(run, [name for name in run.arrays if name != "done"], unit)
+            run.arrays["done"][indices(run.arrays["done"], unit)] = True
+            _flush(run, ["done"], unit)
+    except StoreError as error:
+        raise error if run.path.exists() else gone(run.path) from error
 
 
 def read_unit(run: Run, unit: Region) -> dict[str, np.ndarray]:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from sims.store import chunks as on_disk
 from sims.store.chunks import RESULTS, Region, Run, StoreError
 from sims.store.files import write_text
-from sims.store.run import SPEC, Progress, attached, locked, origin_of, progress, read_spec, restored
+from sims.store.locking import locked
+from sims.store.run import SPEC, Progress, attached, origin_of, progress, read_spec, restored
 
 __all__ = ["Repair", "repair"]
 

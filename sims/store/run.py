@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import filelock
 import numpy as np
 import xarray as xr
 
@@ -40,7 +39,8 @@ from sims.store.chunks import (
     repair_advice,
     write_chunk,
 )
-from sims.store.files import own_folder, parse_json, read_json, refuse_links, write_text
+from sims.store.files import own_folder, parse_json, read_json, write_text
+from sims.store.locking import locked
 from sims.store.provenance import environment
 
 __all__ = [
@@ -55,7 +55,6 @@ __all__ = [
     "count_finite",
     "environment",
     "load",
-    "locked",
     "open_run",
     "pending",
     "progress",
@@ -68,7 +67,7 @@ __all__ = [
 FORMAT = 1
 """Version of the layout; folders of later versions are refused."""
 
-SPEC, LOCK = "spec.json", ".lock"
+SPEC = "spec.json"
 NAME = r"\w+(\.\w+)*"
 """Names of variables."""
 
@@ -91,28 +90,6 @@ class Count(NamedTuple):
     """Computed, but NaN or infinite."""
     missing: int
     """Not computed yet."""
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the folder ``path``, created if needed, as its only writer; a killed process releases it.
-
-    ``StoreError`` if another process holds it, if it cannot be written, or if there is a symbolic link below it:
-    through it, files elsewhere would be written or removed.
-    """
-    with disk("write in", path):
-        refuse_links(path)
-    lock = filelock.FileLock(path / LOCK, timeout=0)
-    with disk("write in", path):
-        path.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            raise StoreError(f"another process is writing in {path}; wait for it, or choose another folder.") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextlib.contextmanager
@@ -140,7 +117,7 @@ def open_run(
     spec = _as_json("spec", spec)
     session = {**_as_json("provenance", provenance or {}), "started": _now(), "ended": None, "chunks": 0}
     _check_template(template, chunks)
-    with locked(path):
+    with locked(path) as check:
         with disk("write in", path):
             record = _begin(path, spec, template, dict(chunks))
         run = _attach(path, record, "r+")
@@ -157,6 +134,7 @@ def open_run(
                 session.update(ended=_now(), chunks=todo - len(pending(run)))
                 # On a full disk this must not hide the first error.
                 with contextlib.suppress(ValueError):
+                    check()
                     write_text(path / SPEC, json.dumps(record, indent=1))
 
 

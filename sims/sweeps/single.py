@@ -64,7 +64,7 @@ def run(
         state = advance(state, step_key, data.train, num_steps, recipe, **rates)
         return state, tuple(jnp.asarray(measure(state.dae, data, cell)) for measure in chosen.values())
 
-    with store.locked(out):
+    with store.locked(out) as check:
         _claim(out, {"single": {**spec.to_dict(), "measures": list(chosen)}}, [facts(world, spec)])
         state = start(
             init_key,
@@ -80,9 +80,11 @@ def run(
             state, values = go(state, data, jnp.asarray(num_steps))
             row = {"step": int(state.step), **{n: np.asarray(v).tolist() for n, v in zip(chosen, values, strict=True)}}
             course.append(row)
+            check()
             _save_state(out / "state.safetensors", state, course, belongs)
             if on_record is not None:
                 on_record(int(state.step), spec.steps)
+        check()
         save_dae(out / "weights.safetensors", state.dae)
         write_text(out / "course.json", json.dumps(course, indent=1))
     return course
