@@ -47,6 +47,7 @@ def test_the_golden_table_to_all_its_digits(certificates, sigma):
     assert float(c.refined_gradient_norm) < 1e-12
 
 
+@pytest.mark.slow
 def test_lanczos_certifies_what_is_too_large_to_diagonalize(certificates):
     """The same network with a limit of no coordinates: the same numbers, by another road, with a bound that is kept."""
     dense = certificates[0.3]
@@ -248,6 +249,7 @@ def test_the_residuals_law_is_of_one_matrix():
         np.testing.assert_allclose(np.exp(log_sq), np.sum(np.square(refined.w1 - closed.w1)), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_finds_a_strict_minimum_from_a_random_start(key):
     start = ReluDae(*(0.3 * jax.random.normal(jax.random.fold_in(key, i), (3, 6)) for i in (0, 1)))
     found = minimize_exact_objective(start, SIMPLEX, 0.3, 1e-2, max_rough=0)
@@ -256,7 +258,7 @@ def test_training_finds_a_strict_minimum_from_a_random_start(key):
     assert float(found.objective) < float(exact_objective(start, SIMPLEX, 0.3, 1e-2))
 
 
-@pytest.mark.parametrize("method", ["dense", "products"])
+@pytest.mark.parametrize("method", ["dense", pytest.param("products", marks=pytest.mark.slow)])
 def test_both_methods_end_at_the_same_minimum_and_hold_dead_units(method):
     """From the closed form with zeros: to the golden distance, the zeros untouched."""
     closed = memorizing_minimizer(SIMPLEX, 0.3, 1e-3, 6)

@@ -194,7 +194,10 @@ def test_a_direction_orthogonal_to_all_data_grows_by_the_mean_residual(key):
 
 @pytest.mark.parametrize(
     ("norm_sq", "dim", "sigma", "penalty", "change"),
-    [(6.75, 4, 0.1, 1e-9, -8.8521e-5), (9.0, 3, 0.3, 1e-3, -1.607e-4)],
+    [
+        pytest.param(6.75, 4, 0.1, 1e-9, -8.8521e-5, marks=pytest.mark.slow),
+        (9.0, 3, 0.3, 1e-3, -1.607e-4),
+    ],
 )
 def test_zero_columns_are_a_saddle_on_the_simplex(norm_sq, dim, sigma, penalty, change):
     """The mean residual vanishes there, but directions orthogonal to one or two of the samples are enough."""

@@ -22,6 +22,7 @@ def problem(key, n, d, p, scale=1.0):
     return ReluDae(start.w1, init(jax.random.fold_in(key, 2), d, p).w2), data
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=12)
 @hypothesis.given(
     st.sampled_from([(1, 1, 1), (4, 1, 3), (2, 3, 2), (6, 4, 5)]),

@@ -183,6 +183,7 @@ def test_another_experiment_in_its_folder_is_refused(over_n, capsys):
     assert "another experiment" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_longer_trainings_go_on_from_shorter_ones(tmp_path):
     results = series.duplication(BASE, ("4x3",), (1, 3), tmp_path, seeds=1, setting=SMALL)
     straight = train(read_spec(tmp_path / "models/4x3-seed0-steps3"), tmp_path / "straight")
