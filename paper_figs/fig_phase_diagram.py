@@ -160,7 +160,7 @@ def draw(arrays: Arrays) -> matplotlib.figure.Figure:
 
 def _facets(arrays: Arrays) -> matplotlib.figure.Figure:
     names, count = arrays["facet_values"], len(arrays["facet_values"])
-    columns = min(count, 3)
+    columns = 2 if count in (2, 4) else 3
     lines = -(-count // columns)
     figure, axes = plt.subplots(
         lines, columns, figsize=(2.4 * columns + 0.8, 2.5 * lines + 0.4), sharex=True, sharey=True, squeeze=False
@@ -174,6 +174,10 @@ def _facets(arrays: Arrays) -> matplotlib.figure.Figure:
         meshes.append(_map(axis, arrays, of_one))
         axis.set_title(f"{str(arrays['facet']).replace('_', ' ')} {names[k]}")
         axis.label_outer()
+        if k + columns >= count:
+            # No panel below.
+            axis.tick_params(labelbottom=True)
+            axis.set_xlabel("noise level σ")
     figure.colorbar(meshes[0], ax=axes, label=_GAP)
     _caption(figure, arrays, what=_what(arrays))
     return figure

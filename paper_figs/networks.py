@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -41,7 +42,7 @@ def train(spec: Spec) -> Trained:
     sigma, (width,) = float(spec.sigma[0]), spec.width
     gap = 1.0 - float(exact_risk(dae, data.train, sigma)) / float(exact_risk(dae, data.held_out, sigma))
     # The word stands for the number beside it.
-    verb = "memorizes" if gap > 0.5 else "generalizes"
+    verb = "diverged" if not math.isfinite(gap) else "memorizes" if gap > 0.5 else "generalizes"
     caption = f"n = {len(data.train):,}, σ = {sigma:g}, width {width}; {verb} (gap {gap:.2f})"
     return Trained(dae, np.asarray(data.train), np.asarray(data.held_out), shape, gap, caption)
 

@@ -217,6 +217,9 @@ def test_figures_of_two_layers_name_n_sigma_and_the_regime_of_their_numbers(name
     trained = networks.train(Spec.from_dict(case))
     assert trained.gap < 0.5
     assert trained.caption == f"n = 4, σ = 0.5, width 4; generalizes (gap {trained.gap:.2f})"
+    # Steps so large that the weights are no longer finite: said, and no word for a regime.
+    with pytest.raises(ValueError, match="non-finite entries"):
+        networks.train(Spec.from_dict(case | {"learning_rate": 1e30, "steps": 4}))
     cases = dict.fromkeys(module.SPEC["cases"], case)
     figure = module.draw(module.compute(module.QUICK | {"columns": 2, "noisy": 4, "cases": cases}))
     texts = " ".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
