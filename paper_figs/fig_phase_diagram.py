@@ -6,6 +6,7 @@ that :data:`SPEC` describes.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,9 @@ def _reduced(results: xr.Dataset, select: Sequence[str] = ()) -> dict[str, np.nd
             f"{several[0]}={_label(here[several[0]].values[0])}, until one axis of at most {MAX_FACETS} values is left."
         )
     fixed = [f"{dim.replace('_', ' ')} {_label(here[dim].values[0])}" for dim in others if here.sizes[dim] == 1]
+    # Axes of one value that are no dimension.
+    alone = sorted((str(name), value.item()) for name, value in here.coords.items() if not value.ndim)
+    fixed += [f"{name.replace('_', ' ')} {_label(value)}" for name, value in alone]
     facet = several[0] if several else ""
     panels = [here.sel({facet: value}) for value in here[facet].values] if facet else [here]
     reduced = [_panel(panel.isel({dim: 0 for dim in others if dim in panel.dims})) for panel in panels]
@@ -194,7 +198,8 @@ def _what(arrays: Arrays) -> str:
 
 def _caption(figure: matplotlib.figure.Figure, arrays: Arrays, what: str = "") -> None:
     """Above everything: what is drawn, and the axes that have one value."""
-    lines = [what.replace("\n", " "), str(arrays["fixed"])]
+    # About as many letters as fit.
+    lines = [what.replace("\n", " "), *textwrap.wrap(str(arrays["fixed"]), int(16 * figure.get_figwidth()))]
     figure.suptitle("\n".join(filter(None, lines)), fontsize="small")
 
 
