@@ -1,7 +1,7 @@
 """``python -m scaling.bench``: speed and memory of the JAX networks beside PyTorch's, with random or the zoo's weights.
 
 Each row alternates ours and a rival in the same run; the ratio is rival / ours, so more is better. PyTorch is the rival
-where it is installed: eager, in float32, on as many threads as this process may use.
+where it is installed: eager, in float32, with one thread or one per core, whichever is faster.
 
 ==================== ============================================== ===============================================
 row                  ours                                           rival
@@ -92,9 +92,9 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _measured(args: argparse.Namespace) -> list[Any]:
-    from scaling.bench.setting import QUICK, SD14, Bench, check_room, has_torch, threads
+    from scaling.bench.setting import QUICK, SD14, Bench, check_room, has_torch
     from scaling.bench.unet import write_network
-    from sims.bench.timing import apart, table
+    from sims.bench.timing import apart, table, threads
 
     config, rows = QUICK if args.quick else SD14, []
     if set(args.only) - SMALL:

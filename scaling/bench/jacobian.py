@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 from dae_theory.types import Scalar
 from scaling import zoo
 from scaling.backend import compiler_options
-from scaling.bench.setting import Bench, has_torch, threads
+from scaling.bench.setting import Bench, has_torch
 from scaling.diffusion.denoisers import as_denoiser
 from scaling.diffusion.schedules import sigma_to_timestep
 from scaling.measures.jacobian import CHUNK, full_jacobian, top_singular
@@ -195,7 +195,6 @@ def _torch_stack(kernels: Sequence[np.ndarray], y: np.ndarray) -> _Twin:
     """:func:`denoise` in PyTorch."""
     import torch  # pyright: ignore[reportMissingImports]
 
-    torch.set_num_threads(threads())
     weights = [torch.from_numpy(np.ascontiguousarray(kernel.transpose(3, 2, 0, 1))) for kernel in kernels]
     point, side = torch.from_numpy(y), math.isqrt(y.size)
 
@@ -213,7 +212,6 @@ def _torch_unet(folder: str, y: np.ndarray, timestep: float, sigma: float) -> _T
     import diffusers
     import torch  # pyright: ignore[reportMissingImports]
 
-    torch.set_num_threads(threads())
     network = diffusers.UNet2DModel  # pyright: ignore[reportPrivateImportUsage]
     module = network.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32).eval()
     for parameter in module.parameters():

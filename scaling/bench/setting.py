@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import importlib.util
 import math
-import os
 import pathlib
 import shutil
 import tempfile
@@ -17,7 +16,7 @@ import numpy as np
 from scaling.bridge.loading import load_model
 from scaling.models.model import Model, parse_config
 
-__all__ = ["QUICK", "SD14", "Bench", "check_room", "has_torch", "random_inputs", "threads", "torch_module"]
+__all__ = ["QUICK", "SD14", "Bench", "check_room", "has_torch", "random_inputs", "torch_module"]
 
 SD14: dict[str, Any] = {
     "_class_name": "UNet2DConditionModel",
@@ -88,17 +87,10 @@ def has_torch() -> bool:
     return importlib.util.find_spec("torch") is not None
 
 
-def threads() -> int:
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def torch_module(folder: pathlib.Path) -> Any:
-    """The UNet of ``folder`` in PyTorch, on as many threads as this process may use."""
+    """The UNet of ``folder`` in PyTorch."""
     import diffusers
-    import torch  # pyright: ignore[reportMissingImports]
 
-    torch.set_num_threads(threads())
     return getattr(diffusers, SD14["_class_name"]).from_pretrained(folder).eval()
 
 

@@ -2,8 +2,8 @@ r"""The row ``train_step``: one step of training a small UNet on 8x8 images, bes
 
 A step draws rows, timesteps and noise, adds the noise, computes the loss of ε and its gradient, and updates Adam and
 the running average. Ours takes many steps in one program (:func:`scaling.training.steps.advance`), which allocates its
-memory once: with one call per step, a fifth of the time goes to page faults on 140 MB. PyTorch is eager, on its default
-number of threads, with diffusers' model and scheduler, ``torch.optim.Adam`` and one fused call for the average.
+memory once: with one call per step, a fifth of the time goes to page faults on 140 MB. PyTorch is eager, with
+diffusers' model and scheduler, ``torch.optim.Adam`` and one fused call for the average.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from scaling.models.layers import sinusoidal_embedding
 from scaling.models.model import Condition, Model
 from scaling.models.taps import Edit, Edits, each_edit
 
-__all__ = ["ModelFn", "Samples", "guidance_embedding", "guided", "reverse", "sample"]
+__all__ = ["ModelFn", "Samples", "guidance_channels", "guidance_embedding", "guided", "reverse", "sample"]
 
 ModelFn: TypeAlias = Callable[[Array, Array, Array], Any]
 """``(x, t, step) -> output`` for a batch x at timestep t; ``step`` in [0, num_steps) indexes what varies by step."""
@@ -189,7 +189,7 @@ def sample(
     """
     solver = make_solver(with_method(schedule, method), num_steps, eta=eta)
     check_integer("num", num, minimum=1)
-    embeds = getattr(model.config, "time_condition", None)
+    embeds = guidance_channels(model)
     if (guidance is None) != (unconditional is None) and not embeds:
         raise ValueError("guidance and unconditional go together: give both, or neither.")
     condition = condition or Condition()
@@ -228,6 +228,11 @@ def _sample(
     return reverse(
         key, model_fn, solver, shape, guidance=guidance, init=init, first=first, trajectory=trajectory, has_aux=True
     )
+
+
+def guidance_channels(model: Model) -> int | None:
+    """Channels of the embedding in which a network takes the guidance scale; None if it takes none."""
+    return getattr(model.config, "time_condition", None)
 
 
 def guidance_embedding(guidance: ArrayLike, channels: int) -> Float[Array, "1 c"]:

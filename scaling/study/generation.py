@@ -18,7 +18,7 @@ from scaling.bridge.conditioning import condition_on, null_condition, pixel_size
 from scaling.bridge.identity import identify
 from scaling.bridge.latents import clipped, from_latents
 from scaling.bridge.loading import Pipeline
-from scaling.diffusion.samplers import sample
+from scaling.diffusion.samplers import guidance_channels, sample
 from scaling.diffusion.schedules import with_method
 from scaling.diffusion.solvers import make_solver
 from scaling.study.pictures import contact_sheet, to_bytes, write_png
@@ -83,7 +83,7 @@ def generate(
     total, size = check_integer("num", num, minimum=1), size or pixel_size(pipeline)
     batch = min(check_integer("batch_size", batch_size, minimum=1), total)
     key = jax.random.key(check_seed("seed", seed))
-    embeds = getattr(network.config, "time_condition", None)
+    embeds = guidance_channels(network)
     scale = 1.0 if guidance is None and embeds else guidance
     schedule = with_method(pipeline.schedule, method)
     make_solver(schedule, num_steps, eta=eta)

@@ -35,6 +35,7 @@ __all__ = [
     "seconds",
     "table",
     "temporaries",
+    "threads",
     "write_json",
 ]
 
@@ -86,6 +87,11 @@ def compare(
     return row(name, [our for our, _ in pairs], theirs or None, notes=notes)
 
 
+def threads() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def fastest_threads(rival: Callable[[], object]) -> int:
     """Leave PyTorch with one thread or with one per core, whichever runs ``rival`` faster; returns the number.
 
@@ -95,7 +101,7 @@ def fastest_threads(rival: Callable[[], object]) -> int:
     if torch is None:
         return 0
     times = {}
-    for count in {1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1}:
+    for count in {1, threads()}:
         torch.set_num_threads(count)
         # The first call may allocate.
         seconds(rival)

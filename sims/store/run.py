@@ -39,7 +39,7 @@ from sims.store.chunks import (
     repair_advice,
     write_chunk,
 )
-from sims.store.files import own_folder, parse_json, read_json, write_text
+from sims.store.files import claim_run, parse_json, read_json, write_text
 from sims.store.locking import locked
 from sims.store.provenance import environment
 
@@ -275,8 +275,7 @@ def _begin(path: Path, spec: dict[str, Any], template: xr.Dataset, chunks: dict[
     if not results.exists():
         if file.exists():
             raise StoreError(f"{file} exists without {RESULTS}; move it away, or choose another folder.")
-        # Shards lie below the run that joins them; a killed process leaves the temporary layout.
-        own_folder(path, (SPEC,), beside=("shards", ".layout"))
+        claim_run(path)
         variables = [*map(str, template.data_vars), *BOOKKEEPING]
         record = {"format": FORMAT, "spec": spec, "chunks": chunks, "variables": variables}
         with _layout(path, template, record) as fresh:
