@@ -275,7 +275,9 @@ def edit_record(out, **fields):
 def test_a_newer_format_is_refused(copied):
     edit_record(copied, format=store.FORMAT + 1)
     for use in (store.load, work, store.read_spec):
-        with pytest.raises(StoreError, match=r"has format 2, this version reads 1; update"):
+        with pytest.raises(
+            StoreError, match=f"has format {store.FORMAT + 1}, this version reads {store.FORMAT}; update"
+        ):
             use(copied)
 
 

@@ -37,6 +37,7 @@ __all__ = [
     "StoreError",
     "attach",
     "blank",
+    "digest_or_none",
     "digests",
     "dims",
     "disk",
@@ -188,7 +189,7 @@ def attach(
     """
     results = path / RESULTS
     for name, digest in files.items():
-        if not (results / name).is_file() or _digest(results / name) != digest:
+        if digest_or_none(results / name) != digest:
             raise StoreError(f"{results / name} was changed, damaged or lost; {repair_advice(path)}.")
     # Otherwise a chunk of nothing but NaN would leave no file and look lost.
     with zarr.config.set({"array.write_empty_chunks": True}):
@@ -236,12 +237,13 @@ def indices(array: zarr.Array, unit: Region) -> tuple[slice, ...]:
     return tuple(unit.get(dim, slice(0, size)) for dim, size in zip(dims(array), array.shape, strict=True))
 
 
-def write_chunk(run: Run, unit: Region, arrays: Mapping[str, Any], *, wall_s: float = math.nan) -> None:
+def write_chunk(run: Run, unit: Region, arrays: Mapping[str, Any], *, wall_s: Any = math.nan) -> None:
     """Store one finished unit: its arrays, flushed to the disk, then its ``done`` flag.
 
     ``arrays`` has every variable of the template in the shape that ``template.isel(unit)`` gives it; ``wall_s`` is the
-    time that the unit took, in seconds. ``StoreError`` if the unit is not pending, if names, shapes or dtypes differ
-    from the template's, or if the disk refuses: this unit then stays pending, and finished ones stay finished.
+    time in seconds that the unit took, or that each of its cells took. ``StoreError`` if the unit is not pending, if
+    names, shapes or dtypes differ from the template's, or if the disk refuses: this unit then stays pending, and
+    finished ones stay finished.
     """
     values = {**_checked(run, unit, arrays), "wall_s": np.asarray(wall_s)}
     if not (run.path / RESULTS).is_dir():
@@ -293,6 +295,11 @@ def shown(unit: Region) -> str:
 
 def _fill(dtype: np.dtype) -> np.ndarray:
     return np.full((), np.nan if dtype.kind == "f" else 0, dtype)
+
+
+def digest_or_none(file: Path) -> str | None:
+    """SHA-256 of a file; None if there is none."""
+    return _digest(file) if file.is_file() else None
 
 
 def _digest(file: Path) -> str:

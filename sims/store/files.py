@@ -54,7 +54,7 @@ def claim_run(folder: str | os.PathLike[str]) -> None:
     Whether a run there is the same one is known only when it is opened.
     """
     # Shards lie below the run that joins them; a killed process leaves the temporary layout.
-    own_folder(pathlib.Path(folder), ("spec.json", "results.zarr"), beside=("shards", ".layout"))
+    own_folder(pathlib.Path(folder), ("spec.json", "results.zarr"), beside=("shards", ".layout", ".packed"))
 
 
 def refuse_links(folder: pathlib.Path) -> None:

@@ -11,7 +11,8 @@ from sims.store import chunks as on_disk
 from sims.store.chunks import RESULTS, Region, Run, StoreError
 from sims.store.files import write_text
 from sims.store.locking import locked
-from sims.store.run import SPEC, Progress, attached, origin_of, progress, read_spec, restored
+from sims.store.reading import SPEC, attached, in_use, origin_of, put_back, read_spec, restored, settle
+from sims.store.run import Progress, progress
 
 __all__ = ["Repair", "repair"]
 
@@ -49,14 +50,16 @@ def repair(out: str | os.PathLike[str], *, dry_run: bool = False) -> Repair:
     ([{'n': slice(1, 2, None)}], Progress(done=1, total=2))
     """
     path = Path(out)
+    settle(path)
     if not (path / RESULTS).is_dir():
         raise StoreError(f"{path} holds no run: there is no {path / RESULTS}; name the folder that a run was given.")
     with locked(path):
+        put_back(path)
         record, reason = _record(path)
         if reason and not dry_run:
             write_text(path / SPEC, json.dumps(record, indent=1))
         whole = on_disk.digests(path / RESULTS, record["variables"])
-        files = [name for name, digest in record["files"].items() if whole.get(name) != digest]
+        files = [name for name, digest in in_use(path, record)["files"].items() if whole.get(name) != digest]
         if files or (reason and dry_run):
             for name in files if not dry_run else ():
                 (path / RESULTS / name).unlink(missing_ok=True)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 
 from sims import store
 from sims.flags import parse_shard
-from sims.store import chunks as on_disk
 from sims.store.filling import Computed
 
 __all__ = ["folder", "merge", "parse_shard"]
@@ -42,17 +41,13 @@ def merge(out: str | pathlib.Path, *, on_unit: Callable[[int, int], None] | None
     provenance = {**store.environment(), "data": sessions[-1]["data"] if sessions else [], "shards": sessions}
 
     def copied(pending: list[store.Region]) -> Iterator[Computed]:
-        sources = [store.attached(part) for part in parts]
+        sources = [store.load(part) for part in parts]
         for region in pending:
-            source = next((source for source in sources if on_disk.is_finished(source, region)), None)
-            if source is not None:
-                try:
-                    values = on_disk.read_unit(source, region)
-                except store.StoreError as error:
-                    raise store.StoreError(f"{error}; {on_disk.repair_advice(source.path)}.") from error
-                wall_s = float(values.pop("wall_s").item())
-                del values["done"]
-                yield region, values, wall_s
+            found = (source.isel(region) for source in sources)
+            unit = next((unit for unit in found if unit["done"].all()), None)
+            if unit is not None:
+                wall_s = float(unit["wall_s"].item())
+                yield region, {str(name): unit[name].values for name in template.data_vars}, wall_s
 
     def report(done: int, total: int, region: store.Region | None) -> None:
         if on_unit is not None and region is not None:
