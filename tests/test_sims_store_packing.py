@@ -128,6 +128,21 @@ def test_a_kill_at_any_move_of_files_leaves_a_whole_run(out, results, monkeypatc
     assert sorted(path.name for path in out.iterdir() if path.name != ".lock") == ["results.zarr", "spec.json"]
 
 
+def test_a_full_disk_at_the_exchange_puts_the_results_back(out, results, monkeypatch):
+    replace = os.replace
+
+    def refuse(source, target):
+        if os.fspath(source).endswith(os.path.join(packing.PACKED, "results.zarr")):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing.os, "replace", refuse)
+        assert work(out) == 1
+    assert sorted(path.name for path in out.iterdir() if path.name != ".lock") == ["results.zarr", "spec.json"]
+    xr.testing.assert_equal(store.load(out), results)
+
+
 def test_a_full_disk_leaves_a_finished_run_as_it_is(out, results, monkeypatch):
     write = packing.on_disk.write_chunk
 

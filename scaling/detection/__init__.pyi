@@ -1,2 +1,17 @@
 from . import evaluation as evaluation
+from . import scores as scores
+from .evaluation import Detection as Detection
+from .evaluation import Estimate as Estimate
 from .evaluation import auroc as auroc
+from .evaluation import auroc_difference as auroc_difference
+from .evaluation import auroc_interval as auroc_interval
+from .evaluation import detection_rate as detection_rate
+from .evaluation import proportion_interval as proportion_interval
+from .evaluation import threshold_at as threshold_at
+from .scores import anisotropy as anisotropy
+from .scores import denoising_error as denoising_error
+from .scores import guidance_difference as guidance_difference
+from .scores import intrinsic_dimension as intrinsic_dimension
+from .scores import intrinsic_dimension_estimate as intrinsic_dimension_estimate
+from .scores import sharpness as sharpness
+from .scores import tile_distance as tile_distance

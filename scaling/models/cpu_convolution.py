@@ -28,7 +28,7 @@ Product: TypeAlias = Callable[[Array, Array, int, tuple[int, int]], Array]
 # entries and the output at least COLUMNS_WIDTH channels.
 COLUMNS_PIXELS, COLUMNS_CHANNELS, COLUMNS_ENTRIES, COLUMNS_WIDTH = 256, 256, 1 << 22, 16
 # Derivatives are products if the matrix of columns, which they store, has at most this many entries.
-DERIVATIVE_ENTRIES = 1 << 24
+DERIVATIVE_ENTRIES = 1 << 26
 
 
 def convolution(

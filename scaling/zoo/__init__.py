@@ -18,13 +18,18 @@ from sims.store.files import read_json
 __all__ = ["RECIPES", "folder", "load", "membership", "names", "prompts", "recipe"]
 
 REPEATED = "--duplicates 60x40 --singles 1200 --steps 4000 --save-every 1000"
+FASHION = (
+    "--dataset fashion-mnist --duplicates 40x60 --singles 1200 --held-out 1000 --channels 16,32,64 --save-every 1000"
+)
 SERIES = "--held-out 297 --channels 16,32 --steps 2000"
 
 RECIPES = {
     "digits": REPEATED,
     "captioned-digits": f"--arch unet2d_condition --variants 20x4 {REPEATED}",
-    "fashion-dit": "--arch dit --dataset fashion-mnist --resolution 16 --duplicates 60x40 --singles 2400 "
-    "--held-out 1000 --channels 96 --layers 4 --heads 4 --steps 4000 --save-every 1000",
+    "fashion": f"{FASHION} --steps 6000",
+    "captioned-fashion": f"--arch unet2d_condition --variants 14x4 {FASHION} --steps 4500",
+    "fashion-dit": "--arch dit --dataset fashion-mnist --resolution 16 --duplicates 60x40 --singles 1200 "
+    "--held-out 1000 --channels 96 --layers 4 --heads 4 --steps 20000 --save-every 1000",
     **{f"digits-{n}": f"--num-samples {n} {SERIES}" for n in (10, 30, 100, 300, 750)},
 }
 """Flags of ``python -m scaling train`` by name; the last five are one network on more and more images."""

@@ -61,6 +61,7 @@ def pack(trained: str | Path, out: str | Path, name: str, flags: Sequence[str]) 
     facts = _facts(pipeline if packed is pipeline else load_pipeline(out, "float32"), spec, corpus)
     facts["difference"] = difference if packed is not pipeline else 0.0
     facts["loss"] = record["loss"][-1][1]
+    facts["devices"] = sorted({session["device"]["kind"] for session in record["sessions"] if "device" in session})
     write_text(out / "card.json", json.dumps({"name": name, "flags": list(flags), **facts}, indent=1) + "\n")
     write_text(out / "README.md", _card(name, flags, spec, facts, read_json(out / "membership.json")))
     return out
@@ -147,6 +148,7 @@ def _card(
         f"{len(groups['held_out'])} held out",
         f"* network: {spec.arch}, {facts['parameters']:,} parameters; seed {spec.seed}, {spec.steps} steps of batch "
         f"{spec.batch_size}, last losses {facts['loss']:.3g}",
+        *([f"* trained on: {', '.join(facts['devices'])}"] if facts["devices"] else []),
         f"* command: `python -m scaling train {' '.join(flags)} --out DIR`",
         f"* weights: {stored if facts['difference'] else 'float32'}",
         *(

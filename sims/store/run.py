@@ -221,14 +221,17 @@ def _begin(path: Path, spec: dict[str, Any], template: xr.Dataset, chunks: dict[
     for torn in results.rglob("*.partial"):
         torn.unlink()
     used = in_use(path, record)
-    missing = [name for name in used["files"] if not (results / name).exists()]
-    if missing:
+    if not all((results / name).exists() for name in used["files"]):
         with with_layout(path, template, record, used["chunks"]) as fresh:
             mended = on_disk.digests(fresh, record["variables"])
-            for name in missing:
-                used["files"][name] = mended[name]
-                (results / name).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(fresh / name, results / name)
+            # Names that belong to no layout come from a damaged record.
+            for name in used["files"].keys() - mended.keys():
+                del used["files"][name]
+            for name, digest in mended.items():
+                if name not in used["files"] or not (results / name).exists():
+                    used["files"][name] = digest
+                    (results / name).parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(fresh / name, results / name)
     return record
 
 
