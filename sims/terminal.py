@@ -56,7 +56,12 @@ def run_commands(
 def run_program(
     run: Callable[[argparse.Namespace], int], parse: Callable[[Sequence[str]], argparse.Namespace]
 ) -> NoReturn:
-    """Parse the command line, call ``run`` with it and exit with the code that it returns; 130 if interrupted."""
+    """Parse the command line, call ``run`` with it and exit with the code that it returns; 130 if interrupted.
+
+    JAX, which is loaded later, and the processes started from here compute products in full single precision, where
+    accelerators would round to TF32 or bfloat16, unless ``JAX_DEFAULT_MATMUL_PRECISION`` is set to something else.
+    """
+    os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
     logging.set_verbosity(logging.WARNING)
     repair_streams()
 

@@ -1,7 +1,11 @@
 """The progress bar: what an estimate of the time left is made of."""
 
 import argparse
+import os
 import pathlib
+import subprocess
+import sys
+import textwrap
 
 import pytest
 
@@ -54,3 +58,28 @@ def test_errors_of_users_and_of_the_system_are_one_line(error, code, line, capsy
 def test_a_name_that_is_too_long_is_one_line(capsys):
     assert guarded(lambda _args: pathlib.Path("a" * 300).stat())(argparse.Namespace()) == 2
     assert capsys.readouterr().err == f"error: {'a' * 300}: File name too long\n"
+
+
+@pytest.mark.parametrize("chosen", [None, "tensorfloat32"])
+def test_commands_compute_in_full_precision_unless_told_otherwise(chosen):
+    """Also the processes that they start: the choice is in the environment before JAX is loaded."""
+    code = """
+        from absl.flags import argparse_flags
+        from sims.terminal import run_program
+
+        def run(args):
+            import jax, jax.numpy as jnp
+            text = jax.jit(jnp.dot).lower(jnp.ones((2, 2)), jnp.ones((2, 2))).as_text()
+            print(jax.config.jax_default_matmul_precision, "HIGHEST" in text)
+            return 0
+
+        run_program(run, lambda argv: argparse_flags.ArgumentParser().parse_args(argv[1:]))
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_DEFAULT_MATMUL_PRECISION"}
+    environment |= {"JAX_DEFAULT_MATMUL_PRECISION": chosen} if chosen else {}
+    root = pathlib.Path(__file__).parent.parent
+    found = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env=environment, cwd=root, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.split() == ([chosen, "False"] if chosen else ["highest", "True"])
