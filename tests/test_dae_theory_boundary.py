@@ -23,6 +23,7 @@ def stream(key, n=48, *, spread=0.2):
     return jnp.asarray(TRIANGLE[labels]) + spread * jax.random.normal(key, (n, 3)), labels
 
 
+@pytest.mark.slow
 def test_objectives_are_the_energies_of_each_prefix(key):
     data, labels = stream(key)
     found = boundary.predicted_boundary(data, labels, SIZES, 0.3, 2e-3, 7)

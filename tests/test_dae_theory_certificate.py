@@ -132,7 +132,7 @@ def opposite_clusters(sigma, mean=1.2):
     return data, block_minimizer(data, labels, sigma, 1e-3, 2)
 
 
-@pytest.mark.parametrize("sigma", [0.15, 0.25])
+@pytest.mark.parametrize("sigma", [0.15, pytest.param(0.25, marks=pytest.mark.slow)])
 def test_the_objective_can_fall_along_a_turn_though_every_condition_holds(sigma):
     data, closed = opposite_clusters(sigma)
     turn = lowest_turn(closed, data, sigma, 1e-3)

@@ -83,6 +83,7 @@ def test_everything_holds_for_tight_obtuse_clusters(key):
     np.testing.assert_allclose(report.exponent, (report.margin / 0.05) ** 2)
 
 
+@pytest.mark.slow
 def test_margins_against_loops(key):
     """The units themselves, sample by sample; spread wide enough that some margins fail."""
     data = clusters(key, spread=0.6)
@@ -131,6 +132,7 @@ def test_each_inequality_can_fail_by_itself(key):
     assert "spread" not in failing(check(wide, 0.05, 1e-4, (1, 2, 2)))
 
 
+@pytest.mark.slow
 def test_more_than_rank_plus_one_clusters_are_counted():
     """Five directions in a plane: two more than can have negative cosines."""
     turns = 2 * np.pi * np.arange(5) / 5

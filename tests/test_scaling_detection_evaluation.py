@@ -49,7 +49,14 @@ def covered(interval_of, truth, repeats=1000):
     return np.mean([low <= truth <= high for _, low, high in intervals])
 
 
-@pytest.mark.parametrize(("n", "m", "shift"), [(40, 60, 0.0), (40, 60, 1.5), (20, 200, 1.0)])
+@pytest.mark.parametrize(
+    ("n", "m", "shift"),
+    [
+        (40, 60, 1.5),
+        pytest.param(40, 60, 0.0, marks=pytest.mark.slow),
+        pytest.param(20, 200, 1.0, marks=pytest.mark.slow),
+    ],
+)
 def test_intervals_of_areas_cover(n, m, shift):
     """Normal scores: the area is Phi(shift / sqrt 2). 1,000 repeats have a standard error of .007."""
     truth = stats.norm.cdf(shift / np.sqrt(2))

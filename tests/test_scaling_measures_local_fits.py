@@ -63,6 +63,7 @@ def test_of_the_identity_so_many_units_keep_so_many_directions(silent, key):
     assert np.all(denoiser["fit_std"][0] == 0)
 
 
+@pytest.mark.slow
 def test_a_block_that_says_nothing_leaves_nothing_to_explain(silent, key):
     found = fits(key, silent, jnp.ones((1, 1, 8, 8)), (2,), max_iterations=2)
     for name in ("fit_error", "fit_unexplained", "fit_std"):

@@ -368,7 +368,10 @@ def test_the_command(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("arch", "prediction"), [("unet2d", "v_prediction"), ("unet2d_condition", "epsilon")])
+@pytest.mark.parametrize(
+    ("arch", "prediction"),
+    [("unet2d", "v_prediction"), pytest.param("unet2d_condition", "epsilon", marks=pytest.mark.slow)],
+)
 def test_unets_train_and_sample(arch, prediction, tmp_path):
     spec = TrainSpec(
         arch=arch,

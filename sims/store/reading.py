@@ -67,11 +67,12 @@ def load(out: str | os.PathLike[str]) -> xr.Dataset:
     another process writes. ``StoreError`` if the folder holds no run, one of a newer format, or a damaged one.
 
     >>> import tempfile
-    >>> template = blank({"n": [2, 4]}, {"gap": (("n",), float)})
+    >>> from sims import store
+    >>> template = store.blank({"n": [2, 4]}, {"gap": (("n",), float)})
     >>> with tempfile.TemporaryDirectory() as out:
-    ...     with open_run(out, {"name": "example"}, template, {"n": 1}) as run:
-    ...         write_chunk(run, pending(run)[0], {"gap": [0.5]})
-    ...     results = load(out)
+    ...     with store.open_run(out, {"name": "example"}, template, {"n": 1}) as run:
+    ...         store.write_chunk(run, store.pending(run)[0], {"gap": [0.5]})
+    ...     results = store.load(out)
     >>> results.gap.values, results.done.values
     (array([0.5, nan]), array([ True, False]))
     """
