@@ -19,14 +19,19 @@ PACKAGES = ("dae-theory", "jax", "jaxlib", "optax", "numpy", "xarray", "zarr")
 def environment() -> dict[str, Any]:
     """As JSON: ``versions``, git ``commit``, ``device``, ``platform`` and ``host``.
 
-    The commit ends in ``-dirty`` if files differ from it, and is None outside a checkout. Reading the device starts
-    JAX's backend.
+    The commit ends in ``-dirty`` if files differ from it, and is None outside a checkout. Accelerators have the
+    ``precision`` of float32 products, which changes results there. Reading the device starts JAX's backend.
     """
     device = jax.devices()[0]
+    precision = (
+        {}
+        if device.platform == "cpu"
+        else {"precision": jax.config.values["jax_default_matmul_precision"] or "default"}
+    )
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "commit": _commit(),
-        "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
+        "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count(), **precision},
         "platform": platform.platform(),
         "host": platform.node(),
     }
