@@ -53,6 +53,7 @@ def errors(points):
     return np.array([float(mpmath.mpf(float(v)) - by_angle(*x)) for v, x in zip(values, points, strict=True)])
 
 
+@pytest.mark.slow
 def test_hard_corners_in_float64():
     assert np.abs(errors(CORNERS)).max() < 1e-13
 

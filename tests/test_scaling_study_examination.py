@@ -162,6 +162,7 @@ def test_every_kind_of_prompt_is_sampled_equally_often():
     assert len(set(verbatim)) == 4
 
 
+@pytest.mark.slow
 def test_a_jacobian_is_that_of_the_denoiser(untrained, digits):
     """Means over the first held-out images, one image at a time, without the batches of :func:`examine`."""
     results = examine(jax.random.key(5), untrained, digits, SETTING).sel(group="held_out", sigma=1.5)
