@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 
 from dae_theory.checks import check_integer, check_positive
 from dae_theory.types import Denoiser, PRNGKey, Scalar
+from scaling.measures.jacobian import full_jacobian
 
 __all__ = [
     "Anisotropy",
@@ -74,17 +75,11 @@ def intrinsic_dimension(denoiser: Denoiser, x: Float[Array, " ..."], sigma: Scal
 
     with the score s of Tweedie's formula, evaluated at the image itself, without noise. As σ falls it tends to the
     dimension of the data manifold, to 0 at an isolated, memorized point, and diverges off the manifold. Memorized
-    images have low values: negate. Exact: one pass and d derivatives in forward mode.
+    images have low values: negate. Exact: two passes and d derivatives, in chunks (:func:`full_jacobian`).
     """
     check_positive("sigma", sigma)
-    flat, back = x.reshape(-1), x.shape
-
-    def apply(y: Array) -> Array:
-        return denoiser(y.reshape(back), sigma).reshape(-1)
-
-    clean, push = jax.linearize(apply, flat)
-    trace = jnp.trace(jax.vmap(push)(jnp.eye(flat.size, dtype=flat.dtype)))
-    return trace + jnp.sum(jnp.square((clean - flat) / sigma))
+    offset = (denoiser(x, sigma) - x) / sigma
+    return jnp.trace(full_jacobian(denoiser, x, sigma)) + jnp.sum(jnp.square(offset))
 
 
 def intrinsic_dimension_estimate(

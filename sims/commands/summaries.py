@@ -12,7 +12,7 @@ __all__ = ["summary_of", "write_summary"]
 
 
 def summary_of(results: xr.Dataset, record: dict[str, Any]) -> str:
-    """Markdown from the results and the record of a sweep (:func:`sims.store.run.read`).
+    """Markdown from the results and the record of a sweep (:func:`sims.store.reading.read`).
 
     ``ValueError`` for the run of another command.
     """

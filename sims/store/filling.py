@@ -21,6 +21,7 @@ from jaxtyping import Int
 from sims.store import chunks as on_disk
 from sims.store import run as store
 from sims.store.chunks import BOOKKEEPING
+from sims.store.reading import attached
 from sims.store.run import Region, Run
 
 __all__ = ["Computed", "batch_rows", "checksum", "fill", "fill_units"]
@@ -104,9 +105,9 @@ def fill(
 def not_finite(out: str | Path, dim: str) -> list[int]:
     """The finished items along ``dim`` of which some value is NaN or infinite; reads a unit at a time.
 
-    ``StoreError`` as for :func:`sims.store.run.load`.
+    ``StoreError`` as for :func:`sims.store.reading.load`.
     """
-    run, bad = store.attached(out), []
+    run, bad = attached(out), []
     for unit in on_disk.finished(run):
         part = unit[dim]
         for name, values in on_disk.read_unit(run, unit).items():

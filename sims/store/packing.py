@@ -22,9 +22,9 @@ import xarray as xr
 from sims.store import chunks as on_disk
 from sims.store.chunks import BOOKKEEPING, RESULTS, Run, StoreError, disk
 from sims.store.files import write_text
-from sims.store.reading import ASIDE, SPEC, attach, dataset_of, in_use, put_back, template_of, with_layout
+from sims.store.reading import ASIDE, SPEC, attach, dataset_of, put_back, with_layout
 
-__all__ = ["MANY", "PACKED", "is_packed", "pack", "unpack"]
+__all__ = ["MANY", "PACKED", "pack", "unpack"]
 
 PACKED = ".packed"
 """Where packed results are written before they are moved."""
@@ -37,18 +37,14 @@ LARGEST = 1 << 30
 """Results of more bytes stay as they are: they would have to fit in memory."""
 
 
-def is_packed(path: Path, record: Mapping[str, Any]) -> bool:
-    """Whether the results of the run with this record are packed."""
-    return in_use(path, record)["chunks"] != record["chunks"]
-
-
 def pack(run: Run, record: dict[str, Any]) -> None:
     """Pack the finished ``run`` if it has many units; where that fails, it stays as it is.
 
     The caller holds the folder (:func:`sims.store.locking.locked`); ``record`` is the run's, and gets the new layout.
     """
     size = sum(array.nbytes for array in run.arrays.values())
-    if record["format"] < 2 or math.prod(_counts(run)) <= MANY or size > LARGEST or is_packed(run.path, record):
+    packed = run.chunks != record["chunks"]
+    if packed or record["format"] < 2 or math.prod(_counts(run)) <= MANY or size > LARGEST:
         return
     chunks = _larger(run)
     try:
@@ -60,13 +56,14 @@ def pack(run: Run, record: dict[str, Any]) -> None:
         shutil.rmtree(run.path / PACKED, ignore_errors=True)
 
 
-def unpack(path: Path, record: dict[str, Any]) -> None:
-    """Give the packed run at ``path`` the units with which it began; ``StoreError`` if it is damaged.
+def unpack(run: Run, record: dict[str, Any]) -> Run:
+    """The packed ``run`` in the units with which it began, open for writing; ``StoreError`` if it is damaged.
 
     The caller holds the folder; ``record`` gets the new layout.
     """
-    record["files"] = _rewrite(attach(path, record, "r"), record, record["chunks"])
-    _exchange(path, record)
+    record["files"] = _rewrite(run, record, record["chunks"])
+    _exchange(run.path, record)
+    return attach(run.path, record, "r+")
 
 
 def _counts(run: Run) -> list[int]:
@@ -88,18 +85,17 @@ def _larger(run: Run) -> dict[str, int]:
 def _rewrite(run: Run, record: Mapping[str, Any], chunks: Mapping[str, int]) -> dict[str, str]:
     """Write the finished units of ``run`` beside it, in units of size ``chunks``; returns the digests of the layout."""
     results, folder = dataset_of(run), run.path / PACKED
+    template = results.drop_vars(list(BOOKKEEPING), errors="ignore")
     with disk("write in", folder):
-        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        with with_layout(folder, template_of(run.path), record, chunks) as fresh:
+        with with_layout(folder, template, record, chunks) as fresh:
             files = on_disk.digests(fresh, record["variables"])
             os.replace(fresh, folder / RESULTS)
     fresh_run = on_disk.attach(folder, chunks, record["variables"], files, mode="r+")
-    names = [name for name in fresh_run.arrays if name not in BOOKKEEPING]
     for unit in on_disk.units(fresh_run):
         part: xr.Dataset = results.isel(unit)
         if part["done"].all():
-            arrays = {name: part[name].values for name in names}
+            arrays = {str(name): part[name].values for name in template.data_vars}
             on_disk.write_chunk(fresh_run, unit, arrays, wall_s=part["wall_s"].values)
     return files
 

@@ -88,14 +88,17 @@ def read(out: str | os.PathLike[str]) -> tuple[xr.Dataset, dict[str, Any]]:
     settle(path)
     before = _which(path)
     try:
-        record = record_of(path)
-        return dataset_of(attach(path, record, "r")), record
+        return _read(path)
     except StoreError:
         # The process that writes may have packed the results while they were read.
         if _which(path) == before:
             raise
-        record = record_of(path)
-        return dataset_of(attach(path, record, "r")), record
+        return _read(path)
+
+
+def _read(path: Path) -> tuple[xr.Dataset, dict[str, Any]]:
+    record = record_of(path)
+    return dataset_of(attach(path, record, "r")), record
 
 
 def dataset_of(run: Run) -> xr.Dataset:
@@ -222,8 +225,10 @@ def in_use(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     if packed is None:
         return plain
 
+    found = {name: on_disk.digest_or_none(path / RESULTS / name) for name in plain["files"] | packed["files"]}
+
     def matching(files: Mapping[str, str]) -> int:
-        return sum(on_disk.digest_or_none(path / RESULTS / name) == digest for name, digest in files.items())
+        return sum(found[name] == digest for name, digest in files.items())
 
     return packed if matching(packed["files"]) > matching(plain["files"]) else plain
 

@@ -41,44 +41,32 @@ from sims.store.chunks import (
 )
 from sims.store.files import claim_run, write_text
 from sims.store.locking import locked
-from sims.store.packing import PACKED, is_packed, pack, unpack
+from sims.store.packing import PACKED, pack, unpack
 from sims.store.provenance import environment
 from sims.store.reading import (
     FORMAT,
     NAME,
     SPEC,
     attach,
-    attached,
     in_use,
-    load,
     put_back,
-    read,
-    read_spec,
     read_units,
     record_of,
-    template_of,
     with_layout,
 )
 
 __all__ = [
-    "FORMAT",
-    "SPEC",
     "Count",
     "Progress",
     "Region",
     "Run",
     "StoreError",
-    "attached",
     "blank",
     "count_finite",
     "environment",
-    "load",
     "open_run",
     "pending",
     "progress",
-    "read",
-    "read_spec",
-    "template_of",
     "write_chunk",
 ]
 
@@ -131,10 +119,9 @@ def open_run(
         run = attach(path, record, "r+")
         _check_same(run, template)
         read_units(run)
-        if is_packed(path, record) and pending(run):
-            unpack(path, record)
-            run = attach(path, record, "r+")
-        todo = len(pending(run))
+        if run.chunks != record["chunks"] and pending(run):
+            run = unpack(run, record)
+        left = todo = len(pending(run))
         if todo:
             record["sessions"].append(session)
         write_text(path / SPEC, json.dumps(record, indent=1))
@@ -142,12 +129,13 @@ def open_run(
             yield run
         finally:
             if todo:
-                session.update(ended=_now(), chunks=todo - len(pending(run)))
+                left = len(pending(run))
+                session.update(ended=_now(), chunks=todo - left)
                 # On a full disk this must not hide the first error.
                 with contextlib.suppress(ValueError):
                     check()
                     write_text(path / SPEC, json.dumps(record, indent=1))
-        if not pending(run):
+        if not left:
             check()
             pack(run, record)
 
