@@ -91,3 +91,12 @@ def test_one_row_by_name(capsys):
 def test_bad_input_exits_with_2(argv, message, capsys):
     assert run(*argv) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_rows_of_the_store_read_the_runs_that_they_time(tmp_path):
+    """A finished run lies in few files, an unfinished one in some for each unit."""
+    assert run("--only", "store", "--quick", "--repeats", 1, "--json", tmp_path / "rows.json") == 0
+    finished, unfinished = json.loads((tmp_path / "rows.json").read_text())
+    assert [finished["name"], unfinished["name"]] == list(bench.GROUPS["store"])
+    assert 5 * finished["notes"]["files"] < 8 * 599 < unfinished["notes"]["files"]

@@ -61,6 +61,10 @@ def test_divergence_is_counted_whatever_is_measured():
         results[name][0, 0, 1, 0, 0, 0, 1, 0] = np.nan
         results[name][1, 0, 1, 0, 0, 0, 1, 0] = np.inf
         assert "Diverged: 2 of 8." in text_of(results, spec)
+    # Runs record it; NaN in another measure is then not taken for it.
+    results["diverged"] = xr.zeros_like(results[name], bool)
+    results.diverged[0, 0, 1, 0, 0, 0, 1, 0] = True
+    assert "Diverged: 1 of 8." in text_of(results, spec)
     # NaN where no closed form exists says nothing of the weights.
     results = make_results(spec, ("distance_to_closed_form",))
     results["distance_to_closed_form"][:] = np.nan

@@ -31,7 +31,7 @@ def results():
 
 def test_the_result_is_labeled_by_the_axes(results):
     assert dict(results.sizes) == SPEC.shape
-    assert set(results) == set(NAMES)
+    assert set(results) == {*NAMES, "diverged"}
     assert results.train_error.dims == tuple(SPEC.shape)
     assert np.all(np.isfinite(results.train_error))
     np.testing.assert_array_equal(results.sigma, [0.3, 0.6])
@@ -318,3 +318,34 @@ def test_a_unit_lowers_for_accelerators():
     numbers = jax.tree.map(lambda axis: axis[0], programs.grid_of(SPEC))
     function = jax.jit(lambda *args: fit_cell(*args, program, segments, measures)[1])
     assert function.trace(key, data, numbers).lower(lowering_platforms=("tpu", "cuda")).as_text()
+
+
+def test_divergence_is_recorded_whatever_is_measured():
+    """A learning rate that overflows, beside one that does not: counts of columns alone would not tell."""
+    spec = dataclasses.replace(SPEC, num_samples=3, optimizer="sgd", learning_rate=(1e-3, 1e12), steps=20)
+    found = sims.sweep(dataclasses.replace(spec, record_steps=()), ["num_live_columns"])
+    assert found.diverged.dtype == bool
+    assert found.diverged.sel(learning_rate=1e12).all()
+    assert not found.diverged.sel(learning_rate=1e-3).any()
+    assert np.isfinite(found.num_live_columns).all()
+
+
+def test_a_measure_cannot_take_the_name_of_divergence():
+    def diverged(params, data, spec):
+        return jnp.float32(0)
+
+    with pytest.raises(ValueError, match="'diverged' needs another name"):
+        sims.sweep(SPEC, [diverged])
+
+
+def test_a_run_begun_without_divergence_resumes_without(tmp_path, monkeypatch):
+    """As earlier versions began it; what it measures is as in a run of its own."""
+    whole = sims.sweep(SPEC, NAMES, out=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "with_divergence", dict)
+        patch.setattr(engine, "_begun_without_divergence", lambda out: False)
+        sims.sweep(SPEC, NAMES, out=tmp_path / "old", shard=(1, 2))
+    found = sims.sweep(SPEC, NAMES, out=tmp_path / "old")
+    assert "diverged" in whole and "diverged" not in found
+    for name in NAMES:
+        np.testing.assert_allclose(found[name], whole[name], rtol=1e-6)

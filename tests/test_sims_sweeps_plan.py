@@ -109,7 +109,7 @@ def test_an_estimate_of_this_machine_is_positive_and_knows_the_results():
     assert min(found.memory, found.compile_s, found.run_s) > 0
     assert (found.cells, found.units, found.programs, found.group) == (30, 5, 1, 6)
     swept = sims.sweep(spec, ["train_error", norms])
-    assert found.results == swept.train_error.nbytes + swept.norms.nbytes
+    assert found.results == swept.train_error.nbytes + swept.norms.nbytes + swept.diverged.nbytes
     assert swept.norms.nbytes == 4 * swept.train_error.nbytes
 
 

@@ -13,13 +13,17 @@ import jax
 from absl import app
 from absl.flags import argparse_flags
 
-from sims.bench import sweeps, theory
+from sims.bench import store, sweeps, theory
 from sims.bench.timing import Row, table, write_json
 from sims.terminal import guarded
 
 __all__ = ["GROUPS", "main"]
 
-GROUPS: dict[str, dict[str, Callable[[int, bool], Row]]] = {"theory": theory.ROWS, "sweeps": sweeps.ROWS}
+GROUPS: dict[str, dict[str, Callable[[int, bool], Row]]] = {
+    "theory": theory.ROWS,
+    "sweeps": sweeps.ROWS,
+    "store": store.ROWS,
+}
 """Benchmarks by group and name: functions of the number of repeats and of ``quick``."""
 
 
@@ -31,7 +35,7 @@ def main() -> None:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse_flags.ArgumentParser(
         prog="python -m sims.bench",
-        description=f"{__doc__}\n\n{theory.__doc__}\n\n{sweeps.__doc__}",
+        description=f"{__doc__}\n\n{theory.__doc__}\n\n{sweeps.__doc__}\n\n{store.__doc__}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -59,13 +59,18 @@ def claim_run(folder: str | os.PathLike[str]) -> None:
 
 def refuse_links(folder: pathlib.Path) -> None:
     """``ValueError`` if there is a symbolic link below ``folder``: writing through it would change files elsewhere."""
-    for root, folders, names in os.walk(folder):
-        for name in (*folders, *names):
-            if os.path.islink(os.path.join(root, name)):
-                link = os.path.join(root, name)
-                raise ValueError(
-                    f"{link} is a symbolic link: nothing is written through links; move it out of {folder}."
-                )
+    waiting = [os.fspath(folder)] if folder.is_dir() else []
+    while waiting:
+        # A folder may go away meanwhile: the temporary one of another process.
+        with contextlib.suppress(FileNotFoundError), os.scandir(waiting.pop()) as entries:
+            # What kind an entry is comes with its name: no file of a large run is asked for.
+            for entry in entries:
+                if entry.is_symlink():
+                    raise ValueError(
+                        f"{entry.path} is a symbolic link: nothing is written through links; move it out of {folder}."
+                    )
+                if entry.is_dir():
+                    waiting.append(entry.path)
 
 
 def replace_file(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:

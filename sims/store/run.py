@@ -206,8 +206,10 @@ def _begin(path: Path, spec: dict[str, Any], template: xr.Dataset, chunks: dict[
     differences = list(_differences("", record["spec"], spec))
     if differences:
         raise StoreError(f"{path} holds another experiment: {'; '.join(differences)}. Choose another folder.")
-    for torn in results.rglob("*.partial"):
-        torn.unlink()
+    for root, _, names in os.walk(results):
+        for name in names:
+            if name.endswith(".partial"):
+                os.unlink(os.path.join(root, name))
     used = in_use(path, record)
     if not all((results / name).exists() for name in used["files"]):
         with with_layout(path, template, record, used["chunks"]) as fresh:

@@ -49,7 +49,9 @@ def summary(
     sizes = {dim: size for dim, size in results.sizes.items() if dim in spec or dim in ("seed", "step")}
     networks = math.prod(size for dim, size in sizes.items() if dim != "step")
     last = results.isel(step=-1)
-    diverged = int((_not_finite(last) & last["done"]).sum())
+    # Runs begun by earlier versions have no record of it.
+    bad = last["diverged"] if "diverged" in last else _not_finite(last)
+    diverged = int((bad & last["done"]).sum())
     missing = round(networks * float(1 - last["done"].mean()))
     names = [f"{one['name']} (d = {one['dim']})" for one in facts]
     lines = [

@@ -26,7 +26,7 @@ from sims.data.arrays import digest_of, of_array
 from sims.data.readers import Source
 from sims.store.filling import Computed
 from sims.store.run import Region
-from sims.sweeps.measures import DEFAULT, MEASURES, Measure
+from sims.sweeps.measures import DEFAULT, MEASURES, Measure, diverged
 from sims.sweeps.programs import (
     Finished,
     TrainingSet,
@@ -42,7 +42,7 @@ from sims.sweeps.programs import (
 from sims.sweeps.spec import LOOP_AXES, OPTIONAL_AXES, VALUE_AXES, Spec
 from sims.sweeps.worlds import World, facts, make_world
 
-__all__ = ["CellProgress", "Executor", "all_units", "resolve_measures", "sweep", "worlds_of"]
+__all__ = ["CellProgress", "Executor", "all_units", "resolve_measures", "sweep", "with_divergence", "worlds_of"]
 
 Executor: TypeAlias = Callable[[Spec, Sequence[TrainingSet], Mapping[str, Measure]], Iterable[Finished]]
 """Computes units and yields them in any order."""
@@ -92,8 +92,8 @@ def sweep(
         executor: computes the units instead of this process (:mod:`sims.sweeps.cluster`).
         on_unit: called at the start and after each unit.
 
-    Returns one variable for each measure over the dimensions of ``spec.shape``, followed by a custom measure's own
-    dimensions; axes of one value that are no dimension are scalar coordinates. Several processes
+    Returns one variable for each measure, and ``diverged`` (:func:`sims.sweeps.measures.diverged`), over the dimensions
+    of ``spec.shape``, followed by a custom measure's own dimensions; axes of one value that are no dimension are scalar coordinates. Several processes
     (:mod:`sims.sweeps.processes`) must call this with equal arguments: the first one writes, and the others return what
     they computed. ``ValueError`` for unknown or failing measures, and for what the spec, the data set or the store
     refuse. Cells that diverge are stored as NaN or infinity.
@@ -109,16 +109,23 @@ def sweep(
         spec = dataclasses.replace(spec, dataset=(f"array:{digest_of(source)}",))
     worlds = worlds_of(spec, source)
     place = placement(memory=memory, group=group)
-    template = _template(spec, chosen, worlds)
+    computed = with_divergence(chosen)
+    template = _template(spec, computed, worlds)
+    if out is not None and _begun_without_divergence(out):
+        template = template.drop_vars("diverged")
     dims, regions = _unit_dims(spec), _regions(spec, shard)
 
     def compute(pending: Sequence[Region]) -> Iterator[Computed]:
         # Only the first process knows what an earlier run has finished.
         of_unit = {_unit(spec, region): region for region in _agreed(regions, pending)}
         units = list(of_unit)
-        finished = run_units(spec, units, chosen, worlds, place) if executor is None else executor(spec, units, chosen)
+        if executor is None:
+            finished = run_units(spec, units, computed, worlds, place)
+        else:
+            finished = executor(spec, units, computed)
         for unit, values, wall_s in finished:
-            yield of_unit[unit], _shaped(spec, dims, values), wall_s
+            values = _shaped(spec, dims, values)
+            yield of_unit[unit], {name: values[name] for name in template.data_vars}, wall_s
 
     def report(done: int, total: int, region: Region | None) -> None:
         if on_unit is not None:
@@ -163,6 +170,20 @@ def resolve_measures(measures: Sequence[str | Measure] | None) -> dict[str, Meas
     if not chosen:
         raise ValueError("no measures: name at least one.")
     return chosen
+
+
+def with_divergence(measures: Mapping[str, Measure]) -> dict[str, Measure]:
+    """``measures``, and whether training has diverged, which every run records, whatever else is measured."""
+    if measures.get("diverged", diverged) is not diverged:
+        raise ValueError("measure 'diverged' needs another name: every sweep records its own.")
+    return {**measures, "diverged": diverged}
+
+
+def _begun_without_divergence(out: str | pathlib.Path) -> bool:
+    """Whether ``out`` holds a run that an earlier version began, which did not record divergence."""
+    with contextlib.suppress(ValueError):
+        return "diverged" not in store.template_of(out)
+    return False
 
 
 def worlds_of(spec: Spec, source: Source | None = None) -> Worlds:

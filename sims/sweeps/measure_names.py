@@ -32,5 +32,6 @@ NAMES: tuple[str, ...] = (
     "hoyer_held_out",
     "kurtosis_train",
     "kurtosis_held_out",
+    "diverged",
 )
 """All built-in measures, in the order of :data:`sims.sweeps.measures.MEASURES`."""

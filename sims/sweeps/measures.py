@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from dae_theory import (
     GaussianMixture,
@@ -35,7 +35,7 @@ from dae_theory.model import live_columns
 from dae_theory.types import PRNGKey, Scalar
 from sims.sweeps.measure_names import DEFAULT
 
-__all__ = ["DEFAULT", "MEASURES", "CellData", "CellSpec", "Measure", "noisy_pairs"]
+__all__ = ["DEFAULT", "MEASURES", "CellData", "CellSpec", "Measure", "diverged", "noisy_pairs"]
 
 
 class CellData(NamedTuple):
@@ -91,6 +91,11 @@ def objective(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, "
     """Monte Carlo estimate of the paper's objective, eq. (6), on training rows."""
     decay = jnp.sum(jnp.square(params.w1)) + jnp.sum(jnp.square(params.w2))
     return train_error(params, data, spec) + spec.penalty * decay
+
+
+def diverged(params: ReluDae, data: CellData, spec: CellSpec) -> Bool[Array, ""]:
+    """Whether training has diverged: the objective on training rows is NaN or infinite. Every sweep records it."""
+    return ~jnp.isfinite(objective(params, data, spec))
 
 
 def train_error(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
@@ -214,6 +219,7 @@ MEASURES: Mapping[str, Measure] = MappingProxyType(
             num_live_columns,
             num_aligned_columns,
             *(code_measure(name, rows) for name in spikiness.MEASURES for rows in ("train", "held_out")),
+            diverged,
         )
     }
 )

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sims.sweeps.engine import all_units, resolve_measures, worlds_of
+from sims.sweeps.engine import all_units, resolve_measures, with_divergence, worlds_of
 from sims.sweeps.measures import Measure
 from sims.sweeps.programs import (
     REMEMBERED,
@@ -84,7 +84,7 @@ def plan(
     """
     told = told or (lambda _: None)
     told("reading the data")
-    chosen, place = resolve_measures(measures), placement(memory=memory, group=group)
+    chosen, place = with_divergence(resolve_measures(measures)), placement(memory=memory, group=group)
     worlds = worlds_of(spec)
     kinds = [(job_of(spec, alike[0], worlds), len(alike)) for alike in alike_units(all_units(spec, shard))]
     kinds.sort(key=lambda kind: _work(kind[0]))
