@@ -27,7 +27,7 @@ CELLS = 50
 
 
 def open_run(finished: bool, repeats: int, quick: bool) -> Row:
-    """Seconds to read a run of 2,000 units of 50 cells and five measures, against plain xarray on the unpacked files."""
+    """Seconds to read 2,000 units of 50 cells and five measures, against plain xarray on the unpacked files."""
     total = 600 if quick else 2000
     with tempfile.TemporaryDirectory() as folder:
         loose, packed = Path(folder) / "loose", Path(folder) / "packed"
@@ -43,7 +43,7 @@ def open_run(finished: bool, repeats: int, quick: bool) -> Row:
 def _write(out: Path, total: int, done: int) -> None:
     values = np.random.default_rng(0).standard_normal((1, CELLS))
     template = store.blank(
-        {"unit": range(total), "cell": range(CELLS)}, {name: (("unit", "cell"), float) for name in VARIABLES}
+        {"unit": range(total), "cell": range(CELLS)}, dict.fromkeys(VARIABLES, (("unit", "cell"), float))
     )
 
     def computed(pending: list[store.Region]) -> Iterator[tuple[store.Region, dict[str, np.ndarray], float]]:

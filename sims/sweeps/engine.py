@@ -93,10 +93,10 @@ def sweep(
         on_unit: called at the start and after each unit.
 
     Returns one variable for each measure, and ``diverged`` (:func:`sims.sweeps.measures.diverged`), over the dimensions
-    of ``spec.shape``, followed by a custom measure's own dimensions; axes of one value that are no dimension are scalar coordinates. Several processes
-    (:mod:`sims.sweeps.processes`) must call this with equal arguments: the first one writes, and the others return what
-    they computed. ``ValueError`` for unknown or failing measures, and for what the spec, the data set or the store
-    refuse. Cells that diverge are stored as NaN or infinity.
+    of ``spec.shape``, followed by a custom measure's own dimensions; axes of one value that are no dimension are scalar
+    coordinates. Several processes (:mod:`sims.sweeps.processes`) must call this with equal arguments: the first one
+    writes, and the others return what they computed. ``ValueError`` for unknown or failing measures, and for what the
+    spec, the data set or the store refuse. Cells that diverge are stored as NaN or infinity.
     """
     chosen = resolve_measures(measures)
     source = None
