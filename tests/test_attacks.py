@@ -36,6 +36,10 @@ COMMANDS = {
     "scaling sample": ("digits-10 --num 1 --steps 1 --quiet", ["spec.json", "images", "sheet.png", "samples.npz"]),
     "scaling extract": ("digits-10 --images digits --taps mid_block --quiet", ["spec.json", "results.zarr"]),
     "scaling jacobian": ("digits-10 --images digits --num 1 --rank 1 --quiet", ["spec.json", "right_0.png"]),
+    "scaling detect": (
+        "digits-10 --train digits --num 4 --detectors std,error --draws 1 --sigma 1 --batch-size 4 --quiet",
+        ["spec.json", "results.zarr", "summary.md", "scores.csv", "evaluation.csv", "sheet.png"],
+    ),
     "scaling train": ("--steps 1 --batch-size 1 --channels 8 --quiet", ["training.json", "unet", "model_index.json"]),
     "scaling duplication": (
         "--duplicates 2x2 --singles 2 --steps 1,2 --seeds 1 --channels 8 --batch-size 1 --quiet",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scaling.commands import options
@@ -63,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     claim_run(args.out)
     pipeline = options.load(args)
     images = read_corpus_images(with_options(args.images, color=args.color or "", skip_bad=args.skip_bad), pipeline)
-    chosen = choose(images, _membership(args.model), rows=args.rows, num=args.num)
+    chosen = choose(images, options.membership_of(args.model), rows=args.rows, num=args.num)
     with Bar(args.quiet, "images") as bar:
         analyze(
             pipeline,
@@ -107,19 +106,3 @@ def summary(results: xr.Dataset) -> str:
         for entry, values in group_values(results)
     ]
     return markdown(head, rows)
-
-
-def _membership(model: str) -> dict[str, list[int]] | None:
-    """Rows by group from the model's ``membership.json``; None if there is no such file."""
-    from scaling.training.corpus import GROUPS
-    from sims.store.files import read_json
-
-    path = Path(model) / "membership.json"
-    if not path.exists():
-        return None
-    content = read_json(path)
-    for name in GROUPS:
-        rows = content.get(name, [])
-        if not isinstance(rows, list) or any(isinstance(row, bool) or not isinstance(row, int) for row in rows):
-            raise ValueError(f"{path}: {name} must be a list of row numbers.")
-    return {name: content.get(name, []) for name in GROUPS}

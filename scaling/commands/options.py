@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scaling.study.settings import ExaminationSetting
@@ -24,6 +25,8 @@ __all__ = [
     "check_finite",
     "examination_of",
     "load",
+    "membership_of",
+    "record_of",
     "training_of",
 ]
 
@@ -147,3 +150,53 @@ def load(args: argparse.Namespace) -> Pipeline:
     # The zoo's weights are stored in half precision to be small, not to be computed with.
     dtype = args.dtype or ("float32" if is_zoo(args.model) else None)
     return load_pipeline(args.model, dtype, args.revision, scheduler=args.scheduler)
+
+
+def membership_of(model: str) -> dict[str, list[int]] | None:
+    """Rows by group from the model's ``membership.json``; None if there is no such file."""
+    from scaling.training.corpus import GROUPS
+    from sims.store.files import read_json
+
+    path = _folder(model) / "membership.json"
+    if not path.exists():
+        return None
+    content = read_json(path)
+    for name in GROUPS:
+        rows = content.get(name, [])
+        if not isinstance(rows, list) or any(isinstance(row, bool) or not isinstance(row, int) for row in rows):
+            raise ValueError(f"{path}: {name} must be a list of row numbers.")
+    return {name: content.get(name, []) for name in GROUPS}
+
+
+def record_of(model: str) -> tuple[dict[str, list[int]], list[dict[str, Any]]] | None:
+    """:func:`membership_of` and the entries of the model's ``prompts.json``, if it has one; None without membership."""
+    import json
+
+    from sims.store.files import read_small
+
+    membership, path = membership_of(model), _folder(model) / "prompts.json"
+    if membership is None:
+        return None
+    prompts = []
+    if path.exists():
+        try:
+            prompts = json.loads(read_small(path))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: not valid JSON: {error}.") from error
+        valid = isinstance(prompts, list) and all(
+            isinstance(each, dict)
+            and isinstance(each.get("prompt"), str)
+            and isinstance(each.get("kind"), str)
+            and isinstance(each.get("rows"), list)
+            for each in prompts
+        )
+        if not valid:
+            raise ValueError(f"{path}: must be a list of objects with prompt, kind and rows.")
+    return membership, prompts
+
+
+def _folder(model: str) -> Path:
+    """The folder of a model; names of the zoo are theirs, those of the hub have none with a record."""
+    from scaling.bridge.sources import ZOO, is_zoo
+
+    return ZOO / model if is_zoo(model) else Path(model)

@@ -1,5 +1,11 @@
+from . import detectors as detectors
 from . import evaluation as evaluation
 from . import scores as scores
+from . import selection as selection
+from .detectors import DETECTORS as DETECTORS
+from .detectors import DetectionSetting as DetectionSetting
+from .detectors import Detector as Detector
+from .detectors import score_batch as score_batch
 from .evaluation import Detection as Detection
 from .evaluation import Estimate as Estimate
 from .evaluation import auroc as auroc
@@ -15,3 +21,6 @@ from .scores import intrinsic_dimension as intrinsic_dimension
 from .scores import intrinsic_dimension_estimate as intrinsic_dimension_estimate
 from .scores import sharpness as sharpness
 from .scores import tile_distance as tile_distance
+from .selection import choose as choose
+from .selection import score as score
+from .selection import split as split

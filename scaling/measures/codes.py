@@ -41,7 +41,7 @@ from sims.data.folders import split_name, with_options
 from sims.store import batch_rows, checksum, fill
 from sims.store.chunks import RESULTS
 
-__all__ = ["Latent", "Pool", "codes", "encode_batch", "extract", "pooled", "read_images"]
+__all__ = ["Latent", "Pool", "codes", "encode_batch", "extract", "pictures", "pooled", "read_images"]
 
 AXES = {1: ("channel",), 2: ("token", "channel"), 3: ("channel", "height", "width")}
 
@@ -196,7 +196,7 @@ def extract(
     encode = _encoder(key, network, schedule, taps, timestep, vae=vae, pool=pool, latent=latent, condition=condition)
 
     def compute(rows: Int[np.ndarray, " b"]) -> dict[str, Array]:
-        return encode(jnp.asarray(_pictures(images, rows, channels)), jnp.asarray(rows))
+        return encode(jnp.asarray(pictures(images, rows, channels)), jnp.asarray(rows))
 
     size = min(check_integer("batch_size", batch_size, minimum=1), count)
     example = jax.ShapeDtypeStruct((size, channels, *_shape(images)[:2]), jnp.float32)
@@ -323,7 +323,7 @@ def _channels(pipeline: Pipeline) -> int:
     return x.shape[1]
 
 
-def _pictures(images: readers.Source, rows: Int[np.ndarray, " b"], channels: int) -> Float[np.ndarray, "b c h w"]:
+def pictures(images: readers.Source, rows: Int[np.ndarray, " b"], channels: int) -> Float[np.ndarray, "b c h w"]:
     """Images in [-1, 1]; gray ones are repeated over ``channels``."""
     low, high = images.span or (-1.0, 1.0)
     values = (2 * images.rows[rows].astype(float) - (low + high)) / (high - low)

@@ -1,5 +1,7 @@
+from . import detection as detection
 from . import examination as examination
 from . import generation as generation
+from . import items as items
 from . import jacobians as jacobians
 from . import pictures as pictures
 from . import series as series

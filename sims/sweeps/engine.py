@@ -125,7 +125,7 @@ def sweep(
             finished = executor(spec, units, computed)
         for unit, values, wall_s in finished:
             values = _shaped(spec, dims, values)
-            yield of_unit[unit], {name: values[name] for name in template.data_vars}, wall_s
+            yield of_unit[unit], {name: value for name, value in values.items() if name in template}, wall_s
 
     def report(done: int, total: int, region: Region | None) -> None:
         if on_unit is not None:

@@ -1,0 +1,212 @@
+"""What is examined for memorization: images, prompts or both, each with what is known of its part in training."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from dae_theory.checks import check_integer
+from scaling.bridge.conditioning import pixel_size
+from scaling.bridge.loading import Pipeline
+from scaling.measures.codes import pictures, read_images
+from scaling.training import corpus
+from scaling.training.corpus import GROUPS
+from sims.store.files import read_small
+
+__all__ = ["MEMBERS", "UNKNOWN", "Items", "Prompt", "from_record", "join", "of_images", "of_prompts", "read_prompts"]
+
+MEMBERS = ("duplicated", "members")
+"""Groups whose items count as memorized: repeated in training by the model's record, or named by the user."""
+
+UNKNOWN = "images"
+"""The group of items of which nothing is known."""
+
+TYPES = {"VM": "verbatim", "TM": "template", "MV": "verbatim", "TV": "template"}
+"""Kinds of prompts by their labels in published files :cite:`webster23`."""
+
+
+class Prompt(NamedTuple):
+    """A prompt, and its kind if that is known: ``verbatim``, ``template``, ``shared`` or ""."""
+
+    text: str
+    kind: str
+
+
+class Items(NamedTuple):
+    """What is scored: images, prompts, or pairs of both."""
+
+    images: Float[np.ndarray, "n c h w"] | None
+    """In [-1, 1]."""
+    prompts: tuple[Prompt, ...]
+    """One for each image, or none."""
+    groups: tuple[str, ...]
+    """``duplicated``, ``train`` (trained on once) and ``held_out`` by the model's record; ``members`` and ``others`` as
+    the user says; else :data:`UNKNOWN`."""
+    names: tuple[str, ...]
+    """Files, or rows of the data set."""
+
+
+def join(parts: Sequence[Items]) -> Items:
+    """Items one after the other. ``ValueError`` if there are none, or only some have images or prompts."""
+    if not sum(len(part.groups) for part in parts):
+        raise ValueError(
+            "there is nothing to score: give --train with a model that has a record, --images or --prompts."
+        )
+    if len({part.images is None for part in parts}) > 1 or len({bool(part.prompts) for part in parts}) > 1:
+        raise ValueError("either all items have images, or none has; and so with prompts: give them for every group.")
+    images = [part.images for part in parts if part.images is not None]
+    sizes = sorted({each.shape[1:] for each in images})
+    if len(sizes) > 1:
+        raise ValueError(f"images of sizes {' and '.join(map(str, sizes))} cannot be scored together.")
+    return Items(
+        np.concatenate(images) if images else None,
+        tuple(itertools.chain.from_iterable(part.prompts for part in parts)),
+        tuple(itertools.chain.from_iterable(part.groups for part in parts)),
+        tuple(itertools.chain.from_iterable(part.names for part in parts)),
+    )
+
+
+def of_images(
+    source: str,
+    pipeline: Pipeline,
+    group: str,
+    prompts: Sequence[Prompt] = (),
+    *,
+    color: str = "",
+    skip_bad: bool = False,
+) -> Items:
+    """All images of a source, read as by :func:`scaling.measures.codes.read_images`, with a prompt for each or none.
+
+    ``ValueError`` for another number of prompts.
+    """
+    read = read_images(source, pipeline, color=color, skip_bad=skip_bad)
+    count = len(read.rows)
+    images = pictures(read, np.arange(count), _channels(pipeline))
+    if prompts and len(prompts) != count:
+        raise ValueError(f"{len(prompts)} prompts do not match the {count} images of {source}: give one for each.")
+    names = read.names or tuple(f"{source}[{row}]" for row in range(count))
+    return Items(np.asarray(images), tuple(prompts), (group,) * count, tuple(names))
+
+
+def of_prompts(prompts: Sequence[Prompt], group: str) -> Items:
+    """Prompts without images."""
+    return Items(None, tuple(prompts), (group,) * len(prompts), tuple(f"prompt {i}" for i in range(len(prompts))))
+
+
+def from_record(
+    dataset: str,
+    pipeline: Pipeline,
+    membership: Mapping[str, Sequence[int]],
+    prompts: Sequence[Mapping[str, Any]] = (),
+    *,
+    num: int = 100,
+) -> tuple[Items, Float[np.ndarray, "m c h w"]]:
+    """The first ``num`` images of each group of ``membership`` in a data set; returns also all that were trained on.
+
+    ``prompts`` are those of ``prompts.json``, with the rows that belong to each: an image that was never trained on
+    gets the shared prompt of its class. ``ValueError`` for rows that the data set lacks, and for images that do not fit
+    the network.
+    """
+    check_integer("num", num, minimum=1)
+    (height, width), channels = pixel_size(pipeline), _channels(pipeline)
+    whole = corpus.load(
+        dataset,
+        held_out=0,
+        resolution=height if height == width else None,
+        gray=corpus.is_folder(dataset) and channels == 1,
+    )
+    groups = {name: list(membership.get(name, ())) for name in GROUPS}
+    rows = [row for members in groups.values() for row in members]
+    if not rows:
+        raise ValueError(f"membership.json names no rows under {', '.join(GROUPS)}; repair it, or omit --train.")
+    if not 0 <= min(rows) <= max(rows) < whole.size:
+        raise ValueError(
+            f"the model was trained on a data set of at least {max(rows) + 1} rows, and {dataset} has {whole.size}: "
+            "give the data set that it was trained on."
+        )
+    if whole.images.shape[1] not in (1, channels):
+        raise ValueError(f"{dataset}: images of {whole.images.shape[1]} channels; the network takes {channels}.")
+    order = np.argsort(whole.rows)
+
+    def at(some: Sequence[int]) -> Any:
+        # Equal rows are one image, which has the number of the first.
+        return order[np.searchsorted(whole.rows[order], whole.first[np.asarray(some, int)])]
+
+    def images_of(some: Sequence[int]) -> Float[np.ndarray, "n c h w"]:
+        found = whole.images[at(some)]
+        return np.broadcast_to(found, (len(found), channels, *found.shape[2:]))
+
+    picked = [(name, row) for name, members in groups.items() for row in members[:num]]
+    chosen = [row for _, row in picked]
+    texts: tuple[Prompt, ...] = ()
+    if prompts:
+        of_row = {row: Prompt(each["prompt"], each["kind"]) for each in prompts for row in each["rows"]}
+        labels = dict(zip(chosen, whole.labels[at(chosen)].tolist(), strict=True))
+        trained = [row for row in of_row if of_row[row].kind == "shared"]
+        shared = {label: of_row[row] for row, label in zip(trained, whole.labels[at(trained)].tolist(), strict=True)}
+        texts = tuple(of_row.get(row) or shared.get(labels[row], Prompt("", "shared")) for row in chosen)
+    names = tuple(whole.files[row] if whole.files else f"{dataset}[{row}]" for row in chosen)
+    train = images_of([*groups["duplicated"], *groups["train"]])
+    return Items(images_of(chosen), texts, tuple(name for name, _ in picked), names), train
+
+
+def read_prompts(path: str | Path) -> tuple[Prompt, ...]:
+    """The prompts in a file, in its order.
+
+    * ``.txt``: a prompt in each line;
+    * ``.jsonl``: objects with ``caption`` or ``prompt``, as published with :cite:`wen24`; the kind is ``overfit_type``;
+    * ``.csv``: a column ``Caption`` or ``prompt``, separated by semicolons or commas, as published by Hintersdorf et
+      al. (arXiv 2406.02366); the kind is ``type`` or ``kind``;
+    * ``.json``: a list of strings, or of objects as in ``prompts.json``.
+
+    Kinds that published files label VM or MV are ``verbatim``, TM or TV ``template``. ``ValueError`` that names the
+    file for anything else.
+    """
+    path = Path(path)
+    raw = read_small(path)
+    try:
+        text = raw.decode("utf-8-sig")
+        match path.suffix:
+            case ".txt":
+                found = [{"prompt": line} for line in text.splitlines() if line.strip()]
+            case ".jsonl":
+                found = [json.loads(line) for line in text.splitlines() if line.strip()]
+            case ".csv":
+                head = text.partition("\n")[0]
+                found = list(csv.DictReader(io.StringIO(text), delimiter=";" if ";" in head else ","))
+            case ".json":
+                content = json.loads(text)
+                found = [{"prompt": each} if isinstance(each, str) else each for each in content]
+            case _:
+                raise ValueError("the name must end in .txt, .jsonl, .csv or .json")
+        prompts = tuple(_prompt(entry) for entry in found)
+    except (ValueError, TypeError, RecursionError, csv.Error) as error:
+        raise ValueError(f"prompts {path}: {error}; see `python -m scaling detect --help` for the formats.") from error
+    if not prompts:
+        raise ValueError(f"prompts {path}: the file holds no prompt.")
+    return prompts
+
+
+def _prompt(entry: Any) -> Prompt:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{entry!r} is no object with a prompt")
+    text = next((entry[name] for name in ("Caption", "caption", "prompt") if name in entry), None)
+    if not isinstance(text, str):
+        raise ValueError(f"{str(entry)[:80]} has no text under Caption, caption or prompt")
+    kind = next((entry[name] for name in ("type", "overfit_type", "kind") if entry.get(name)), "")
+    kind = TYPES.get(kind, kind) if isinstance(kind, str) else ""
+    return Prompt(text, kind if kind in ("verbatim", "template", "shared") else "")
+
+
+def _channels(pipeline: Pipeline) -> int:
+    (example, *_), _ = (pipeline.vae or pipeline.network).apply.inputs(jnp.float32)
+    return example.shape[1]
