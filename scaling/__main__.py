@@ -6,7 +6,7 @@ from sims.interrupts import end_quietly_during_imports
 
 
 def main() -> None:
-    """Run the command line and exit: 0 done, 1 done but of no use, 2 bad input, 130 interrupted."""
+    """Run the command line and exit: 0 done, 1 done but of no use, 2 bad input, 3 above a limit, 130 interrupted."""
     end_quietly_during_imports()
     from scaling.commands import COMMANDS
     from sims.terminal import run_commands

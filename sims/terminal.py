@@ -21,6 +21,7 @@ from sims.interrupts import INTERRUPTED, ignore_from_here
 __all__ = [
     "Bar",
     "Log",
+    "OverLimitError",
     "UselessResultError",
     "guarded",
     "parse_command",
@@ -35,10 +36,15 @@ class UselessResultError(Exception):
     """A command has finished and written its files, but some of what they hold is of no use: exit code 1."""
 
 
+class OverLimitError(Exception):
+    """A command has finished, and what it measured lies above the limit that the caller set: exit code 3."""
+
+
 def run_commands(
     prog: str, doc: str | None, package: str, commands: Iterable[str], *, before: Callable[[], None] | None = None
 ) -> None:
-    """Run the command line of ``package`` and exit: 0 done, 1 done but of no use, 2 bad input, 130 interrupted.
+    """Run the command line of ``package`` and exit: 0 done, 1 done but of no use, 2 bad input, 3 above a limit, 130
+    interrupted.
 
     Each of ``commands`` is a module of ``package`` with ``SUMMARY`` (one line), ``add_flags(parser)`` and
     ``run(args)``. What takes long to import belongs inside ``run``, so that ``--help`` and a mistyped flag answer at
@@ -108,7 +114,7 @@ def parse_command(
 
 
 def guarded(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], int]:
-    """Turn bad input into a message and exit code 2, useless results into 1, and an interrupt into 130."""
+    """Turn bad input into a message and exit code 2, useless results into 1, limits into 3, an interrupt into 130."""
 
     def shielded(args: argparse.Namespace) -> int:
         try:
@@ -119,6 +125,9 @@ def guarded(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Nam
         except UselessResultError as error:
             sys.stderr.write(f"error: {error}\n")
             return 1
+        except OverLimitError as error:
+            sys.stderr.write(f"error: {error}\n")
+            return 3
         except BrokenPipeError:
             # The reader (head, less) has closed the pipe; Python would complain once more at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

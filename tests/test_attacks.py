@@ -40,6 +40,10 @@ COMMANDS = {
         "digits-10 --train digits --num 4 --detectors std,error --draws 1 --sigma 1 --batch-size 4 --quiet",
         ["spec.json", "results.zarr", "summary.md", "scores.csv", "evaluation.csv", "sheet.png"],
     ),
+    "scaling audit": (
+        "digits-10 --train digits --samples 4 --steps 2 --batch-size 4 --detectors std --scored 4 --quiet",
+        ["spec.json", "results.zarr", "scores", "audit.json", "audit.md", "audit.html"],
+    ),
     "scaling train": ("--steps 1 --batch-size 1 --channels 8 --quiet", ["training.json", "unet", "model_index.json"]),
     "scaling duplication": (
         "--duplicates 2x2 --singles 2 --steps 1,2 --seeds 1 --channels 8 --batch-size 1 --quiet",

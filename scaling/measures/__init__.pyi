@@ -2,6 +2,7 @@ from . import codes as codes
 from . import copies as copies
 from . import jacobian as jacobian
 from . import local_fits as local_fits
+from . import neighbors as neighbors
 from . import options as options
 from . import relu_fits as relu_fits
 from .codes import extract as extract
@@ -10,3 +11,5 @@ from .copies import copy_share as copy_share
 from .copies import find_copies as find_copies
 from .jacobian import full_jacobian as full_jacobian
 from .jacobian import top_singular as top_singular
+from .neighbors import nearest_images as nearest_images
+from .neighbors import nearest_two as nearest_two

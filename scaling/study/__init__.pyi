@@ -1,3 +1,4 @@
+from . import audit as audit
 from . import detection as detection
 from . import examination as examination
 from . import generation as generation

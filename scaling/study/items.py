@@ -12,17 +12,31 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 
 from dae_theory.checks import check_integer
 from scaling.bridge.conditioning import pixel_size
 from scaling.bridge.loading import Pipeline
 from scaling.measures.codes import pictures, read_images
+from scaling.measures.neighbors import Images, Training, of_array
 from scaling.training import corpus
 from scaling.training.corpus import GROUPS
+from sims.store import checksum
 from sims.store.files import read_small
 
-__all__ = ["MEMBERS", "UNKNOWN", "Items", "Prompt", "from_record", "join", "of_images", "of_prompts", "read_prompts"]
+__all__ = [
+    "MEMBERS",
+    "UNKNOWN",
+    "Items",
+    "Prompt",
+    "from_record",
+    "join",
+    "of_images",
+    "of_prompts",
+    "read_prompts",
+    "training_of",
+    "training_of_record",
+]
 
 MEMBERS = ("duplicated", "members")
 """Groups whose items count as memorized: repeated in training by the model's record, or named by the user."""
@@ -210,3 +224,33 @@ def _prompt(entry: Any) -> Prompt:
 def _channels(pipeline: Pipeline) -> int:
     (example, *_), _ = (pipeline.vae or pipeline.network).apply.inputs(jnp.float32)
     return example.shape[1]
+
+
+def training_of(source: str, pipeline: Pipeline, *, color: str = "", skip_bad: bool = False) -> Training:
+    """All images of a source as a training set that is read by blocks; read as by :func:`of_images`."""
+    found, channels = read_images(source, pipeline, color=color, skip_bad=skip_bad), _channels(pipeline)
+    count, shape = len(found.rows), pictures(found, np.arange(1), channels).shape[1:]
+
+    def read(start: int, stop: int) -> Float32[np.ndarray, "k d"]:
+        block = pictures(found, np.arange(start, min(stop, count)), channels)
+        return np.ascontiguousarray(block.reshape(len(block), -1))
+
+    def name(number: int) -> str:
+        return found.names[number] if found.names else f"{source}[{number}]"
+
+    images = Images(read, count, int(np.prod(shape)))
+    return Training(images, (shape[0], shape[1], shape[2]), name, checksum(found.rows))
+
+
+def training_of_record(dataset: str, pipeline: Pipeline, membership: Mapping[str, Sequence[int]]) -> Training:
+    """The images that a model's record says it was trained on, each as often as the record can tell: once."""
+    _, train = from_record(dataset, pipeline, membership, num=1)
+    rows = [*membership.get("duplicated", ()), *membership.get("train", ())]
+    flat = np.ascontiguousarray(train.reshape(len(train), -1))
+    shape = train.shape[1:]
+    repeated = len(membership.get("duplicated", ()))
+
+    def name(number: int) -> str:
+        return f"{dataset}[{rows[number]}]{' (repeated in training)' if number < repeated else ''}"
+
+    return Training(of_array(flat), (shape[0], shape[1], shape[2]), name, checksum(flat))

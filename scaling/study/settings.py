@@ -10,7 +10,7 @@ import dataclasses
 from scaling.measures.options import CHUNK
 from sims.flags import documented, flag, parse_floats, parse_ints
 
-__all__ = ["NUM_SAMPLES", "STANDARD", "TIMESTEPS", "ExaminationSetting", "JacobianSetting"]
+__all__ = ["NUM_SAMPLES", "STANDARD", "TIMESTEPS", "AuditSetting", "ExaminationSetting", "JacobianSetting"]
 
 NUM_SAMPLES = (10, 30, 100, 300, 750)
 """Default training-set sizes of a series; digits has enough for two halves of the largest, and images to hold out."""
@@ -91,3 +91,17 @@ class JacobianSetting:
     iterations: int = flag(2, "power iterations >= 0; more are more accurate", metavar="Q")
     full: bool = flag(False, "also compute the whole Jacobian: all singular values, ranks, trace, asymmetry")
     chunk_size: int = flag(CHUNK, "directions processed at a time, >= 1", metavar="B")
+
+
+@documented
+@dataclasses.dataclass(frozen=True)
+class AuditSetting:
+    """What is sampled, and what counts as one image."""
+
+    samples: int = flag(1000, "samples >= 1 to draw", metavar="N")
+    steps: int = flag(40, "steps >= 1 of the sampler (DDIM)", metavar="N")
+    eta: float = flag(1.0, "share of fresh noise in the sampler, from 0 to 1", metavar="E")
+    guidance: float = flag(1.0, "scale of classifier-free guidance; 1: none", metavar="G")
+    near: float = flag(
+        0.1, "images closer than this count as one: root mean square over pixels, images in [-1, 1]", metavar="R"
+    )

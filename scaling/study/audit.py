@@ -1,0 +1,432 @@
+"""Does a model copy its training data, whose, and how often? An audit before a release.
+
+:func:`draw` samples the model and compares every sample with every training image, by blocks; :func:`conclude` counts
+the copies and says which training images they are of, how often each stands in the training data, how training and
+held-out images differ in denoising error, and which images are at risk although they were not generated.
+
+A sample is a copy by the ratio test of :mod:`scaling.measures.copies`; images closer to one another than ``near`` (root
+mean square over pixels, of images in [-1, 1]) count as one image.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import functools
+import hashlib
+import html
+import io
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray as xr
+from jaxtyping import Float, Float32, Int
+
+from dae_theory.checks import check_integer, check_seed
+from scaling.bridge.conditioning import condition_on, null_condition, pixel_size
+from scaling.bridge.identity import identify
+from scaling.bridge.latents import clipped, from_latents
+from scaling.bridge.loading import Pipeline
+from scaling.detection.evaluation import auroc_interval, proportion_interval, threshold_at
+from scaling.diffusion.samplers import sample
+from scaling.measures.copies import RATIO, wilson_interval
+from scaling.measures.neighbors import Training, nearest_two, within
+from scaling.models.model import Condition
+from scaling.study.pictures import contact_sheet, to_bytes, to_picture
+from scaling.study.settings import AuditSetting
+from sims import store
+from sims.store import fill
+from sims.store.files import read_json, write_text
+from sims.study.tables import markdown
+
+__all__ = ["compare", "conclude", "draw", "page", "read", "report", "write"]
+
+RISK = 0.01
+"""Share of held-out images that lie above the threshold of risk."""
+SHOWN = 24
+"""Copied images that reports list, and pictures show."""
+
+
+def draw(
+    pipeline: Pipeline,
+    training: Training,
+    out: str | Path,
+    setting: AuditSetting,
+    *,
+    prompts: Sequence[str] = (),
+    keep_images: bool = True,
+    seed: int = 0,
+    batch_size: int = 64,
+    provenance: Mapping[str, Any] | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> xr.Dataset:
+    """Draw samples and find the two nearest training images of each; the same call resumes.
+
+    Over ``sample``: ``nearest`` and ``distance`` of the nearest training image, ``second`` the distance of the nearest
+    one that is another image, and ``images`` if they are kept. Sample i depends on ``seed`` and i alone. Prompts, or
+    the classes of a DiT, come in turn; a model that reads text and is given none has the empty prompt.
+
+    ``ValueError`` for settings out of range, training images of another size than the samples, and a folder that holds
+    something else.
+    """
+    check_integer("samples", setting.samples, minimum=1)
+    if not 0 <= setting.near < 2:
+        raise ValueError(f"near must be at least 0 and below 2, got {setting.near}.")
+    network, vae, key = pipeline.network, pipeline.vae, jax.random.key(check_seed("seed", seed))
+    batch = min(check_integer("batch_size", batch_size, minimum=1), setting.samples)
+    conditions, unconditional = _conditions(pipeline, prompts), None
+    if setting.guidance != 1:
+        unconditional = null_condition(pipeline)
+    radius = setting.near * math.sqrt(training.images.dim)
+
+    def compute(rows: Int[np.ndarray, " b"]) -> dict[str, Any]:
+        own = [conditions[row % len(conditions)] for row in rows.tolist()]
+        x = sample(
+            key,
+            network,
+            pipeline.schedule,
+            len(rows),
+            setting.steps,
+            method="ddim",
+            eta=setting.eta,
+            condition=jax.tree.map(lambda *each: jnp.concatenate(each), *own),
+            unconditional=unconditional,
+            guidance=None if unconditional is None else setting.guidance,
+            first=int(rows[0]),
+        ).x
+        images = np.asarray(clipped(x) if vae is None else from_latents(vae, x), np.float32)
+        if images.shape[1:] != training.shape:
+            raise ValueError(
+                f"samples are {images.shape[1:]}, training images {training.shape}: give those of the model's size."
+            )
+        found = nearest_two(np.nan_to_num(images.reshape(len(images), -1)), training.images, radius)
+        # A sample that is not finite is near nothing.
+        distance = np.where(np.isfinite(images).all((1, 2, 3)), found.distance, np.nan)
+        values = {"nearest": found.nearest, "distance": distance, "second": found.other_distance}
+        return values | ({"images": images} if keep_images else {})
+
+    spec = {
+        "command": "audit",
+        "model": identify(pipeline),
+        "training": training.digest,
+        "setting": dataclasses.asdict(setting),
+        "prompts": list(prompts),
+        "images": keep_images,
+        "seed": seed,
+    }
+    coords: dict[str, Any] = {"sample": list(range(setting.samples))}
+    variables: dict[str, Any] = {
+        "nearest": (("sample",), np.int64),
+        "distance": (("sample",), np.float64),
+        "second": (("sample",), np.float64),
+    }
+    if keep_images:
+        axes = ("channel", "height", "width")
+        coords |= {axis: list(range(side)) for axis, side in zip(axes, training.shape, strict=True)}
+        variables["images"] = (("sample", *axes), np.float32)
+    fill(out, spec, store.blank(coords, variables), batch, compute, provenance=provenance, on_batch=on_batch)
+    return store.load(out)
+
+
+def conclude(
+    drawn: xr.Dataset,
+    training: Training,
+    setting: AuditSetting,
+    *,
+    scores: xr.Dataset | None = None,
+    rows: Sequence[int] = (),
+    detectors: Sequence[str] = (),
+    anonymous: bool = False,
+) -> dict[str, Any]:
+    """The audit as JSON values.
+
+    Args:
+        drawn: of :func:`draw`.
+        training: the training set.
+        setting: the same setting.
+        scores: of training images (group ``train``) and held-out ones (``held_out``), as of
+            :func:`scaling.study.detection.score_items`; without it nothing is said of membership and risk.
+        rows: the numbers of the scored training images, in their order.
+        detectors: names of the scores.
+        anonymous: name images by number and SHA-256 of their values alone.
+    """
+    distance, second = drawn.distance.values, drawn.second.values
+    copied = distance < RATIO * second
+    count, total = int(copied.sum()), len(copied)
+    low, high = wilson_interval(count, total)
+    radius = setting.near * math.sqrt(training.images.dim)
+    name = functools.partial(_name, training, anonymous)
+    originals, times = np.unique(drawn.nearest.values[copied], return_counts=True)
+    tally: dict[int, dict[str, Any]] = {}
+    queries = (
+        np.stack([_image(training, i) for i in originals.tolist()])
+        if len(originals)
+        else np.empty((0, training.images.dim))
+    )
+    for original, number, (same, apart) in zip(
+        originals.tolist(), times.tolist(), within(queries.astype(np.float32), training.images, radius), strict=True
+    ):
+        first = min([original, *same.tolist()])
+        entry = tally.setdefault(
+            first,
+            {
+                "image": name(first),
+                "number": first,
+                "copies": 0,
+                "exact": int(np.sum(apart == 0)),
+                "near": int(len(same) - np.sum(apart == 0)),
+                "numbers": same.tolist()[:100],
+            },
+        )
+        entry["copies"] += number
+    return {
+        "format": 1,
+        "training": {"images": training.images.count, "digest": training.digest},
+        "setting": dataclasses.asdict(setting),
+        "samples": {
+            "count": total,
+            "not_finite": int(np.sum(~np.isfinite(distance))),
+            "copies": count,
+            "share": count / total,
+            "low": low,
+            "high": high,
+            # With no copy among N, shares above 1 - .05^(1/N) are excluded at 95 %.
+            "excluded_above": proportion_interval(count, total).high,
+        },
+        "copied": sorted(tally.values(), key=lambda entry: (-entry["copies"], entry["number"])),
+        "membership": {} if scores is None else _membership(scores, detectors),
+        "at_risk": []
+        if scores is None
+        else _at_risk(scores, detectors, rows, {j for e in tally.values() for j in e["numbers"]}, name),
+    }
+
+
+def compare(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """What changed against an earlier audit: the shares with their intervals, and the images copied then or now.
+
+    ``ValueError`` if that is no audit. Images are matched by name, so training sets may have grown.
+    """
+    try:
+        earlier, then = before["samples"], {entry["image"]: entry["copies"] for entry in before["copied"]}
+        interval = [float(earlier[name]) for name in ("share", "low", "high")]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the earlier audit lacks {error}: give the folder of a finished audit.") from error
+    current = {entry["image"]: entry["copies"] for entry in now["copied"]}
+    return {
+        "share": interval[0],
+        "low": interval[1],
+        "high": interval[2],
+        "no_longer_copied": sorted(then.keys() - current.keys()),
+        "newly_copied": sorted(current.keys() - then.keys()),
+        "same_training_data": before.get("training", {}).get("digest") == now["training"]["digest"],
+    }
+
+
+def report(audit: Mapping[str, Any]) -> str:
+    """The audit in words, as Markdown."""
+    drawn, copied = audit["samples"], audit["copied"]
+    share = f"{100 * drawn['share']:.3g} % ({100 * drawn['low']:.3g} to {100 * drawn['high']:.3g} %, Wilson, 95 %)"
+    lines = [
+        "# Audit of a diffusion model",
+        "",
+        f"**{drawn['copies']} of {drawn['count']} samples are copies of training images: {share}.** "
+        + (
+            f"They are of {len(copied)} of the {audit['training']['images']} training images."
+            if copied
+            else "So many samples exclude, at 95 %, that more than "
+            f"{100 * drawn['excluded_above']:.3g} % of samples are copies; smaller shares they cannot exclude."
+        ),
+        "",
+        f"A copy is a sample at least {1 / RATIO:.0f} times nearer to a training image than to any other image; images "
+        f"within {audit['setting']['near']:g} (root mean square over pixels in [-1, 1]) count as one. The interval "
+        "covers the choice of samples from this model by this sampler, not other samplers, prompts or trainings.",
+        "",
+    ]
+    if drawn["not_finite"]:
+        lines += [f"{drawn['not_finite']} samples are not finite, and count as no copies.", ""]
+    if copied:
+        body = [[entry["image"], entry["copies"], entry["exact"], entry["near"]] for entry in copied[:SHOWN]]
+        lines += [
+            "## Which images, and how often they stand in the training data",
+            "",
+            markdown(["training image", "copies among the samples", "times, exactly", "times, nearly"], body),
+            *([f"and {len(copied) - SHOWN} more, in audit.json"] if len(copied) > SHOWN else []),
+            "",
+        ]
+    if audit["membership"]:
+        body = [
+            [name, f"{each['area']:.3f} ({each['low']:.3f} to {each['high']:.3f})", each["train"], each["held_out"]]
+            for name, each in audit["membership"].items()
+        ]
+        lines += [
+            "## Can training images be told from others?",
+            "",
+            markdown(["score", "AUROC", "training images", "held-out images"], body),
+            "",
+            "The probability that a training image scores higher than a held-out one, with DeLong's 95 % interval over "
+            "images; 1/2 means that the score does not tell. It is over all training images: few that are memorized "
+            "may hide among many that are not, and stand in the next list.",
+            "",
+        ]
+    if audit["at_risk"]:
+        body = [[entry["image"], ", ".join(entry["scores"])] for entry in audit["at_risk"][:SHOWN]]
+        lines += [
+            f"## At risk, although never generated here: {len(audit['at_risk'])}",
+            "",
+            markdown(["training image", f"scores above those of all but {100 * RISK:g} % of held-out images"], body),
+            "",
+            "Of training images that are as safe as held-out ones, about that share would stand here by chance, for "
+            "each score.",
+            "",
+        ]
+    if audit.get("against"):
+        then = audit["against"]
+        was = f"{100 * then['share']:.3g} % ({100 * then['low']:.3g} to {100 * then['high']:.3g} %)"
+        lines += [
+            "## Against the earlier audit",
+            "",
+            f"The share of copies was {was}"
+            + ("" if then["same_training_data"] else ", with other training data")
+            + f". {len(then['newly_copied'])} images are copied now and were not then, {len(then['no_longer_copied'])} "
+            "the other way round"
+            + (
+                "; the intervals overlap, so chance alone may explain the difference."
+                if max(then["low"], drawn["low"]) <= min(then["high"], drawn["high"])
+                else "; the intervals do not overlap."
+            ),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def page(audit: Mapping[str, Any], drawn: xr.Dataset, training: Training, *, pictures: bool = True) -> str:
+    """One HTML page of the audit that needs no other file, with copies beside their originals if they are kept."""
+    body = [f"<p>{html.escape(line)}</p>" if line[:1] not in "#|" else _tag(line) for line in _blocks(report(audit))]
+    if pictures and "images" in drawn and training.shape[0] in (1, 3):
+        copied = np.flatnonzero(drawn.distance.values < RATIO * drawn.second.values)[:SHOWN]
+        if len(copied):
+            originals = [_image(training, int(drawn.nearest.values[i])).reshape(training.shape) for i in copied]
+            pairs = np.stack([drawn.images.values[copied], np.stack(originals)], axis=1)
+            sheet = contact_sheet(to_bytes(pairs.reshape(-1, *training.shape)), min(12, 2 * len(copied)))
+            data = io.BytesIO()
+            to_picture(sheet).save(data, format="PNG")
+            encoded = base64.b64encode(data.getvalue()).decode()
+            body.append(
+                "<h2>Copies, each with its training image on the right</h2>"
+                f'<img alt="samples beside training images" src="data:image/png;base64,{encoded}">'
+            )
+    style = (
+        "body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
+        "td,th{border:1px solid #999;padding:.2em .6em;text-align:left}img{max-width:100%;image-rendering:pixelated}"
+    )
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Audit</title><style>{style}</style></head>'
+        f"<body>{''.join(body)}</body></html>\n"
+    )
+
+
+def write(
+    out: str | Path, audit: Mapping[str, Any], drawn: xr.Dataset, training: Training, *, pictures: bool = True
+) -> list[Path]:
+    """Write ``audit.json``, ``audit.md`` and ``audit.html``; returns their paths."""
+    folder = Path(out)
+    texts = {
+        "audit.json": json.dumps(audit, indent=1),
+        "audit.md": report(audit),
+        "audit.html": page(audit, drawn, training, pictures=pictures),
+    }
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    return [folder / name for name in texts]
+
+
+def read(folder: str | Path) -> dict[str, Any]:
+    """The ``audit.json`` of an earlier audit; ``ValueError`` if there is none."""
+    return read_json(Path(folder) / "audit.json")
+
+
+def _conditions(pipeline: Pipeline, prompts: Sequence[str]) -> list[Condition]:
+    takes, size = pipeline.network.apply.inputs(jnp.float32)[1], pixel_size(pipeline)
+    if prompts:
+        return [condition_on(pipeline, prompt, size=size) for prompt in prompts]
+    classes = getattr(pipeline.network.config, "classes", None)
+    if "class_labels" in takes and classes is not None:
+        return [condition_on(pipeline, None, k, size=size) for k in range(classes)]
+    return [condition_on(pipeline, size=size)]
+
+
+def _membership(scores: xr.Dataset, detectors: Sequence[str]) -> dict[str, Any]:
+    groups, found = scores.group.values, {}
+    for name, values in _flat(scores, detectors):
+        pair = [values[(groups == group) & np.isfinite(values)] for group in ("train", "held_out")]
+        if min(map(len, pair)) >= 2:
+            area = auroc_interval(*pair)
+            counts = {group: len(each) for group, each in zip(("train", "held_out"), pair, strict=True)}
+            found[name] = {"area": area.value, "low": area.low, "high": area.high, **counts}
+    return found
+
+
+def _at_risk(
+    scores: xr.Dataset, detectors: Sequence[str], rows: Sequence[int], generated: set[int], name: Callable[[int], str]
+) -> list[dict[str, Any]]:
+    groups = scores.group.values
+    above: dict[int, list[str]] = {}
+    for label, values in _flat(scores, detectors):
+        others = values[(groups == "held_out") & np.isfinite(values)]
+        if len(others) < 2:
+            continue
+        threshold = threshold_at(others, RISK)
+        for row, value in zip(rows, values[groups == "train"].tolist(), strict=True):
+            if value > threshold and row not in generated:
+                above.setdefault(row, []).append(label)
+    entries = [{"image": name(row), "number": row, "scores": labels} for row, labels in above.items()]
+    return sorted(entries, key=lambda entry: (-len(entry["scores"]), entry["number"]))
+
+
+def _flat(scores: xr.Dataset, detectors: Sequence[str]) -> list[tuple[str, Float[np.ndarray, " n"]]]:
+    """Every score as one row, named with its tap or noise level."""
+    found = []
+    for name in detectors:
+        values = scores[name]
+        (own,) = [dim for dim in values.dims if dim != "image"] or [None]
+        if own is None:
+            found.append((name, values.values.astype(float)))
+        else:
+            found += [
+                (f"{name}@{label}", values.isel({own: k}).values.astype(float))
+                for k, label in enumerate(scores[own].values.tolist())
+            ]
+    return found
+
+
+def _image(training: Training, number: int) -> Float32[np.ndarray, " d"]:
+    return training.images.read(number, number + 1)[0]
+
+
+def _name(training: Training, anonymous: bool, number: int) -> str:
+    if not anonymous:
+        return training.name(number)
+    return f"{number} sha256:{hashlib.sha256(_image(training, number).tobytes()).hexdigest()[:16]}"
+
+
+def _blocks(text: str) -> list[str]:
+    return [block for block in text.split("\n\n") if block.strip()]
+
+
+def _tag(block: str) -> str:
+    if block.startswith("#"):
+        level = len(block) - len(block.lstrip("#"))
+        return f"<h{level}>{html.escape(block.lstrip('# ').strip())}</h{level}>"
+    lines = block.splitlines()
+    head, *rows = [
+        [html.escape(cell.strip()) for cell in line.strip("|").split(" | ")] for line in lines if "---" not in line
+    ]
+    cells = "".join(f"<th>{cell}</th>" for cell in head)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<table><tr>{cells}</tr>{body}</table>"
