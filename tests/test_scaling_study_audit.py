@@ -12,7 +12,7 @@ import xarray as xr
 from scaling import zoo
 from scaling.diffusion.samplers import Samples
 from scaling.measures.neighbors import Training, of_array
-from scaling.study import audit, items
+from scaling.study import audit, audit_report, items
 from scaling.study.settings import AuditSetting
 from sims import store
 
@@ -63,7 +63,7 @@ def test_a_planted_copier_is_audited_to_its_share(planted, rows, tmp_path):
     assert (first["image"], first["exact"], first["near"], first["numbers"]) == ("image 2", 2, 1, [2, 40, 41])
     assert sum(entry["copies"] for entry in found["copied"]) == len(copies)
     assert all(entry["exact"] == 1 and entry["near"] == 0 for entry in found["copied"][1:])
-    text = audit.report(found)
+    text = audit_report.report(found)
     assert f"**{len(copies)} of 300 samples are copies" in text
     assert "| image 2 |" in text
     # Other batches, the same samples.
@@ -84,7 +84,7 @@ def test_a_model_that_generalizes_excludes_what_its_samples_can(planted, rows, t
     found = audit.conclude(audit.draw(planted, training, tmp_path, setting), training, setting)
     assert found["samples"]["copies"] == 0
     assert found["samples"]["excluded_above"] == pytest.approx(1 - 0.05 ** (1 / 60))
-    text = audit.report(found)
+    text = audit_report.report(found)
     assert "more than 4.87 % of samples are copies; smaller shares they cannot exclude" in text
     assert "Which images" not in text
 
@@ -114,7 +114,7 @@ def test_images_at_risk_are_those_above_the_held_out_that_were_not_generated(row
     area = found["membership"]["error@0.5"]
     # Pairs: 9, 8, 7 above all five, 1 above one and equal to one, 0 equal to one.
     assert area["area"] == pytest.approx((15 + 1.5 + 0.5) / 25)
-    assert "At risk, although never generated here: 2" in audit.report(found)
+    assert "At risk, although never generated here: 2" in audit_report.report(found)
 
 
 def test_names_are_hashes_where_images_must_not_be_shown(rows):
@@ -124,7 +124,7 @@ def test_names_are_hashes_where_images_must_not_be_shown(rows):
     name = found["copied"][0]["image"]
     assert name.startswith("3 sha256:")
     assert len(name.split(":")[1]) == 16
-    assert "<img" not in audit.page(found, drawn, training, pictures=False)
+    assert "<img" not in audit_report.page(found, drawn, training, pictures=False)
 
 
 def test_what_changed_against_an_earlier_audit():
@@ -150,7 +150,7 @@ def test_the_page_holds_everything_and_no_name_is_markup(rows):
         {"nearest": ("sample", [3]), "distance": ("sample", [0.0]), "second": ("sample", [9.0]), "images": images}
     )
     found = audit.conclude(drawn, training, setting)
-    page = audit.page(found, drawn, training)
+    page = audit_report.page(found, drawn, training)
     assert html.escape("<b>") in page
     assert "<b>" not in page
     assert 'src="data:image/png;base64,' in page

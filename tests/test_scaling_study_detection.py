@@ -10,7 +10,7 @@ import xarray as xr
 
 from scaling import zoo
 from scaling.detection.detectors import DETECTORS, DetectionSetting
-from scaling.study import detection, items
+from scaling.study import detection, detection_report, items
 from scaling.study.items import Items, Prompt
 from scaling.training import corpus
 from sims import store
@@ -72,7 +72,7 @@ def test_what_is_not_finite_counts_for_no_detector():
     scores[0] = np.nan
     results = results_of(scores, ["members"] * 6 + ["others"] * 6)
     assert detection.evaluate(results, CHOSEN)[0].num_positives == 5
-    text = detection.report(results, CHOSEN, [], DetectionSetting())
+    text = detection_report.report(results, CHOSEN, [], DetectionSetting())
     assert "1 have scores that are not finite" in text
     assert "No detector can be rated" in text
 
@@ -204,5 +204,5 @@ def test_bad_input_is_told(flags, message, tmp_path, capsys):
 
 def test_text_in_a_table_is_no_formula(tmp_path):
     results = results_of(np.arange(4.0), ["images"] * 4).assign_coords(name=("image", ["=1+1", "a", "b", "c"]))
-    detection.write_tables(tmp_path, results, CHOSEN, [], "")
+    detection_report.write_tables(tmp_path, results, CHOSEN, [], "")
     assert next(csv.DictReader((tmp_path / "scores.csv").open()))["name"] == "'=1+1"

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     """Sample, compare, score what the run does not have yet; write and print the audit."""
     from pathlib import Path
 
-    from scaling.study import audit
+    from scaling.study import audit, audit_report
     from sims.store.files import claim_run
     from sims.terminal import Bar, OverLimitError
 
@@ -92,9 +92,9 @@ def run(args: argparse.Namespace) -> None:
     )
     if before is not None:
         found["against"] = audit.compare(found, before)
-    files = audit.write(Path(args.out), found, drawn, training, pictures=not args.no_images)
+    files = audit_report.write(Path(args.out), found, drawn, training, pictures=not args.no_images)
     if not args.quiet:
-        print(audit.report(found))
+        print(audit_report.report(found))
         print(f"Written: {', '.join(map(str, files))}")
     share = found["samples"]
     if limit is not None and share["low"] > limit:

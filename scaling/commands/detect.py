@@ -67,7 +67,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Score what the run does not have yet; write the tables and the sheet; print the report."""
     from scaling.detection.detectors import check_setting
-    from scaling.study import detection
+    from scaling.study import detection, detection_report
     from scaling.study.items import join
     from sims.store.files import claim_run
     from sims.terminal import Bar
@@ -98,9 +98,11 @@ def run(args: argparse.Namespace) -> None:
         )
     rate = args.false_positive_rate
     rows = detection.evaluate(results, chosen, false_positive_rate=rate)
-    text = detection.report(results, chosen, rows, setting, false_positive_rate=rate)
-    files = detection.write_tables(args.out, results, chosen, rows, text, false_positive_rate=rate, nearest=nearest)
-    files += detection.write_sheet(args.out, results, chosen[0], items, nearest=nearest, train=train)
+    text = detection_report.report(results, chosen, rows, setting, false_positive_rate=rate)
+    files = detection_report.write_tables(
+        args.out, results, chosen, rows, text, false_positive_rate=rate, nearest=nearest
+    )
+    files += detection_report.write_sheet(args.out, results, chosen[0], items, nearest=nearest, train=train)
     if not args.quiet:
         print(text)
         print(f"Written: {', '.join(map(str, files))}, {args.out}/results.zarr, {args.out}/spec.json")

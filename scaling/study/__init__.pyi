@@ -1,5 +1,7 @@
 from . import audit as audit
+from . import audit_report as audit_report
 from . import detection as detection
+from . import detection_report as detection_report
 from . import examination as examination
 from . import generation as generation
 from . import items as items

@@ -10,13 +10,9 @@ mean square over pixels, of images in [-1, 1]) count as one image.
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import functools
 import hashlib
-import html
-import io
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -38,19 +34,15 @@ from scaling.diffusion.samplers import sample
 from scaling.measures.copies import RATIO, wilson_interval
 from scaling.measures.neighbors import Training, nearest_two, within
 from scaling.models.model import Condition
-from scaling.study.pictures import contact_sheet, to_bytes, to_picture
 from scaling.study.settings import AuditSetting
 from sims import store
 from sims.store import fill
-from sims.store.files import read_json, write_text
-from sims.study.tables import markdown
+from sims.store.files import read_json
 
-__all__ = ["compare", "conclude", "draw", "page", "read", "report", "write"]
+__all__ = ["RISK", "compare", "conclude", "draw", "image_of", "read"]
 
 RISK = 0.01
 """Share of held-out images that lie above the threshold of risk."""
-SHOWN = 24
-"""Copied images that reports list, and pictures show."""
 
 
 def draw(
@@ -165,7 +157,7 @@ def conclude(
     originals, times = np.unique(drawn.nearest.values[copied], return_counts=True)
     tally: dict[int, dict[str, Any]] = {}
     queries = (
-        np.stack([_image(training, i) for i in originals.tolist()])
+        np.stack([image_of(training, i) for i in originals.tolist()])
         if len(originals)
         else np.empty((0, training.images.dim))
     )
@@ -228,124 +220,6 @@ def compare(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
-def report(audit: Mapping[str, Any]) -> str:
-    """The audit in words, as Markdown."""
-    drawn, copied = audit["samples"], audit["copied"]
-    share = f"{100 * drawn['share']:.3g} % ({100 * drawn['low']:.3g} to {100 * drawn['high']:.3g} %, Wilson, 95 %)"
-    lines = [
-        "# Audit of a diffusion model",
-        "",
-        f"**{drawn['copies']} of {drawn['count']} samples are copies of training images: {share}.** "
-        + (
-            f"They are of {len(copied)} of the {audit['training']['images']} training images."
-            if copied
-            else "So many samples exclude, at 95 %, that more than "
-            f"{100 * drawn['excluded_above']:.3g} % of samples are copies; smaller shares they cannot exclude."
-        ),
-        "",
-        f"A copy is a sample at least {1 / RATIO:.0f} times nearer to a training image than to any other image; images "
-        f"within {audit['setting']['near']:g} (root mean square over pixels in [-1, 1]) count as one. The interval "
-        "covers the choice of samples from this model by this sampler, not other samplers, prompts or trainings.",
-        "",
-    ]
-    if drawn["not_finite"]:
-        lines += [f"{drawn['not_finite']} samples are not finite, and count as no copies.", ""]
-    if copied:
-        body = [[entry["image"], entry["copies"], entry["exact"], entry["near"]] for entry in copied[:SHOWN]]
-        lines += [
-            "## Which images, and how often they stand in the training data",
-            "",
-            markdown(["training image", "copies among the samples", "times, exactly", "times, nearly"], body),
-            *([f"and {len(copied) - SHOWN} more, in audit.json"] if len(copied) > SHOWN else []),
-            "",
-        ]
-    if audit["membership"]:
-        body = [
-            [name, f"{each['area']:.3f} ({each['low']:.3f} to {each['high']:.3f})", each["train"], each["held_out"]]
-            for name, each in audit["membership"].items()
-        ]
-        lines += [
-            "## Can training images be told from others?",
-            "",
-            markdown(["score", "AUROC", "training images", "held-out images"], body),
-            "",
-            "The probability that a training image scores higher than a held-out one, with DeLong's 95 % interval over "
-            "images; 1/2 means that the score does not tell. It is over all training images: few that are memorized "
-            "may hide among many that are not, and stand in the next list.",
-            "",
-        ]
-    if audit["at_risk"]:
-        body = [[entry["image"], ", ".join(entry["scores"])] for entry in audit["at_risk"][:SHOWN]]
-        lines += [
-            f"## At risk, although never generated here: {len(audit['at_risk'])}",
-            "",
-            markdown(["training image", f"scores above those of all but {100 * RISK:g} % of held-out images"], body),
-            "",
-            "Of training images that are as safe as held-out ones, about that share would stand here by chance, for "
-            "each score.",
-            "",
-        ]
-    if audit.get("against"):
-        then = audit["against"]
-        was = f"{100 * then['share']:.3g} % ({100 * then['low']:.3g} to {100 * then['high']:.3g} %)"
-        lines += [
-            "## Against the earlier audit",
-            "",
-            f"The share of copies was {was}"
-            + ("" if then["same_training_data"] else ", with other training data")
-            + f". {len(then['newly_copied'])} images are copied now and were not then, {len(then['no_longer_copied'])} "
-            "the other way round"
-            + (
-                "; the intervals overlap, so chance alone may explain the difference."
-                if max(then["low"], drawn["low"]) <= min(then["high"], drawn["high"])
-                else "; the intervals do not overlap."
-            ),
-            "",
-        ]
-    return "\n".join(lines)
-
-
-def page(audit: Mapping[str, Any], drawn: xr.Dataset, training: Training, *, pictures: bool = True) -> str:
-    """One HTML page of the audit that needs no other file, with copies beside their originals if they are kept."""
-    body = [f"<p>{html.escape(line)}</p>" if line[:1] not in "#|" else _tag(line) for line in _blocks(report(audit))]
-    if pictures and "images" in drawn and training.shape[0] in (1, 3):
-        copied = np.flatnonzero(drawn.distance.values < RATIO * drawn.second.values)[:SHOWN]
-        if len(copied):
-            originals = [_image(training, int(drawn.nearest.values[i])).reshape(training.shape) for i in copied]
-            pairs = np.stack([drawn.images.values[copied], np.stack(originals)], axis=1)
-            sheet = contact_sheet(to_bytes(pairs.reshape(-1, *training.shape)), min(12, 2 * len(copied)))
-            data = io.BytesIO()
-            to_picture(sheet).save(data, format="PNG")
-            encoded = base64.b64encode(data.getvalue()).decode()
-            body.append(
-                "<h2>Copies, each with its training image on the right</h2>"
-                f'<img alt="samples beside training images" src="data:image/png;base64,{encoded}">'
-            )
-    style = (
-        "body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
-        "td,th{border:1px solid #999;padding:.2em .6em;text-align:left}img{max-width:100%;image-rendering:pixelated}"
-    )
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Audit</title><style>{style}</style></head>'
-        f"<body>{''.join(body)}</body></html>\n"
-    )
-
-
-def write(
-    out: str | Path, audit: Mapping[str, Any], drawn: xr.Dataset, training: Training, *, pictures: bool = True
-) -> list[Path]:
-    """Write ``audit.json``, ``audit.md`` and ``audit.html``; returns their paths."""
-    folder = Path(out)
-    texts = {
-        "audit.json": json.dumps(audit, indent=1),
-        "audit.md": report(audit),
-        "audit.html": page(audit, drawn, training, pictures=pictures),
-    }
-    for name, text in texts.items():
-        write_text(folder / name, text)
-    return [folder / name for name in texts]
-
-
 def read(folder: str | Path) -> dict[str, Any]:
     """The ``audit.json`` of an earlier audit; ``ValueError`` if there is none."""
     return read_json(Path(folder) / "audit.json")
@@ -405,28 +279,12 @@ def _flat(scores: xr.Dataset, detectors: Sequence[str]) -> list[tuple[str, Float
     return found
 
 
-def _image(training: Training, number: int) -> Float32[np.ndarray, " d"]:
+def image_of(training: Training, number: int) -> Float32[np.ndarray, " d"]:
+    """One training image, flat."""
     return training.images.read(number, number + 1)[0]
 
 
 def _name(training: Training, anonymous: bool, number: int) -> str:
     if not anonymous:
         return training.name(number)
-    return f"{number} sha256:{hashlib.sha256(_image(training, number).tobytes()).hexdigest()[:16]}"
-
-
-def _blocks(text: str) -> list[str]:
-    return [block for block in text.split("\n\n") if block.strip()]
-
-
-def _tag(block: str) -> str:
-    if block.startswith("#"):
-        level = len(block) - len(block.lstrip("#"))
-        return f"<h{level}>{html.escape(block.lstrip('# ').strip())}</h{level}>"
-    lines = block.splitlines()
-    head, *rows = [
-        [html.escape(cell.strip()) for cell in line.strip("|").split(" | ")] for line in lines if "---" not in line
-    ]
-    cells = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table><tr>{cells}</tr>{body}</table>"
+    return f"{number} sha256:{hashlib.sha256(image_of(training, number).tobytes()).hexdigest()[:16]}"
