@@ -246,7 +246,9 @@ def test_help_explains_every_flag_with_its_range(capsys):
         run("sample", "--help")
     assert stopped.value.code == 0
     assert "from 1 to T" in capsys.readouterr().out
-    assert COMMANDS == ("inspect", "extract", "sample", "jacobian", "train", "transition", "duplication", "zoo")
+    assert COMMANDS == (
+        "inspect", "extract", "sample", "jacobian", "detect", "audit", "train", "transition", "duplication", "zoo",
+    )  # fmt: skip
     for name in COMMANDS:
         parser = argparse.ArgumentParser()
         importlib.import_module(f"scaling.commands.{name}").add_flags(parser)

@@ -34,7 +34,8 @@ from torch_side import TOLERANCE, difference, randomize  # noqa: E402
 
 from scaling import load_pipeline  # noqa: E402
 from scaling.diffusion.noise import noise_at  # noqa: E402
-from scaling.measures.codes import _pictures, read_images  # noqa: E402
+from scaling.measures.codes import pictures as in_range  # noqa: E402
+from scaling.measures.codes import read_images  # noqa: E402
 from sims import store  # noqa: E402
 
 ATTENTION = {"down_block_types": ["AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D"], "attention_head_dim": 4}
@@ -165,7 +166,7 @@ def test_codes_are_what_hooks_see(saved, pool, tmp_path):
     codes = store.load(tmp_path / "out")
 
     ours = load_pipeline(folder)
-    images = torch.from_numpy(_pictures(read_images(str(pictures), ours), np.arange(3, dtype=np.int32), 3).copy())
+    images = torch.from_numpy(in_range(read_images(str(pictures), ours), np.arange(3, dtype=np.int32), 3).copy())
     seen = {}
     network = theirs.transformer if kind == "dit" else theirs.unet
 

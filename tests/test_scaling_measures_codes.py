@@ -264,11 +264,11 @@ def test_gray_images_are_given_to_colored_models_and_values_span_minus_one_to_on
     values = np.arange(2 * 8 * 8, dtype=np.uint8).reshape(2, 8, 8)
     np.savez(tmp_path / "gray.npz", images=values)
     source = read_images(str(tmp_path / "gray.npz"), pipeline("pixel"))
-    shown = representation._pictures(source, np.array([1, 0], np.int32), 3)
+    shown = representation.pictures(source, np.array([1, 0], np.int32), 3)
     np.testing.assert_allclose(shown, np.repeat(values[::-1, None] / 127.5 - 1, 3, axis=1), atol=1e-6)
     np.savez(tmp_path / "float.npz", images=np.linspace(-1, 1, 2 * 3 * 8 * 9, dtype=np.float32).reshape(2, 3, 8, 9))
     stored = read_images(str(tmp_path / "float.npz"), pipeline("pixel"))
-    given = representation._pictures(stored, np.array([0, 1], np.int32), 3)
+    given = representation.pictures(stored, np.array([0, 1], np.int32), 3)
     np.testing.assert_allclose(given, np.load(tmp_path / "float.npz")["images"], atol=1e-6)
 
 
@@ -293,7 +293,7 @@ def test_bytes_are_scaled_by_their_type(key):
     np.testing.assert_array_equal(run(images=pixels)[MID], run(images=given)[MID])
     # As a file of the same bytes is read.
     source = readers.Source(pixels.transpose(0, 2, 3, 1).reshape(5, -1), np.zeros(5, int), (8, 8, 3))
-    np.testing.assert_array_equal(representation._pictures(source, np.arange(5, dtype=np.int32), 3), given)
+    np.testing.assert_array_equal(representation.pictures(source, np.arange(5, dtype=np.int32), 3), given)
 
 
 def test_files_whose_values_are_kept_are_checked(tmp_path):
@@ -319,7 +319,7 @@ def test_extract_writes_what_codes_returns(pictures, tmp_path):
     assert seen == [(0, 7), (3, 7), (6, 7), (7, 7)]
     results = store.load(tmp_path)
     expected = codes(
-        jax.random.key(3), dit.network, SCHEDULE, representation._pictures(source, np.arange(7, dtype=np.int32), 3),
+        jax.random.key(3), dit.network, SCHEDULE, representation.pictures(source, np.arange(7, dtype=np.int32), 3),
         ["transformer_blocks.1"], 50, vae=dit.vae, condition=Condition(class_labels=jnp.array([2])), batch_size=7,
     )  # fmt: skip
     found = results["transformer_blocks.1"]

@@ -49,7 +49,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--max-copy-share",
         type=float,
         metavar="X",
-        help="exit with status 3 if the lower end of the interval of the share of copies lies above this",
+        help="limit from 0 to 1: exit with status 3 if the whole interval of the share of copies lies above it",
     )
     add("--no-images", action="store_true", help="keep no image: name them by number and hash, and write no pictures")
     add_fields(parser, AuditSetting)

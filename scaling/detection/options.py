@@ -52,14 +52,21 @@ class DetectionSetting:
         metavar="S,...",
     )
     draws: int = flag(4, "noise draws >= 1 of the denoising error at each level", group=GROUP, metavar="N")
-    dimension_sigma: float = flag(0.1, "noise level > 0 of the local intrinsic dimension", group=GROUP, metavar="S")
+    dimension_sigma: float = flag(
+        0.1, "positive noise level of the local intrinsic dimension", group=GROUP, metavar="S"
+    )
     probes: int = flag(8, "random directions >= 1 of its trace", group=GROUP, metavar="N")
     noises: int = flag(1, "starting noises >= 1 per prompt", group=GROUP, metavar="N")
     high: float = flag(
-        0.981, "high noise for scores of prompts, as a share of T: the first of 50 steps", group=GROUP, metavar="S"
+        0.981,
+        "high noise for scores of prompts, a share of T from 0 to below 1: the first of 50 steps",
+        group=GROUP,
+        metavar="S",
     )
-    low: float = flag(0.041, "low noise likewise: the third of 50 steps from the end", group=GROUP, metavar="S")
+    low: float = flag(
+        0.041, "low noise, likewise from 0 to below 1: the third of 50 steps from the end", group=GROUP, metavar="S"
+    )
     steps: int = flag(20, "sampling steps >= 2 of scores along a path", group=GROUP, metavar="N")
-    guidance: float = flag(7.5, "guidance of these paths", group=GROUP, metavar="W")
+    guidance: float = flag(7.5, "guidance of these paths; 1: none", group=GROUP, metavar="W")
     generations: int = flag(4, "samples >= 2 per prompt that are compared with one another", group=GROUP, metavar="N")
     tiles: int = flag(4, "tiles >= 1 along each side in that comparison", group=GROUP, metavar="N")

@@ -103,5 +103,5 @@ class AuditSetting:
     eta: float = flag(1.0, "share of fresh noise in the sampler, from 0 to 1", metavar="E")
     guidance: float = flag(1.0, "scale of classifier-free guidance; 1: none", metavar="G")
     near: float = flag(
-        0.1, "images closer than this count as one: root mean square over pixels, images in [-1, 1]", metavar="R"
+        0.1, "images closer than this, from 0 to below 2, count as one: root mean square over pixels", metavar="R"
     )
