@@ -40,6 +40,10 @@ COMMANDS = {
         "digits-10 --train digits --num 4 --detectors std,error --draws 1 --sigma 1 --batch-size 4 --quiet",
         ["spec.json", "results.zarr", "summary.md", "scores.csv", "evaluation.csv", "sheet.png"],
     ),
+    "scaling ablate": (
+        "digits-10 --train digits --num 4 --layers mid_block --timesteps 50 --batch-size 4 --quiet",
+        ["spec.json", "results.zarr", "map.csv", "summary.md"],
+    ),
     "scaling audit": (
         "digits-10 --train digits --samples 4 --steps 2 --batch-size 4 --detectors std --scored 4 --quiet",
         ["spec.json", "results.zarr", "scores", "audit.json", "audit.md", "audit.html"],
@@ -247,12 +251,12 @@ def undisturbed(tmp_path_factory):
 
 
 QUICK = ("sims train", "scaling sample")
-# A demo is a sweep. Each of the others takes minutes. The two series share their loop, and an audit writes a run, one
-# of `detect`, and text: of these one series alone is damaged and short of space.
+# A demo is a sweep. Each of the others takes minutes. The two series share their loop, and audits and maps
+# write runs and text as `detect` does: of all these `detect` and one series are damaged and short of space.
 EACH = [
     name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in COMMANDS if name != "sims demo"
 ]
-COMPOSED = (("scaling transition",), ("scaling audit",))
+COMPOSED = (("scaling transition",), ("scaling audit",), ("scaling ablate",))
 SIMPLE = [case for case in EACH if getattr(case, "values", ()) not in COMPOSED]
 ATTACKS = [("full disk", case) for case in SIMPLE] + [("kill", case) for case in EACH]
 ATTACKS = [

@@ -1,4 +1,16 @@
 """One module per command: ``SUMMARY``, ``add_flags(parser)`` and ``run(args)``, which imports what takes long."""
 
-COMMANDS = ("inspect", "extract", "sample", "jacobian", "detect", "audit", "train", "transition", "duplication", "zoo")
+COMMANDS = (
+    "inspect",
+    "extract",
+    "sample",
+    "jacobian",
+    "detect",
+    "ablate",
+    "audit",
+    "train",
+    "transition",
+    "duplication",
+    "zoo",
+)
 """In the order of ``python -m scaling --help``."""

@@ -6,6 +6,7 @@ from . import examination as examination
 from . import generation as generation
 from . import items as items
 from . import jacobians as jacobians
+from . import maps as maps
 from . import pictures as pictures
 from . import series as series
 from . import settings as settings

@@ -44,7 +44,7 @@ from scaling.study.items import MEMBERS, Items
 from sims import store
 from sims.store import checksum, fill
 
-__all__ = ["Row", "evaluate", "finite_items", "nearest_images", "resolve", "score_items"]
+__all__ = ["Row", "evaluate", "finite_items", "nearest_images", "null_of", "resolve", "score_items"]
 
 
 class Row(NamedTuple):
@@ -131,7 +131,7 @@ def score_items(
     key = jax.random.key(check_seed("seed", seed))
     size = min(check_integer("batch_size", batch_size, minimum=1), len(items.groups))
     shape = None if items.images is None else (items.images.shape[2], items.images.shape[3])
-    unconditional = _null(pipeline, shape)
+    unconditional = null_of(pipeline, shape)
 
     @functools.lru_cache(maxsize=1024)
     def conditioned(prompt: str) -> Condition:
@@ -253,7 +253,8 @@ def _template(items: Items, detectors: Sequence[Detector], setting: DetectionSet
     return store.blank(coords, variables | {"seconds": (("image",), np.float32)})
 
 
-def _null(pipeline: Pipeline, shape: tuple[int, int] | None) -> Condition:
+def null_of(pipeline: Pipeline, shape: tuple[int, int] | None) -> Condition:
+    """The null condition, or none for a network that is not conditioned."""
     if not pipeline.network.apply.inputs(jnp.float32)[1]:
         return Condition()
     return null_condition(pipeline, size=shape)

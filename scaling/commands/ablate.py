@@ -1,0 +1,71 @@
+"""The ``ablate`` command: maps of detection by codes over layers, timesteps and pooling."""
+
+from __future__ import annotations
+
+import argparse
+
+from scaling.commands import detect, options
+from sims.flags import parse_ints, parse_names
+
+__all__ = ["SUMMARY", "add_flags", "run"]
+
+SUMMARY = "map over layers, timesteps and pooling how well codes tell memorized images; resumable"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    options.add_model(parser)
+    detect.add_sources(parser, prompts=False)
+    add = parser.add_argument_group("the map").add_argument
+    add(
+        "--layers",
+        default="all",
+        metavar="NAME,...",
+        help="modules whose activations to read, as `inspect` lists them (default: all that have positions or tokens)",
+    )
+    add(
+        "--timesteps",
+        type=parse_ints,
+        default=(10, 50, 200),
+        metavar="T,...",
+        help="timesteps of the noise, from 0 to T - 1 (default: 10,50,200)",
+    )
+    add(
+        "--pools",
+        type=parse_names,
+        default=("max", "mean"),
+        metavar="NAME,...",
+        help="how to pool over positions: max, mean (default: both)",
+    )
+    options.add_pipeline_run(parser, batch_size=32)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure what the run does not have yet; write the map; print the best places."""
+    from scaling.study import maps
+    from scaling.study.items import join
+    from sims.store.files import claim_run
+    from sims.terminal import Bar
+
+    claim_run(args.out)
+    pipeline = options.load(args)
+    parts, _ = detect.items_of(args, pipeline)
+    with Bar(args.quiet, "images") as bar:
+        results = maps.score_maps(
+            pipeline,
+            join(parts),
+            args.out,
+            taps=() if args.layers == "all" else args.layers.split(","),
+            timesteps=args.timesteps,
+            pools=args.pools,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            provenance={"paths": {name: getattr(args, name) for name in ("model", "train", "images")}},
+            on_batch=bar.move,
+        )
+    places = maps.rate(results)
+    files = maps.write_maps(args.out, results, places)
+    if not args.quiet:
+        print(maps.report(results, places))
+        print(f"Written: {', '.join(map(str, files))}, {args.out}/results.zarr, {args.out}/spec.json")
+    options.check_finite(args.out, "image")
