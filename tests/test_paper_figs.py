@@ -1,5 +1,6 @@
 """Figures: every one computed, drawn and saved in its quick form; a run drawn; numbers beside pictures."""
 
+import csv
 import importlib
 import json
 import pathlib
@@ -7,6 +8,7 @@ import pathlib
 import matplotlib.text
 import numpy as np
 import pytest
+import scaling_commands
 import xarray as xr
 from PIL import Image
 
@@ -60,7 +62,9 @@ def test_a_run_without_the_measures_is_refused(tmp_path, capsys):
 
 def test_bad_requests_are_refused(tmp_path, capsys):
     assert run("fig9", "--out", tmp_path) == 2
-    assert "known are codes, columns, deep_duplication, deep_series, phase_diagram" in capsys.readouterr().err
+    assert (
+        "known are codes, columns, deep_duplication, deep_series, detection, phase_diagram" in capsys.readouterr().err
+    )
     assert run("columns", "--run", tmp_path, "--out", tmp_path) == 2
     assert run("phase_diagram", "--run", tmp_path / "none", "--out", tmp_path) == 2
 
@@ -224,3 +228,24 @@ def test_figures_of_two_layers_name_n_sigma_and_the_regime_of_their_numbers(name
     figure = module.draw(module.compute(module.QUICK | {"columns": 2, "noisy": 4, "cases": cases}))
     texts = " ".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
     assert texts.count(trained.caption) == len(cases)
+
+
+def test_detectors_of_a_run_are_drawn_as_they_are_rated(tmp_path, capsys):
+    """Areas are those of the run's report; a run in which nothing is known rates nothing."""
+    out = tmp_path / "run"
+    command = ["detect", "digits", "--train", "digits", "--num", 10, "--detectors", "std,error", "--draws", 1]
+    assert scaling_commands.run(*command, "--sigma", "0.5", "--out", out, "--quiet") == 0, capsys.readouterr().err
+    assert run("detection", "--run", out, "--out", tmp_path) == 0
+    arrays = artifacts.load_arrays(tmp_path / "detection.npz")
+    with (out / "evaluation.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["negatives"] == "held_out"]
+    np.testing.assert_allclose(arrays["area"][:, 0], [float(row["area"]) for row in rows])
+    assert arrays["against"] == "held_out"
+    # At a rate of 0 the share found is that above all others.
+    above = np.mean(arrays["positives"][0] > arrays["negatives"][0].max())
+    assert arrays["found"][0, 0, 0] == above
+    assert np.all(np.diff(arrays["found"][:, :, 0], axis=1) >= 0)
+    other = ["detect", "digits", "--images", "digits", "--detectors", "std", "--batch-size", 599, "--quiet"]
+    assert scaling_commands.run(*other, "--out", tmp_path / "unknown") == 0
+    assert run("detection", "--run", tmp_path / "unknown", "--out", tmp_path) == 2
+    assert "no detector can be rated" in capsys.readouterr().err

@@ -44,7 +44,7 @@ from scaling.study.items import MEMBERS, Items
 from sims import store
 from sims.store import checksum, fill
 
-__all__ = ["Row", "evaluate", "finite_items", "nearest_images", "null_of", "resolve", "score_items"]
+__all__ = ["Rated", "Row", "evaluate", "finite_items", "nearest_images", "null_of", "rated", "resolve", "score_items"]
 
 
 class Row(NamedTuple):
@@ -182,6 +182,41 @@ def evaluate(results: xr.Dataset, detectors: Sequence[Detector], *, false_positi
     return rows
 
 
+class Rated(NamedTuple):
+    """The scores by which a detector is rated."""
+
+    detector: Detector
+    option: str
+    """The tap or noise level that was chosen on the other half; "" where there is none to choose."""
+    positives: Float[np.ndarray, " n"]
+    negatives: Float[np.ndarray, " m"]
+
+
+def rated(
+    results: xr.Dataset,
+    detectors: Sequence[Detector],
+    positives: Int[np.ndarray, " n"],
+    others: Int[np.ndarray, " m"],
+) -> list[Rated]:
+    """The scores of memorized items and of others, by detector, on the same items for all.
+
+    If a tap or noise level of any detector is to be chosen, these are the other half of the items. Detectors for which
+    there are too few are left out.
+    """
+    several = [detector for detector in detectors if detector.options and results.sizes[detector.options] > 1]
+    found: list[Rated] = []
+    for detector in detectors:
+        values = np.atleast_2d(results[detector.name].transpose(..., "image").values.astype(float))
+        options = [str(value) for value in results[detector.options].values] if detector.options else [""]
+        if several and min(len(positives), len(others)) >= 4:
+            choosing, scoring = split(options, values, positives, others)
+            choice = choose(choosing)
+            found.append(Rated(detector, choice.option, *score(scoring, choice)))
+        elif detector not in several and min(len(positives), len(others)) >= 2:
+            found.append(Rated(detector, options[0], values[0, positives], values[0, others]))
+    return found
+
+
 def _against(
     results: xr.Dataset,
     detectors: Sequence[Detector],
@@ -190,34 +225,20 @@ def _against(
     names: tuple[str, str],
     rate: float,
 ) -> list[Row]:
-    several = [detector for detector in detectors if detector.options and results.sizes[detector.options] > 1]
-    rows: list[Row] = []
-    first = None
-    for detector in detectors:
-        values = np.atleast_2d(results[detector.name].transpose(..., "image").values.astype(float))
-        options = [str(value) for value in results[detector.options].values] if detector.options else [""]
-        if several and min(len(positives), len(others)) >= 4:
-            choosing, scoring = split(options, values, positives, others)
-            option = choose(choosing).option
-            pair = score(scoring, choose(choosing))
-        elif detector not in several and min(len(positives), len(others)) >= 2:
-            option, pair = options[0], (values[0, positives], values[0, others])
-        else:
-            continue
-        rows.append(
-            Row(
-                detector.name,
-                option,
-                *names,
-                len(pair[0]),
-                len(pair[1]),
-                auroc_interval(*pair),
-                detection_rate(*pair, false_positive_rate=rate),
-                None if first is None else auroc_difference(pair, first),
-            )
+    found = rated(results, detectors, positives, others)
+    return [
+        Row(
+            each.detector.name,
+            each.option,
+            *names,
+            len(each.positives),
+            len(each.negatives),
+            auroc_interval(*each[2:]),
+            detection_rate(*each[2:], false_positive_rate=rate),
+            auroc_difference(each[2:], found[0][2:]) if k else None,
         )
-        first = pair if first is None else first
-    return rows
+        for k, each in enumerate(found)
+    ]
 
 
 def finite_items(results: xr.Dataset, names: Sequence[str]) -> Bool[np.ndarray, " n"]:

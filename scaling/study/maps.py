@@ -87,6 +87,7 @@ def score_maps(
     """
     if items.images is None:
         raise ValueError("maps are of images: give --train, --images, --known-members or --known-others.")
+    pictures = items.images
     network, schedule, key = pipeline.network, pipeline.schedule, jax.random.key(check_seed("seed", seed))
     names = tuple(taps) or all_taps(network)
     check_names(network.apply.taps(np.float32), *names)
@@ -97,11 +98,11 @@ def score_maps(
     unknown = set(pools) - set(POOLS[:2])
     if unknown:
         raise ValueError(f"pools must be among {', '.join(POOLS[:2])}, got {', '.join(sorted(unknown))}.")
-    condition = null_of(pipeline, (items.images.shape[2], items.images.shape[3]))
+    condition = null_of(pipeline, (pictures.shape[2], pictures.shape[3]))
     size = min(check_integer("batch_size", batch_size, minimum=1), len(items.groups))
 
     def compute(rows: Int[np.ndarray, " b"]) -> dict[str, np.ndarray]:
-        images, numbers = jnp.asarray(items.images[rows], jnp.float32), jnp.asarray(rows)
+        images, numbers = jnp.asarray(pictures[rows], jnp.float32), jnp.asarray(rows)
         each = [
             jax.device_get(
                 _measured()(
@@ -115,7 +116,7 @@ def score_maps(
     spec = {
         "command": "ablate",
         "model": identify(pipeline),
-        "images": checksum(items.images),
+        "images": checksum(pictures),
         "groups": list(items.groups),
         "taps": list(names),
         "timesteps": levels,
