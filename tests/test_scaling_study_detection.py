@@ -77,6 +77,7 @@ def test_what_is_not_finite_counts_for_no_detector():
     assert "No detector can be rated" in text
 
 
+@pytest.mark.slow
 def test_scores_resume_and_do_not_depend_on_batches(pipeline, tmp_path):
     images = np.random.default_rng(0).uniform(-1, 1, (5, 1, 8, 8)).astype(np.float32)
     some = Items(images, (), ("images",) * 5, tuple("abcde"))

@@ -29,6 +29,7 @@ def items():
     return Items(images, (), ("members",) * 2 + ("others",) * 3, tuple("abcde"))
 
 
+@pytest.mark.slow
 def test_every_place_has_the_measures_of_its_codes(pipeline, items, tmp_path):
     """One pass for all layers gives what a pass for each gives; batches make no difference."""
     found = maps.score_maps(pipeline, items, tmp_path, taps=TAPS, timesteps=(10, 200), seed=4, batch_size=3)
