@@ -37,6 +37,14 @@ def test_a_copy_far_from_the_origin_is_found_though_products_cancel(rows):
     assert distances[0, 0] == pytest.approx(np.linalg.norm(query.astype(float) - far[5]), rel=1e-12)
 
 
+def test_exact_repeats_are_found_though_products_cancel(rows):
+    """Their squared distance from products is not 0 but of the size of its rounding."""
+    far = rows + 1000
+    for i, (near, lengths) in enumerate(within(far[:20], of_array(far), 0.0)):
+        assert near.tolist() == [i]
+        assert lengths.tolist() == [0.0]
+
+
 def test_repeats_and_near_repeats_of_the_nearest_image_are_passed_over(rows):
     """As many as there may be: 30 copies are more than the first candidates."""
     noise = np.random.default_rng(2).normal(size=(30, 6)).astype(np.float32)
