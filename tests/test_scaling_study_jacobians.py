@@ -61,6 +61,16 @@ def finished(home):
     return out
 
 
+def test_rows_are_those_of_the_data_set_also_where_some_are_equal(home, tmp_path):
+    """membership.json counts every row: equal ones must not move those after them."""
+    pipeline = load_pipeline(home / "model")
+    values = np.random.default_rng(0).integers(0, 256, (5, 8, 8), np.uint8)
+    values[2] = values[0]
+    np.savez(tmp_path / "rows.npz", images=values)
+    images = read_corpus_images(f"npz:{tmp_path}/rows.npz", pipeline)
+    np.testing.assert_allclose(images[:, 0], values / np.float32(127.5) - 1, atol=1e-6)
+
+
 def test_a_folder_with_options_has_the_models_size_and_channels(home, tmp_path):
     pipeline = load_pipeline(home / "model")
     plain = read_corpus_images(str(home / "pictures"), pipeline)

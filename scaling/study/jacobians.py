@@ -85,7 +85,9 @@ def read_corpus_images(name: str, pipeline: Pipeline) -> Float[np.ndarray, "n c 
     folder = corpus.is_folder(name)
     side = height if height == width else None
     whole = corpus.load(name, held_out=0, resolution=side, gray=folder and channels == 1)
-    images = whole.images[np.argsort(whole.rows)]
+    order = np.argsort(whole.rows)
+    # Equal rows are one image, which has the number of the first; every row gets its own.
+    images = whole.images[order][np.searchsorted(whole.rows[order], whole.first)]
     if images.shape[1] not in (1, channels):
         raise ValueError(f"{name}: the images have {images.shape[1]} channels and the network takes {channels}.")
     return np.broadcast_to(images, (len(images), channels, *images.shape[2:]))
