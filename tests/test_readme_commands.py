@@ -23,6 +23,8 @@ RUNS = {
     "scaling sample": ("--steps 2", "runs/samples/sheet.png"),
     "scaling extract": ("", "runs/codes/results.zarr"),
     "scaling train": ("--channels 8 --batch-size 2 --steps 2", "runs/unet/membership.json"),
+    "scaling detect": ("--num 6 --detectors std", "# Memorization detection"),
+    "scaling audit": ("--samples 4 --steps 2 --detectors std --scored 6", "# Audit of a diffusion model"),
     "scaling jacobian": ("--rank 2 --num 1", "runs/jacobian"),
     "paper_figs list": ("", "phase_diagram"),
 }
