@@ -21,8 +21,8 @@ from paper_figs.artifacts import Arrays
 from scaling import zoo
 from scaling.detection.detectors import DETECTORS, DetectionSetting
 from scaling.detection.evaluation import auroc_interval, proportion_interval, threshold_at
-from scaling.study.detection import finite_items, rated, score_items
-from scaling.study.items import MEMBERS, from_record
+from scaling.study.detection import rated, score_items, sides
+from scaling.study.items import from_record
 from sims import store
 
 __all__ = ["QUICK", "SPEC", "SUMMARY", "compute", "draw", "from_run"]
@@ -40,8 +40,8 @@ SPEC: dict[str, Any] = {
 
 QUICK = SPEC | {"num": 12, "detectors": ["std", "error"], "setting": SPEC["setting"] | {"draws": 1, "sigmas": (0.5,)}}
 
-OTHERS = ("held_out", "others", "train")
-"""Groups of others, the first that there is."""
+PREFERRED = ("held_out", "others", "train")
+"""Groups of others, of which the first that there is is drawn."""
 
 SHOWN = 6
 """ROC curves in one picture, at most: those of the largest areas, and the std of codes."""
@@ -75,10 +75,9 @@ def _setting(fields: Mapping[str, Any]) -> DetectionSetting:
 def _reduced(results: xr.Dataset, setting: DetectionSetting) -> dict[str, np.ndarray]:
     """Scores of the rated items, areas with intervals, passes, and ROC curves at every rate that the others show."""
     detectors = [detector for name, detector in DETECTORS.items() if name in results]
-    groups, finite = results.group.values, finite_items(results, [detector.name for detector in detectors])
-    against = next((name for name in OTHERS if name in groups), None)
-    positives = np.flatnonzero(np.isin(groups, MEMBERS) & finite)
-    found = rated(results, detectors, positives, np.flatnonzero((groups == against) & finite))
+    positives, others = sides(results, [detector.name for detector in detectors])
+    against = next((name for name in PREFERRED if name in others), None)
+    found = rated(results, detectors, positives, others[against]) if against else []
     if not found:
         raise ValueError(
             "no detector can be rated: that takes images that are known to be memorized and others that are not, four "

@@ -253,15 +253,13 @@ def undisturbed(tmp_path_factory):
 QUICK = ("sims train", "scaling sample")
 # A demo is a sweep. Each of the others takes minutes. The two series share their loop, and audits and maps
 # write runs and text as `detect` does: of all these `detect` and one series are damaged and short of space.
-EACH = [
-    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in COMMANDS if name != "sims demo"
-]
-COMPOSED = (("scaling transition",), ("scaling audit",), ("scaling ablate",))
-SIMPLE = [case for case in EACH if getattr(case, "values", ()) not in COMPOSED]
-ATTACKS = [("full disk", case) for case in SIMPLE] + [("kill", case) for case in EACH]
+COMPOSED = ("scaling transition", "scaling audit", "scaling ablate")
+EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in COMMANDS if name != "sims demo"]
+SIMPLE = [case for case in EACH if case.values[0] not in COMPOSED]
 ATTACKS = [
-    pytest.param(attack, *case.values, marks=case.marks) if hasattr(case, "values") else (attack, case)
-    for attack, case in ATTACKS
+    pytest.param(attack, *case.values, marks=case.marks)
+    for attack, cases in (("full disk", SIMPLE), ("kill", EACH))
+    for case in cases
 ]
 
 

@@ -109,7 +109,7 @@ def test_images_at_risk_are_those_above_the_held_out_that_were_not_generated(row
     setting, training = AuditSetting(), training_of(rows)
     drawn = xr.Dataset({"nearest": ("sample", [0]), "distance": ("sample", [0.0]), "second": ("sample", [9.0])})
     scores = scored([9, 8, 7, 1, 0, *range(5)], ["train"] * 5 + ["held_out"] * 5)
-    found = audit.conclude(drawn, training, setting, scores=scores, rows=range(5), detectors=["error"])
+    found = audit.conclude(drawn, training, setting, scores=scores, detectors=["error"])
     assert [entry["number"] for entry in found["at_risk"]] == [1, 2]
     area = found["membership"]["error@0.5"]
     # Pairs: 9, 8, 7 above all five, 1 above one and equal to one, 0 equal to one.

@@ -6,6 +6,7 @@ concatenated penultimate states of its two text encoders, and takes the pooled t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,7 +18,15 @@ from dae_theory.checks import check_integer
 from scaling.bridge.loading import Pipeline
 from scaling.models.model import Condition, Model, encode_text
 
-__all__ = ["condition_on", "null_condition", "pixel_size"]
+__all__ = [
+    "condition_on",
+    "image_channels",
+    "is_conditional",
+    "null_condition",
+    "null_or_none",
+    "pixel_size",
+    "stacked",
+]
 
 SIZES = 6
 """Numbers that SDXL takes: height and width of the original, top and left of the crop, and the target's height and
@@ -104,6 +113,27 @@ def pixel_size(pipeline: Pipeline) -> tuple[int, int]:
     (x, *_), _ = pipeline.network.apply.inputs(jnp.float32)
     factor = 1 if pipeline.vae is None else 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
     return factor * x.shape[2], factor * x.shape[3]
+
+
+def image_channels(pipeline: Pipeline) -> int:
+    """Channels of the pipeline's images."""
+    (x, *_), _ = (pipeline.network if pipeline.vae is None else pipeline.vae).apply.inputs(jnp.float32)
+    return x.shape[1]
+
+
+def is_conditional(pipeline: Pipeline) -> bool:
+    """Whether the network takes a prompt, a class or other inputs beside image and timestep."""
+    return bool(_inputs(pipeline.network))
+
+
+def null_or_none(pipeline: Pipeline, *, size: tuple[int, int] | None = None) -> Condition:
+    """As :func:`null_condition`; without parts for a network that is not conditioned."""
+    return null_condition(pipeline, size=size) if is_conditional(pipeline) else Condition()
+
+
+def stacked(conditions: Sequence[Condition]) -> Condition:
+    """Conditions of equal parts as one batch."""
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *conditions)
 
 
 def _inputs(network: Model) -> dict[str, Any]:

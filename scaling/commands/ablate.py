@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from scaling.commands import detect, options
+from scaling.commands import options
 from sims.flags import parse_ints, parse_names
 
 __all__ = ["SUMMARY", "add_flags", "run"]
@@ -15,7 +15,7 @@ SUMMARY = "map over layers, timesteps and pooling how well codes tell memorized 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     options.add_model(parser)
-    detect.add_sources(parser, prompts=False)
+    options.add_sources(parser, prompts=False)
     add = parser.add_argument_group("the map").add_argument
     add(
         "--layers",
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
 
     claim_run(args.out)
     pipeline = options.load(args)
-    parts, _ = detect.items_of(args, pipeline)
+    parts, _ = options.items_of(args, pipeline, prompts=False)
     with Bar(args.quiet, "images") as bar:
         results = maps.score_maps(
             pipeline,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from scaling.commands import options
 from scaling.detection.options import DetectionSetting
@@ -11,6 +11,8 @@ from scaling.study.settings import AuditSetting
 from sims.flags import add_fields, given, parse_names
 
 if TYPE_CHECKING:
+    import xarray as xr
+
     from scaling.bridge.loading import Pipeline
     from scaling.measures.neighbors import Training
     from scaling.study.items import Items
@@ -24,12 +26,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     options.add_model(parser)
     add = parser.add_argument_group("the data").add_argument
-    kinds = "folder of images, .npz or .npy file, or a data set as for `extract`"
     add(
         "--train",
         required=True,
         metavar="SOURCE",
-        help=f"the training images: {kinds}; with the model's membership.json, the rows that it names",
+        help=f"the training images: {options.KINDS}; with the model's membership.json, the rows that it names",
     )
     add("--held-out", metavar="SOURCE", help="images that were not trained on (default: those of membership.json)")
     add("--prompts", metavar="FILE", help="prompts, in turn: .txt, .jsonl, .csv, .json (default: the model's own)")
@@ -84,12 +85,8 @@ def run(args: argparse.Namespace) -> None:
             provenance={"paths": {"model": args.model, "train": args.train}},
             on_batch=bar.move,
         )
-    scores, rows = None, []
-    if held_out is not None:
-        scores, rows = _scores(args, pipeline, training, held_out)
-    found = audit.conclude(
-        drawn, training, setting, scores=scores, rows=rows, detectors=args.detectors, anonymous=args.no_images
-    )
+    scores = None if held_out is None else _scores(args, pipeline, training, held_out)
+    found = audit.conclude(drawn, training, setting, scores=scores, detectors=args.detectors, anonymous=args.no_images)
     if before is not None:
         found["against"] = audit.compare(found, before)
     files = audit_report.write(Path(args.out), found, drawn, training, pictures=not args.no_images)
@@ -113,11 +110,7 @@ def _data(args: argparse.Namespace, pipeline: Pipeline) -> tuple[Training, Items
     if record is None:
         training, held_out = items.training_of(args.train, pipeline, **how), None
     else:
-        training = items.training_of_record(args.train, pipeline, record[0])
-        named = {"held_out": record[0]["held_out"]}
-        held_out = None
-        if named["held_out"]:
-            held_out = items.from_record(args.train, pipeline, named, num=len(named["held_out"]))[0]
+        training, held_out = items.training_of_record(args.train, pipeline, record[0])
         prompts = tuple(each["prompt"] for each in record[1]) if reads_text else ()
     if args.held_out:
         held_out = items.of_images(args.held_out, pipeline, "held_out", **how)
@@ -128,8 +121,8 @@ def _data(args: argparse.Namespace, pipeline: Pipeline) -> tuple[Training, Items
     return training, held_out, prompts
 
 
-def _scores(args: argparse.Namespace, pipeline: Pipeline, training: Training, held_out: Items) -> tuple[Any, list[int]]:
-    """Scores of the training images and the held-out ones, and the numbers of the former."""
+def _scores(args: argparse.Namespace, pipeline: Pipeline, training: Training, held_out: Items) -> xr.Dataset:
+    """Scores of the first training images and of the held-out ones."""
     from dae_theory.checks import check_integer
     from scaling.study.detection import score_items
     from scaling.study.items import Items, join
@@ -141,7 +134,7 @@ def _scores(args: argparse.Namespace, pipeline: Pipeline, training: Training, he
     names = tuple(str(row) for row in range(count))
     both = join([Items(images, (), ("train",) * count, names), held_out._replace(prompts=())])
     with Bar(args.quiet, "images") as bar:
-        scores = score_items(
+        return score_items(
             pipeline,
             both,
             f"{args.out}/scores",
@@ -151,4 +144,3 @@ def _scores(args: argparse.Namespace, pipeline: Pipeline, training: Training, he
             batch_size=args.batch_size,
             on_batch=bar.move,
         )
-    return scores, list(range(count))

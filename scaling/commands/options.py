@@ -13,8 +13,10 @@ from sims.flags import given, parse_out
 
 if TYPE_CHECKING:
     from scaling.bridge.loading import Pipeline
+    from scaling.study.items import Items
 
 __all__ = [
+    "KINDS",
     "add_color",
     "add_condition",
     "add_model",
@@ -22,13 +24,26 @@ __all__ = [
     "add_pipeline_run",
     "add_series_run",
     "add_skip_bad",
+    "add_sources",
     "check_finite",
     "examination_of",
+    "items_of",
     "load",
     "membership_of",
     "record_of",
     "training_of",
 ]
+
+
+KINDS = "folder of images, .npz or .npy file, or a data set as for `extract`"
+"""Of sources, for help."""
+
+PROMPTS = {
+    "--prompts": "--images",
+    "--known-member-prompts": "--known-members",
+    "--known-other-prompts": "--known-others",
+}
+"""Flags of files of prompts, and of the images that they belong to."""
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +81,30 @@ def add_color(add: Any) -> None:
 def add_skip_bad(add: Any) -> None:
     """Add ``--skip-bad`` likewise."""
     add("--skip-bad", action="store_true", help="skip files of a folder that cannot be read or differ in size")
+
+
+def add_sources(parser: argparse.ArgumentParser, *, prompts: bool = True) -> None:
+    """Add the images, with what is known of them, and with ``prompts`` their prompts."""
+    add = parser.add_argument_group("what to score").add_argument
+    add(
+        "--train",
+        metavar="SOURCE",
+        help="the data set that the model was trained on: repeated, single and held-out images by the model's "
+        "membership.json are scored, and the nearest training image of every image is found; without a "
+        "membership.json all of it counts as training data",
+    )
+    add("--num", type=int, default=100, metavar="N", help="images >= 1 of each of these groups (default: 100)")
+    add("--images", metavar="SOURCE", help=f"images of which nothing is known: {KINDS}")
+    add("--known-members", metavar="SOURCE", help="images that are known to be memorized")
+    add("--known-others", metavar="SOURCE", help="images that are known not to be")
+    for name, whose in PROMPTS.items() if prompts else ():
+        add(
+            name,
+            metavar="FILE",
+            help=f"a prompt for each of {whose}, or without it prompts alone: .txt, .jsonl, .csv, .json",
+        )
+    add_color(add)
+    add_skip_bad(add)
 
 
 def add_pipeline_run(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
@@ -150,6 +189,39 @@ def load(args: argparse.Namespace) -> Pipeline:
     # The zoo's weights are stored in half precision to be small, not to be computed with.
     dtype = args.dtype or ("float32" if is_zoo(args.model) else None)
     return load_pipeline(args.model, dtype, args.revision, scheduler=args.scheduler)
+
+
+def items_of(args: argparse.Namespace, pipeline: Pipeline, *, prompts: bool = True) -> tuple[list[Items], Any]:
+    """What the flags of :func:`add_sources` name, and the training images."""
+    from scaling.study import items
+
+    reads_text = prompts and bool(pipeline.text_encoders)
+    parts, train = [], None
+    if args.train:
+        record = record_of(args.model)
+        if record is None:
+            train = items.of_images(args.train, pipeline, "train").images
+        else:
+            membership, recorded = record
+            part, train = items.from_record(
+                args.train, pipeline, membership, recorded if reads_text else (), num=args.num
+            )
+            parts.append(part)
+    for group, source, file in (
+        (items.UNKNOWN, args.images, "prompts"),
+        ("members", args.known_members, "known_member_prompts"),
+        ("others", args.known_others, "known_other_prompts"),
+    ):
+        file = getattr(args, file) if prompts else None
+        if file and not reads_text:
+            raise ValueError(f"{args.model} reads no text: omit the prompts in {file}.")
+        texts = items.read_prompts(file) if file else ()
+        if source:
+            how = {"color": args.color or "", "skip_bad": args.skip_bad}
+            parts.append(items.of_images(source, pipeline, group, texts, **how))
+        elif texts:
+            parts.append(items.of_prompts(texts, group))
+    return parts, train
 
 
 def membership_of(model: str) -> dict[str, list[int]] | None:

@@ -218,7 +218,7 @@ def pulls_of_prompts(key: PRNGKey, batch: Batch, setting: DetectionSetting) -> d
     low, high = (jnp.int32(share * last) for share in (setting.low, setting.high))
     sigma = timestep_to_sigma(batch.schedule, high.astype(jnp.float32))
     noise = sigma * jax.lax.rsqrt(1 + sigma * sigma)
-    shape = batch.network.apply.inputs(jnp.float32)[0][0].shape[1:]
+    shape = _shape(batch)
 
     def of_item(item: Array, own: Condition) -> dict[str, Array]:
         null = _single(batch.unconditional)
@@ -254,7 +254,8 @@ def paths_of_prompts(key: PRNGKey, batch: Batch, setting: DetectionSetting) -> d
     halves = drawn.taps[tap].reshape(-1, 2, count, *drawn.taps[tap].shape[2:])[:, :, :, :channels]
     steps = make_solver(with_method(batch.schedule, METHOD), setting.steps).calls.t
     lengths = jnp.linalg.norm((halves[:, 1] - halves[:, 0]).reshape(len(halves), count, -1), axis=-1)
-    pulls = lengths * _noise_scale(batch.schedule, steps)[:, None]
+    _, scale = jax.vmap(functools.partial(_weights, batch.schedule))(jnp.asarray(steps, jnp.float32))
+    pulls = lengths * scale[:, None]
     assert drawn.states is not None
     states = jnp.concatenate([begin[None], drawn.states]).reshape(len(halves) + 1, count, -1)
     lengths = jnp.linalg.norm(jnp.diff(states, axis=0), axis=-1)
@@ -318,18 +319,13 @@ DETECTORS: Mapping[str, Detector] = MappingProxyType(_table())
 
 
 def _denoiser(batch: Batch) -> Callable[[Array, Any], Array]:
-    return _denoiser_of(batch, _single(batch.unconditional))
-
-
-def _denoiser_of(batch: Batch, own: Condition) -> Callable[[Array, Any], Array]:
+    own = _single(batch.unconditional)
     return as_denoiser(batch.network, batch.schedule, own.context, class_labels=own.class_labels, added=own.added)
 
 
 def _predicted(batch: Batch, t: Array, own: Condition) -> scores.NoisePrediction:
     """The predicted noise of one example at a timestep."""
-    sigma = timestep_to_sigma(batch.schedule, t.astype(jnp.float32))
-    alpha = jax.lax.rsqrt(1 + sigma * sigma)
-    a, b = noise_weights(batch.schedule.prediction_type, alpha, sigma * alpha)
+    a, b = _weights(batch.schedule, t.astype(jnp.float32))
     given = jax.tree.map(lambda part: part[None], own)._asdict()
 
     def predicted(x: Float[Array, "c h w"]) -> Float[Array, "c h w"]:
@@ -339,11 +335,11 @@ def _predicted(batch: Batch, t: Array, own: Condition) -> scores.NoisePrediction
     return predicted
 
 
-def _noise_scale(schedule: Schedule, steps: Any) -> Float[Array, " k"]:
-    """What turns a difference of outputs into one of predicted noises, at timesteps."""
-    sigma = jax.vmap(functools.partial(timestep_to_sigma, schedule))(jnp.asarray(steps, jnp.float32))
+def _weights(schedule: Schedule, t: Float[Array, ""]) -> tuple[Any, Any]:
+    """Weights (a, b) of input and output in the predicted noise, at a timestep."""
+    sigma = timestep_to_sigma(schedule, t)
     alpha = jax.lax.rsqrt(1 + sigma * sigma)
-    return jnp.asarray(noise_weights(schedule.prediction_type, alpha, sigma * alpha)[1])
+    return noise_weights(schedule.prediction_type, alpha, sigma * alpha)
 
 
 def _single(condition: Condition) -> Condition:
@@ -355,9 +351,15 @@ def _each(batch: Batch) -> Condition:
     return jax.tree.map(lambda part: jnp.broadcast_to(part, (len(batch.items), *part.shape[1:])), batch.condition)
 
 
+def _shape(batch: Batch) -> tuple[int, ...]:
+    """Of one input of the network."""
+    (x, *_), _ = batch.network.apply.inputs(jnp.float32)
+    return x.shape[1:]
+
+
 def _noise(key: PRNGKey, batch: Batch) -> Float[Array, "b c h w"]:
     """Starting noise of each item."""
-    shape = batch.network.apply.inputs(jnp.float32)[0][0].shape[1:]
+    shape = _shape(batch)
     return jax.vmap(lambda item: noise_at(key, item, 0, shape, jnp.float32))(batch.items)
 
 

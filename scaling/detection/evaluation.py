@@ -37,6 +37,10 @@ class Estimate(NamedTuple):
     low: float
     high: float
 
+    def text(self) -> str:
+        """``0.984 (0.951 to 0.995)``."""
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
 
 class Detection(NamedTuple):
     """What a threshold finds, see :func:`detection_rate`."""

@@ -25,7 +25,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, Num
 
 from dae_theory.checks import check_integer, check_seed
 from dae_theory.types import PRNGKey
-from scaling.bridge.conditioning import condition_on, pixel_size
+from scaling.bridge.conditioning import condition_on, image_channels, pixel_size
 from scaling.bridge.identity import identify
 from scaling.bridge.latents import to_latents
 from scaling.bridge.loading import Pipeline
@@ -186,7 +186,7 @@ def extract(
     ...     dict(sims.load(f"{folder}/run").mid_block.sizes)
     {'image': 3, 'channel_32': 32}
     """
-    count, channels = len(images.rows), _channels(pipeline)
+    count, channels = len(images.rows), image_channels(pipeline)
     if images.span is None:
         rows = images.rows.astype(np.float32) if images.rows.dtype.kind != "f" else images.rows
         check_range("images", rows, channels)
@@ -235,7 +235,7 @@ def read_images(name: str, pipeline: Pipeline, *, color: str = "", skip_bad: boo
     >>> read_images("digits", zoo.load("digits-10")).image_shape
     (8, 8, 1)
     """
-    wanted, (kind, path, given) = _channels(pipeline), split_name(name)
+    wanted, (kind, path, given) = image_channels(pipeline), split_name(name)
     if kind in ("images", "patches"):
         # A folder by its path alone has the network's own size.
         resize = "{}x{}".format(*pixel_size(pipeline)) if path == name else ""
@@ -314,13 +314,6 @@ def _shape(images: readers.Source) -> tuple[int, int, int]:
     if images.image_shape is None:
         raise ValueError(f"the data are rows of {images.rows.shape[1]} numbers, not images.")
     return images.image_shape
-
-
-def _channels(pipeline: Pipeline) -> int:
-    """Channels of the pipeline's images."""
-    source = pipeline.network if pipeline.vae is None else pipeline.vae
-    (x, *_), _ = source.apply.inputs(jnp.float32)
-    return x.shape[1]
 
 
 def pictures(images: readers.Source, rows: Int[np.ndarray, " b"], channels: int) -> Float[np.ndarray, "b c h w"]:

@@ -9,7 +9,7 @@ that lie equally far, to float32's rounding of the norms, may be left out for on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +17,17 @@ from jaxtyping import Float32, Float64, Int
 
 from dae_theory.checks import check_integer
 
-__all__ = ["BLOCK_BYTES", "Images", "Nearest", "Training", "nearest_images", "nearest_two", "of_array", "within"]
+__all__ = [
+    "BLOCK_BYTES",
+    "Images",
+    "Nearest",
+    "Training",
+    "nearest_images",
+    "nearest_two",
+    "of_array",
+    "rows_of",
+    "within",
+]
 
 BLOCK_BYTES = 1 << 27
 """Memory of a block of images and of its distances, about."""
@@ -63,6 +73,11 @@ def of_array(rows: Float32[np.ndarray, "n ..."]) -> Images:
     return Images(lambda start, stop: flat[start:stop], len(flat), flat.shape[1])
 
 
+def rows_of(images: Images, numbers: Sequence[int]) -> Float32[np.ndarray, "k d"]:
+    """The images of these numbers, perhaps none, as rows."""
+    return np.concatenate([images.read(0, 0), *(images.read(number, number + 1) for number in numbers)])
+
+
 def nearest_images(
     queries: Float32[np.ndarray, "q d"], images: Images, *, k: int = 1, block_bytes: int = BLOCK_BYTES
 ) -> tuple[Int[np.ndarray, "q k"], Float64[np.ndarray, "q k"]]:
@@ -90,8 +105,8 @@ def nearest_images(
         best, numbers = (np.take_along_axis(each, order, axis=1) for each in (best, numbers))
     distances = np.empty(numbers.shape)
     for i, query in enumerate(queries.astype(np.float64)):
-        rows = np.concatenate([images.read(j, j + 1) for j in numbers[i].tolist()])
-        distances[i] = np.linalg.norm(rows.astype(np.float64) - query, axis=1)
+        rows = rows_of(images, numbers[i].tolist()).astype(np.float64)
+        distances[i] = np.linalg.norm(rows - query, axis=1)
     order = np.lexsort((numbers, distances), axis=1)
     return np.take_along_axis(numbers, order, axis=1), np.take_along_axis(distances, order, axis=1)
 
@@ -112,7 +127,7 @@ def nearest_two(
         missed = []
         for i, row, lengths in zip(left.tolist(), numbers, distances, strict=True):
             nearest[i], distance[i] = row[0], lengths[0]
-            rows = np.concatenate([images.read(j, j + 1) for j in row.tolist()]).astype(np.float64)
+            rows = rows_of(images, row.tolist()).astype(np.float64)
             apart = np.flatnonzero(np.linalg.norm(rows - rows[:1], axis=1) > radius)
             if len(apart):
                 other[i], other_distance[i] = row[apart[0]], lengths[apart[0]]

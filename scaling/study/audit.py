@@ -22,24 +22,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Int
 
 from dae_theory.checks import check_integer, check_seed
-from scaling.bridge.conditioning import condition_on, null_condition, pixel_size
+from scaling.bridge.conditioning import condition_on, null_condition, pixel_size, stacked
 from scaling.bridge.identity import identify
 from scaling.bridge.latents import clipped, from_latents
 from scaling.bridge.loading import Pipeline
 from scaling.detection.evaluation import auroc_interval, proportion_interval, threshold_at
 from scaling.diffusion.samplers import sample
 from scaling.measures.copies import RATIO, wilson_interval
-from scaling.measures.neighbors import Training, nearest_two, within
+from scaling.measures.neighbors import Training, nearest_two, rows_of, within
 from scaling.models.model import Condition
+from scaling.study.detection import columns
 from scaling.study.settings import AuditSetting
 from sims import store
 from sims.store import fill
 from sims.store.files import read_json
 
-__all__ = ["RISK", "compare", "conclude", "draw", "image_of", "read"]
+__all__ = ["RISK", "compare", "conclude", "draw", "read"]
 
 RISK = 0.01
 """Share of held-out images that lie above the threshold of risk."""
@@ -87,7 +88,7 @@ def draw(
             setting.steps,
             method="ddim",
             eta=setting.eta,
-            condition=jax.tree.map(lambda *each: jnp.concatenate(each), *own),
+            condition=stacked(own),
             unconditional=unconditional,
             guidance=None if unconditional is None else setting.guidance,
             first=int(rows[0]),
@@ -132,7 +133,6 @@ def conclude(
     setting: AuditSetting,
     *,
     scores: xr.Dataset | None = None,
-    rows: Sequence[int] = (),
     detectors: Sequence[str] = (),
     anonymous: bool = False,
 ) -> dict[str, Any]:
@@ -142,9 +142,8 @@ def conclude(
         drawn: of :func:`draw`.
         training: the training set.
         setting: the same setting.
-        scores: of training images (group ``train``) and held-out ones (``held_out``), as of
+        scores: of the first training images (group ``train``) and held-out ones (``held_out``), as of
             :func:`scaling.study.detection.score_items`; without it nothing is said of membership and risk.
-        rows: the numbers of the scored training images, in their order.
         detectors: names of the scores.
         anonymous: name images by number and SHA-256 of their values alone.
     """
@@ -156,13 +155,9 @@ def conclude(
     name = functools.partial(_name, training, anonymous)
     originals, times = np.unique(drawn.nearest.values[copied], return_counts=True)
     tally: dict[int, dict[str, Any]] = {}
-    queries = (
-        np.stack([image_of(training, i) for i in originals.tolist()])
-        if len(originals)
-        else np.empty((0, training.images.dim))
-    )
+    queries = rows_of(training.images, originals.tolist())
     for original, number, (same, apart) in zip(
-        originals.tolist(), times.tolist(), within(queries.astype(np.float32), training.images, radius), strict=True
+        originals.tolist(), times.tolist(), within(queries, training.images, radius), strict=True
     ):
         first = min([original, *same.tolist()])
         entry = tally.setdefault(
@@ -195,7 +190,7 @@ def conclude(
         "membership": {} if scores is None else _membership(scores, detectors),
         "at_risk": []
         if scores is None
-        else _at_risk(scores, detectors, rows, {j for e in tally.values() for j in e["numbers"]}, name),
+        else _at_risk(scores, detectors, {j for e in tally.values() for j in e["numbers"]}, name),
     }
 
 
@@ -247,7 +242,7 @@ def _membership(scores: xr.Dataset, detectors: Sequence[str]) -> dict[str, Any]:
 
 
 def _at_risk(
-    scores: xr.Dataset, detectors: Sequence[str], rows: Sequence[int], generated: set[int], name: Callable[[int], str]
+    scores: xr.Dataset, detectors: Sequence[str], generated: set[int], name: Callable[[int], str]
 ) -> list[dict[str, Any]]:
     groups = scores.group.values
     above: dict[int, list[str]] = {}
@@ -256,7 +251,7 @@ def _at_risk(
         if len(others) < 2:
             continue
         threshold = threshold_at(others, RISK)
-        for row, value in zip(rows, values[groups == "train"].tolist(), strict=True):
+        for row, value in enumerate(values[groups == "train"].tolist()):
             if value > threshold and row not in generated:
                 above.setdefault(row, []).append(label)
     entries = [{"image": name(row), "number": row, "scores": labels} for row, labels in above.items()]
@@ -264,27 +259,11 @@ def _at_risk(
 
 
 def _flat(scores: xr.Dataset, detectors: Sequence[str]) -> list[tuple[str, Float[np.ndarray, " n"]]]:
-    """Every score as one row, named with its tap or noise level."""
-    found = []
-    for name in detectors:
-        values = scores[name]
-        (own,) = [dim for dim in values.dims if dim != "image"] or [None]
-        if own is None:
-            found.append((name, values.values.astype(float)))
-        else:
-            found += [
-                (f"{name}@{label}", values.isel({own: k}).values.astype(float))
-                for k, label in enumerate(scores[own].values.tolist())
-            ]
-    return found
-
-
-def image_of(training: Training, number: int) -> Float32[np.ndarray, " d"]:
-    """One training image, flat."""
-    return training.images.read(number, number + 1)[0]
+    """Every score under every tap and noise level."""
+    return [(label, values.astype(float)) for name in detectors for label, values in columns(scores, name)]
 
 
 def _name(training: Training, anonymous: bool, number: int) -> str:
     if not anonymous:
         return training.name(number)
-    return f"{number} sha256:{hashlib.sha256(image_of(training, number).tobytes()).hexdigest()[:16]}"
+    return f"{number} sha256:{hashlib.sha256(rows_of(training.images, [number]).tobytes()).hexdigest()[:16]}"

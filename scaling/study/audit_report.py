@@ -14,8 +14,8 @@ import numpy as np
 import xarray as xr
 
 from scaling.measures.copies import RATIO
-from scaling.measures.neighbors import Training
-from scaling.study.audit import RISK, image_of
+from scaling.measures.neighbors import Training, rows_of
+from scaling.study.audit import RISK
 from scaling.study.pictures import contact_sheet, to_bytes, to_picture
 from sims.store.files import write_text
 from sims.study.tables import markdown
@@ -109,8 +109,8 @@ def page(audit: Mapping[str, Any], drawn: xr.Dataset, training: Training, *, pic
     if pictures and "images" in drawn and training.shape[0] in (1, 3):
         copied = np.flatnonzero(drawn.distance.values < RATIO * drawn.second.values)[:SHOWN]
         if len(copied):
-            originals = [image_of(training, int(drawn.nearest.values[i])).reshape(training.shape) for i in copied]
-            pairs = np.stack([drawn.images.values[copied], np.stack(originals)], axis=1)
+            originals = rows_of(training.images, drawn.nearest.values[copied].tolist()).reshape(-1, *training.shape)
+            pairs = np.stack([drawn.images.values[copied], originals], axis=1)
             sheet = contact_sheet(to_bytes(pairs.reshape(-1, *training.shape)), min(12, 2 * len(copied)))
             data = io.BytesIO()
             to_picture(sheet).save(data, format="PNG")

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from dae_theory.checks import check_integer, check_seed
-from scaling.bridge.conditioning import condition_on, null_condition
+from scaling.bridge.conditioning import condition_on, null_or_none, stacked
 from scaling.bridge.identity import identify
 from scaling.bridge.latents import to_latents
 from scaling.bridge.loading import Pipeline
@@ -38,13 +38,12 @@ from scaling.detection.evaluation import (
 )
 from scaling.detection.options import NAMES, DetectionSetting
 from scaling.detection.selection import choose, score, split
-from scaling.measures.copies import Copies, find_copies
 from scaling.models.model import Condition
-from scaling.study.items import MEMBERS, Items
+from scaling.study.items import MEMBERS, OTHERS, Items
 from sims import store
 from sims.store import checksum, fill
 
-__all__ = ["Rated", "Row", "evaluate", "finite_items", "nearest_images", "null_of", "rated", "resolve", "score_items"]
+__all__ = ["Rated", "Row", "columns", "evaluate", "finite_items", "rated", "resolve", "score_items", "sides"]
 
 
 class Row(NamedTuple):
@@ -131,7 +130,7 @@ def score_items(
     key = jax.random.key(check_seed("seed", seed))
     size = min(check_integer("batch_size", batch_size, minimum=1), len(items.groups))
     shape = None if items.images is None else (items.images.shape[2], items.images.shape[3])
-    unconditional = null_of(pipeline, shape)
+    unconditional = null_or_none(pipeline, size=shape)
 
     @functools.lru_cache(maxsize=1024)
     def conditioned(prompt: str) -> Condition:
@@ -143,8 +142,8 @@ def score_items(
             images = jnp.asarray(items.images[rows], jnp.float32)
             images = images if pipeline.vae is None else _encode(pipeline.vae, images)
         own = [conditioned(items.prompts[row].text) for row in rows] if items.prompts else [unconditional]
-        condition = jax.tree.map(lambda *each: jnp.concatenate(each), *own)
-        batch = Batch(pipeline.network, schedule, jnp.asarray(rows), images, condition, unconditional, pipeline.vae)
+        numbers = jnp.asarray(rows)
+        batch = Batch(pipeline.network, schedule, numbers, images, stacked(own), unconditional, pipeline.vae)
         begin = time.perf_counter()
         values = score_batch(key, batch, chosen, setting)
         spent = (time.perf_counter() - begin) / len(rows)
@@ -170,14 +169,11 @@ def evaluate(results: xr.Dataset, detectors: Sequence[Detector], *, false_positi
     Items of which a score is not finite count for no detector. Groups of fewer than two (with taps or noise levels to
     choose: four) are left out.
     """
-    groups, kinds = results.group.values, results.kind.values
-    finite = finite_items(results, [detector.name for detector in detectors])
-    member = np.isin(groups, MEMBERS) & finite
-    rows = []
-    for negative in [name for name in ("train", "held_out", "others") if name in groups]:
-        others = np.flatnonzero((groups == negative) & finite)
-        for kind in ("", *sorted({kind for kind in kinds[member] if kind})):
-            positives = np.flatnonzero(member & ((kinds == kind) if kind else True))
+    kinds, rows = results.kind.values, []
+    members, groups = sides(results, [detector.name for detector in detectors])
+    for negative, others in groups.items():
+        for kind in ("", *sorted({kind for kind in kinds[members] if kind})):
+            positives = members[kinds[members] == kind] if kind else members
             rows += _against(results, detectors, positives, others, (kind or "all", negative), false_positive_rate)
     return rows
 
@@ -241,10 +237,25 @@ def _against(
     ]
 
 
-def finite_items(results: xr.Dataset, names: Sequence[str]) -> Bool[np.ndarray, " n"]:
+def columns(results: xr.Dataset, name: str) -> list[tuple[str, Float[np.ndarray, " n"]]]:
+    """The scores of a detector by item: one column, or one for each tap or noise level, as ``std@mid_block``."""
+    (own,) = [dim for dim in results[name].dims if dim != "image"] or [None]
+    if own is None:
+        return [(name, results[name].values)]
+    return [(f"{name}@{label}", results[name].isel({own: k}).values) for k, label in enumerate(results[own].values)]
+
+
+def finite_items(results: xr.Dataset, names: Iterable[str]) -> Bool[np.ndarray, " n"]:
     """The items of which every score is finite."""
     every = [np.isfinite(results[name].transpose("image", ...).values) for name in names]
     return np.all([each.reshape(len(each), -1).all(axis=1) for each in every], axis=0)
+
+
+def sides(results: xr.Dataset, names: Iterable[str]) -> tuple[Int[np.ndarray, " n"], dict[str, Int[np.ndarray, " m"]]]:
+    """The numbers of memorized items, and of each group of others that there is; only items with finite scores."""
+    groups, finite = results.group.values, finite_items(results, names)
+    others = {name: np.flatnonzero((groups == name) & finite) for name in OTHERS if name in groups}
+    return np.flatnonzero(np.isin(groups, MEMBERS) & finite), others
 
 
 def _of_prompts(name: str) -> bool:
@@ -274,22 +285,4 @@ def _template(items: Items, detectors: Sequence[Detector], setting: DetectionSet
     return store.blank(coords, variables | {"seconds": (("image",), np.float32)})
 
 
-def null_of(pipeline: Pipeline, shape: tuple[int, int] | None) -> Condition:
-    """The null condition, or none for a network that is not conditioned."""
-    if not pipeline.network.apply.inputs(jnp.float32)[1]:
-        return Condition()
-    return null_condition(pipeline, size=shape)
-
-
-@jax.jit
-def _encode(vae: Any, images: Float[Array, "b c h w"]) -> Float[Array, "b z h2 w2"]:
-    return to_latents(vae, images)
-
-
-def nearest_images(items: Items, train: Float[np.ndarray, "m c h w"]) -> Copies:
-    """The nearest training image of every item, by :func:`scaling.measures.copies.find_copies`."""
-    if items.images is None:
-        raise ValueError("prompts alone have no nearest training image: give --images, or omit --train.")
-    if items.images.shape[1:] != train.shape[1:]:
-        raise ValueError(f"images are {items.images.shape[1:]}, training images {train.shape[1:]}: give one size.")
-    return find_copies(items.images, train)
+_encode = jax.jit(to_latents)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,14 +11,14 @@ import xarray as xr
 from jaxtyping import Float
 
 from scaling.detection.detectors import Detector
-from scaling.detection.evaluation import Estimate, threshold_at
+from scaling.detection.evaluation import threshold_at
 from scaling.detection.options import DetectionSetting
 from scaling.measures.copies import Copies
-from scaling.study.detection import Row, finite_items
+from scaling.study.detection import Row, columns, finite_items
 from scaling.study.items import Items
 from scaling.study.pictures import contact_sheet, to_bytes, write_png
 from sims.store.files import write_text
-from sims.study.tables import markdown
+from sims.study.tables import csv_text, markdown
 
 __all__ = ["SHOWN", "report", "write_sheet", "write_tables"]
 
@@ -72,7 +70,6 @@ def write_tables(
     *,
     false_positive_rate: float = 0.01,
     nearest: Copies | None = None,
-    train_names: Sequence[str] = (),
 ) -> list[Path]:
     """Write ``summary.md``, ``scores.csv`` (a line for each item) and ``evaluation.csv``; returns their paths.
 
@@ -81,31 +78,29 @@ def write_tables(
     nearest training image, its distance, and whether the ratio test calls the item a copy of it.
     """
     folder = Path(out)
-    columns: dict[str, Sequence[Any]] = {
+    table: dict[str, Sequence[Any]] = {
         "number": range(results.sizes["image"]),
         **{name: results[name].values.tolist() for name in ("name", "group", "prompt", "kind")},
     }
     groups = results.group.values
     reference = np.isin(groups, ("held_out", "others"))
     for detector in detectors:
-        for label, values in _columns(results, detector):
-            columns[label] = [f"{value:.6g}" for value in values]
+        for label, values in columns(results, detector.name):
+            table[label] = [f"{value:.6g}" for value in values]
             known = np.sort(values[reference & np.isfinite(values)])
             if len(known):
-                columns[f"{label}_percentile"] = [
+                table[f"{label}_percentile"] = [
                     f"{100 * share:.4g}" for share in np.searchsorted(known, values) / len(known)
                 ]
-                columns[f"{label}_flagged"] = (values > threshold_at(known, false_positive_rate)).astype(int).tolist()
+                table[f"{label}_flagged"] = (values > threshold_at(known, false_positive_rate)).astype(int).tolist()
     if nearest is not None:
-        columns["nearest_training_image"] = [
-            train_names[i] if train_names else int(i) for i in nearest.nearest.tolist()
-        ]
-        columns["distance"] = [f"{value:.6g}" for value in nearest.distance]
-        columns["distance_ratio"] = [f"{value:.6g}" for value in nearest.ratio]
-        columns["is_copy"] = nearest.is_copy.astype(int).tolist()
+        table["nearest_training_image"] = nearest.nearest.tolist()
+        table["distance"] = [f"{value:.6g}" for value in nearest.distance]
+        table["distance_ratio"] = [f"{value:.6g}" for value in nearest.ratio]
+        table["is_copy"] = nearest.is_copy.astype(int).tolist()
     files = [folder / "summary.md", folder / "scores.csv", folder / "evaluation.csv"]
     write_text(files[0], text)
-    write_text(files[1], _csv(list(columns), zip(*columns.values(), strict=True)))
+    write_text(files[1], csv_text(list(table), zip(*table.values(), strict=True)))
     head = [
         *Row._fields[:6],
         *("area", "area_low", "area_high", "rate", "rate_low", "rate_high"),
@@ -115,27 +110,8 @@ def write_tables(
         [*row[:6], *row.area, *row.rate.flagged_positives, row.rate.flagged_negatives.high, *row.rate[::3]]
         for row in rows
     ]
-    write_text(files[2], _csv(head, body))
+    write_text(files[2], csv_text(head, body))
     return files
-
-
-def _columns(results: xr.Dataset, detector: Detector) -> list[tuple[str, Float[np.ndarray, " n"]]]:
-    values = results[detector.name]
-    if not detector.options:
-        return [(detector.name, values.values)]
-    return [
-        (f"{detector.name}@{option}", values.isel({detector.options: k}).values)
-        for k, option in enumerate(results[detector.options].values.tolist())
-    ]
-
-
-def _csv(head: Sequence[str], lines: Any) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(head)
-    # A spreadsheet would run text that begins like a formula.
-    writer.writerows([[f"'{v}" if isinstance(v, str) and v[:1] in "=+@" else v for v in line] for line in lines])
-    return text.getvalue()
 
 
 def _table(rows: Sequence[Row], positive: str, negative: str, rate: float) -> list[str]:
@@ -147,10 +123,10 @@ def _table(rows: Sequence[Row], positive: str, negative: str, rate: float) -> li
             row.detector,
             row.option or "-",
             f"{row.num_positives} / {row.num_negatives}",
-            _estimate(row.area),
-            _estimate(row.rate.flagged_positives),
+            row.area.text(),
+            row.rate.flagged_positives.text(),
             f"{row.rate.flagged_negatives.high:.3f}",
-            "-" if row.difference is None else _estimate(row.difference),
+            "-" if row.difference is None else row.difference.text(),
         ]
         for row in rows
     ]
@@ -189,10 +165,6 @@ def _costs(detectors: Sequence[Detector], setting: DetectionSetting, seconds: fl
         "Passes of the network per item, a derivative along a direction counted as two; detectors that share a probe "
         f"share its passes. All together took {seconds:.3g} s per item, compilation included."
     )
-
-
-def _estimate(value: Estimate) -> str:
-    return f"{value.value:.3f} ({value.low:.3f} to {value.high:.3f})"
 
 
 def write_sheet(

@@ -29,7 +29,7 @@ from dae_theory.mixture import GaussianMixture, fit
 from dae_theory.spikiness import MEASURES
 from dae_theory.types import PRNGKey
 from scaling.backend import compiler_options
-from scaling.bridge.conditioning import condition_on, null_condition
+from scaling.bridge.conditioning import condition_on, is_conditional, null_or_none, stacked
 from scaling.bridge.loading import Pipeline
 from scaling.detection.evaluation import auroc
 from scaling.diffusion.denoisers import as_denoiser
@@ -145,7 +145,7 @@ def examine(
         "held_out": corpus.held_out[: setting.images],
     }
     shape = corpus.images.shape[1:]
-    condition = null_condition(pipeline, size=shape[1:]) if _conditional(pipeline) else Condition()
+    condition = null_or_none(pipeline, size=shape[1:])
     arrays = _samples(sample_key, pipeline, corpus, captions, setting, repeated)
     optima = _optima(corpus, corpus.held_out[setting.images :])
     scores: dict[str, dict[str, np.ndarray]] = {}
@@ -204,7 +204,7 @@ def draw_samples(
 
 def sample_conditions(pipeline: Pipeline, corpus: Corpus, captions: Captions | None, count: int) -> Condition | None:
     """The condition of each of ``count`` samples: the classes, or the prompts of ``captions``, in turn."""
-    if not _conditional(pipeline):
+    if not is_conditional(pipeline):
         return None
     size = corpus.images.shape[2:]
     if captions is None:
@@ -213,17 +213,13 @@ def sample_conditions(pipeline: Pipeline, corpus: Corpus, captions: Captions | N
     else:
         every = [condition_on(pipeline, prompt, None, size=size) for prompt in captions.prompts]
         order = sampled_prompts(captions, count)
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[order], *every)
+    return jax.tree.map(lambda part: part[order], stacked(every))
 
 
 def sampled_prompts(captions: Captions, count: int) -> Int[np.ndarray, " count"]:
     """The index of each sample's prompt: the kinds of prompts in turn, and within a kind its prompts in turn."""
     kinds = [np.flatnonzero(np.asarray(captions.kinds) == kind) for kind in dict.fromkeys(captions.kinds)]
     return np.array([kinds[i % len(kinds)][i // len(kinds) % len(kinds[i % len(kinds)])] for i in range(count)])
-
-
-def _conditional(pipeline: Pipeline) -> bool:
-    return bool(pipeline.network.apply.inputs(jnp.float32)[1])
 
 
 def _samples(

@@ -10,12 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int
 
 from dae_theory.checks import check_integer
-from scaling.bridge.conditioning import pixel_size
+from scaling.bridge.conditioning import image_channels, pixel_size
 from scaling.bridge.loading import Pipeline
 from scaling.measures.codes import pictures, read_images
 from scaling.measures.neighbors import Images, Training, of_array
@@ -26,20 +25,26 @@ from sims.store.files import read_small
 
 __all__ = [
     "MEMBERS",
+    "OTHERS",
     "UNKNOWN",
     "Items",
     "Prompt",
     "from_record",
     "join",
+    "members_of",
     "of_images",
     "of_prompts",
     "read_prompts",
+    "read_rows",
     "training_of",
     "training_of_record",
 ]
 
 MEMBERS = ("duplicated", "members")
 """Groups whose items count as memorized: repeated in training by the model's record, or named by the user."""
+
+OTHERS = ("train", "held_out", "others")
+"""Groups with which memorized items are compared, each by itself."""
 
 UNKNOWN = "images"
 """The group of items of which nothing is known."""
@@ -104,7 +109,7 @@ def of_images(
     """
     read = read_images(source, pipeline, color=color, skip_bad=skip_bad)
     count = len(read.rows)
-    images = pictures(read, np.arange(count), _channels(pipeline))
+    images = pictures(read, np.arange(count), image_channels(pipeline))
     if prompts and len(prompts) != count:
         raise ValueError(f"{len(prompts)} prompts do not match the {count} images of {source}: give one for each.")
     names = read.names or tuple(f"{source}[{row}]" for row in range(count))
@@ -131,46 +136,52 @@ def from_record(
     the network.
     """
     check_integer("num", num, minimum=1)
-    (height, width), channels = pixel_size(pipeline), _channels(pipeline)
-    whole = corpus.load(
-        dataset,
-        held_out=0,
-        resolution=height if height == width else None,
-        gray=corpus.is_folder(dataset) and channels == 1,
-    )
-    groups = {name: list(membership.get(name, ())) for name in GROUPS}
-    rows = [row for members in groups.values() for row in members]
-    if not rows:
-        raise ValueError(f"membership.json names no rows under {', '.join(GROUPS)}; repair it, or omit --train.")
-    if not 0 <= min(rows) <= max(rows) < whole.size:
-        raise ValueError(
-            f"the model was trained on a data set of at least {max(rows) + 1} rows, and {dataset} has {whole.size}: "
-            "give the data set that it was trained on."
-        )
-    if whole.images.shape[1] not in (1, channels):
-        raise ValueError(f"{dataset}: images of {whole.images.shape[1]} channels; the network takes {channels}.")
-    order = np.argsort(whole.rows)
-
-    def at(some: Sequence[int]) -> Any:
-        # Equal rows are one image, which has the number of the first.
-        return order[np.searchsorted(whole.rows[order], whole.first[np.asarray(some, int)])]
-
-    def images_of(some: Sequence[int]) -> Float[np.ndarray, "n c h w"]:
-        found = whole.images[at(some)]
-        return np.broadcast_to(found, (len(found), channels, *found.shape[2:]))
-
+    whole, places = read_rows(dataset, pipeline)
+    groups = members_of(membership, whole.size, otherwise="omit --train")
     picked = [(name, row) for name, members in groups.items() for row in members[:num]]
     chosen = [row for _, row in picked]
     texts: tuple[Prompt, ...] = ()
     if prompts:
         of_row = {row: Prompt(each["prompt"], each["kind"]) for each in prompts for row in each["rows"]}
-        labels = dict(zip(chosen, whole.labels[at(chosen)].tolist(), strict=True))
-        trained = [row for row in of_row if of_row[row].kind == "shared"]
-        shared = {label: of_row[row] for row, label in zip(trained, whole.labels[at(trained)].tolist(), strict=True)}
-        texts = tuple(of_row.get(row) or shared.get(labels[row], Prompt("", "shared")) for row in chosen)
-    names = tuple(whole.files[row] if whole.files else f"{dataset}[{row}]" for row in chosen)
-    train = images_of([*groups["duplicated"], *groups["train"]])
-    return Items(images_of(chosen), texts, tuple(name for name, _ in picked), names), train
+        shared = {whole.labels[places[row]]: prompt for row, prompt in of_row.items() if prompt.kind == "shared"}
+        texts = tuple(of_row.get(row) or shared.get(whole.labels[places[row]], Prompt("", "shared")) for row in chosen)
+    train = whole.images[places[[*groups["duplicated"], *groups["train"]]]]
+    return Items(whole.images[places[chosen]], texts, tuple(name for name, _ in picked), _names(whole, chosen)), train
+
+
+def read_rows(dataset: str, pipeline: Pipeline) -> tuple[corpus.Corpus, Int[np.ndarray, " size"]]:
+    """A data set with the size and channels of the network, and for each of its rows the place of its image.
+
+    It is read as by :func:`scaling.training.corpus.load`, so that rows are those of ``membership.json``; equal rows are
+    one image. Gray images are repeated over the channels of a network for colored ones. ``ValueError`` for any other
+    mismatch.
+    """
+    (height, width), channels = pixel_size(pipeline), image_channels(pipeline)
+    side = height if height == width else None
+    whole = corpus.load(dataset, held_out=0, resolution=side, gray=corpus.is_folder(dataset) and channels == 1)
+    if whole.images.shape[1] not in (1, channels):
+        found = whole.images.shape[1]
+        raise ValueError(f"{dataset}: the images have {found} channels and the network takes {channels}.")
+    images = np.broadcast_to(whole.images, (len(whole.images), channels, *whole.images.shape[2:]))
+    order = np.argsort(whole.rows)
+    return whole._replace(images=images), order[np.searchsorted(whole.rows[order], whole.first)]
+
+
+def members_of(membership: Mapping[str, Sequence[int]], size: int, *, otherwise: str) -> dict[str, list[int]]:
+    """The rows of each group, for a data set of ``size`` rows.
+
+    ``ValueError`` if there are none, which says to repair the file or do ``otherwise``, or if some lie outside.
+    """
+    groups = {name: list(membership.get(name, ())) for name in GROUPS}
+    rows = [row for members in groups.values() for row in members]
+    if not rows:
+        raise ValueError(f"membership.json names no rows under {', '.join(GROUPS)}; repair it, or {otherwise}.")
+    if not 0 <= min(rows) <= max(rows) < size:
+        raise ValueError(
+            f"the model was trained on a data set of at least {max(rows) + 1} rows, and this one has {size}: give "
+            "the data set that it was trained on."
+        )
+    return groups
 
 
 def read_prompts(path: str | Path) -> tuple[Prompt, ...]:
@@ -221,36 +232,44 @@ def _prompt(entry: Any) -> Prompt:
     return Prompt(text, kind if kind in ("verbatim", "template", "shared") else "")
 
 
-def _channels(pipeline: Pipeline) -> int:
-    (example, *_), _ = (pipeline.vae or pipeline.network).apply.inputs(jnp.float32)
-    return example.shape[1]
+def _names(whole: corpus.Corpus, rows: Sequence[int]) -> tuple[str, ...]:
+    return tuple(whole.files[row] if whole.files else f"{whole.name}[{row}]" for row in rows)
 
 
 def training_of(source: str, pipeline: Pipeline, *, color: str = "", skip_bad: bool = False) -> Training:
     """All images of a source as a training set that is read by blocks; read as by :func:`of_images`."""
-    found, channels = read_images(source, pipeline, color=color, skip_bad=skip_bad), _channels(pipeline)
+    found, channels = read_images(source, pipeline, color=color, skip_bad=skip_bad), image_channels(pipeline)
     count, shape = len(found.rows), pictures(found, np.arange(1), channels).shape[1:]
+    dim = int(np.prod(shape))
 
     def read(start: int, stop: int) -> Float32[np.ndarray, "k d"]:
         block = pictures(found, np.arange(start, min(stop, count)), channels)
-        return np.ascontiguousarray(block.reshape(len(block), -1))
+        return np.ascontiguousarray(block.reshape(len(block), dim))
 
     def name(number: int) -> str:
         return found.names[number] if found.names else f"{source}[{number}]"
 
-    images = Images(read, count, int(np.prod(shape)))
+    images = Images(read, count, dim)
     return Training(images, (shape[0], shape[1], shape[2]), name, checksum(found.rows))
 
 
-def training_of_record(dataset: str, pipeline: Pipeline, membership: Mapping[str, Sequence[int]]) -> Training:
-    """The images that a model's record says it was trained on, each as often as the record can tell: once."""
-    _, train = from_record(dataset, pipeline, membership, num=1)
-    rows = [*membership.get("duplicated", ()), *membership.get("train", ())]
-    flat = np.ascontiguousarray(train.reshape(len(train), -1))
-    shape = train.shape[1:]
-    repeated = len(membership.get("duplicated", ()))
+def training_of_record(
+    dataset: str, pipeline: Pipeline, membership: Mapping[str, Sequence[int]]
+) -> tuple[Training, Items | None]:
+    """What a model's record says it was trained on, each image once, and what was held out, if anything."""
+    whole, places = read_rows(dataset, pipeline)
+    groups = members_of(membership, whole.size, otherwise="omit --train")
+    rows = [*groups["duplicated"], *groups["train"]]
+    images, held_out = whole.images[places[rows]], groups["held_out"]
+    flat = images.reshape(len(rows), -1)
 
     def name(number: int) -> str:
-        return f"{dataset}[{rows[number]}]{' (repeated in training)' if number < repeated else ''}"
+        repeated = " (repeated in training)" if number < len(groups["duplicated"]) else ""
+        return f"{dataset}[{rows[number]}]{repeated}"
 
-    return Training(of_array(flat), (shape[0], shape[1], shape[2]), name, checksum(flat))
+    shape = (images.shape[1], images.shape[2], images.shape[3])
+    training = Training(of_array(flat), shape, name, checksum(flat))
+    if not held_out:
+        return training, None
+    count = len(held_out)
+    return training, Items(whole.images[places[held_out]], (), ("held_out",) * count, _names(whole, held_out))

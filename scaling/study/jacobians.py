@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from dae_theory.checks import check_integer, check_positive, check_seed
 from dae_theory.types import PRNGKey
 from scaling.backend import compiler_options
-from scaling.bridge.conditioning import condition_on, pixel_size
+from scaling.bridge.conditioning import condition_on
 from scaling.bridge.identity import identify
 from scaling.bridge.latents import to_latents
 from scaling.bridge.loading import Pipeline
@@ -33,10 +33,9 @@ from scaling.diffusion.noise import noise_at
 from scaling.diffusion.schedules import Schedule, sigma_to_timestep
 from scaling.measures.jacobian import full_jacobian, spectrum_summary, top_singular
 from scaling.models.model import Condition, Model
+from scaling.study.items import members_of, read_rows
 from scaling.study.pictures import contact_sheet, to_bytes, write_png
 from scaling.study.settings import TIMESTEPS, JacobianSetting
-from scaling.training import corpus
-from scaling.training.corpus import GROUPS
 from sims import store
 from sims.store import checksum, fill
 from sims.store.files import write_npz, write_text
@@ -77,20 +76,10 @@ class Chosen(NamedTuple):
 def read_corpus_images(name: str, pipeline: Pipeline) -> Float[np.ndarray, "n c h w"]:
     """All images of the data set ``name`` in the order of its rows, in [-1, 1], with the pipeline's size and channels.
 
-    The data set is read as by :func:`scaling.training.corpus.load`, so that rows are those of ``membership.json``. Gray
-    images are repeated over the channels of a pipeline for colored ones. ``ValueError`` for any other mismatch.
+    ``ValueError`` as for :func:`scaling.study.items.read_rows`.
     """
-    (example, *_), _ = (pipeline.vae or pipeline.network).apply.inputs(jnp.float32)
-    (height, width), channels = pixel_size(pipeline), example.shape[1]
-    folder = corpus.is_folder(name)
-    side = height if height == width else None
-    whole = corpus.load(name, held_out=0, resolution=side, gray=folder and channels == 1)
-    order = np.argsort(whole.rows)
-    # Equal rows are one image, which has the number of the first; every row gets its own.
-    images = whole.images[order][np.searchsorted(whole.rows[order], whole.first)]
-    if images.shape[1] not in (1, channels):
-        raise ValueError(f"{name}: the images have {images.shape[1]} channels and the network takes {channels}.")
-    return np.broadcast_to(images, (len(images), channels, *images.shape[2:]))
+    whole, places = read_rows(name, pipeline)
+    return whole.images[places]
 
 
 def choose(
@@ -105,16 +94,9 @@ def choose(
     ``ValueError`` for rows that the data set lacks, rows given twice, and a ``membership`` whose groups are all empty.
     """
     check_integer("num", num, minimum=1)
-    groups = {name: list(membership.get(name, ())) for name in GROUPS} if membership is not None else {}
-    if membership is not None and not any(groups.values()):
-        raise ValueError(f"membership.json names no rows under {', '.join(GROUPS)}; repair it, or give --rows.")
-    known = {row: name for name, members in groups.items() for row in members}
     total = len(images)
-    if known and max(known) >= total:
-        raise ValueError(
-            f"the model was trained on a data set of at least {max(known) + 1} rows, and this one has {total}: give "
-            "the data set that it was trained on."
-        )
+    groups = members_of(membership, total, otherwise="give --rows") if membership is not None else {}
+    known = {row: name for name, members in groups.items() for row in members}
     if rows is None:
         rows = [row for members in groups.values() for row in members[:num]] if known else range(min(num, total))
     picked = [check_integer("rows", row, minimum=0, maximum=total - 1) for row in rows]

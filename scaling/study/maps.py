@@ -7,9 +7,7 @@ best place, chosen on one half of the images and rated on the other (:mod:`scali
 
 from __future__ import annotations
 
-import csv
 import functools
-import io
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,28 +22,24 @@ from jaxtyping import Array, Float, Int
 from dae_theory.checks import check_integer, check_seed
 from dae_theory.spikiness import MEASURES
 from scaling.backend import compiler_options
+from scaling.bridge.conditioning import null_or_none
 from scaling.bridge.identity import identify
 from scaling.bridge.loading import Pipeline
+from scaling.detection.detectors import DETECTORS
 from scaling.detection.evaluation import Estimate, auroc_interval
 from scaling.detection.selection import choose, score, split
 from scaling.measures.codes import encode_batch, pooled
 from scaling.measures.options import POOLS
 from scaling.models.model import Condition, Model
 from scaling.models.taps import check_names
-from scaling.study.detection import null_of
-from scaling.study.items import MEMBERS, Items
+from scaling.study.detection import sides
+from scaling.study.items import Items
 from sims import store
 from sims.store import checksum, fill
 from sims.store.files import write_text
-from sims.study.tables import markdown
+from sims.study.tables import csv_text, markdown
 
 __all__ = ["Place", "all_taps", "rate", "report", "score_maps", "write_maps"]
-
-SIGNS = {"participation_ratio": -1}
-"""Measures that are low for spiky codes; scores are higher for spikier ones."""
-
-TOP = 10
-"""Places that a report lists."""
 
 
 class Place(NamedTuple):
@@ -98,7 +92,7 @@ def score_maps(
     unknown = set(pools) - set(POOLS[:2])
     if unknown:
         raise ValueError(f"pools must be among {', '.join(POOLS[:2])}, got {', '.join(sorted(unknown))}.")
-    condition = null_of(pipeline, (pictures.shape[2], pictures.shape[3]))
+    condition = null_or_none(pipeline, size=(pictures.shape[2], pictures.shape[3]))
     size = min(check_integer("batch_size", batch_size, minimum=1), len(items.groups))
 
     def compute(rows: Int[np.ndarray, " b"]) -> dict[str, np.ndarray]:
@@ -167,7 +161,7 @@ def report(results: xr.Dataset, places: Sequence[Place]) -> str:
             here = [place for place in places if (place.negatives, place.measure) == (negative, name)]
             best = max(here, key=lambda place: place.area.value)
             chosen, rated = _chosen(results, name, positives, others)
-            body.append([name, best.timestep, best.tap, best.pool, _shown(best.area), chosen, rated])
+            body.append([name, best.timestep, best.tap, best.pool, best.area.text(), chosen, rated])
         lines += [f"## Against {negative.replace('_', ' ')}", "", markdown(head, body), ""]
     if places:
         lines += [
@@ -181,12 +175,9 @@ def report(results: xr.Dataset, places: Sequence[Place]) -> str:
 
 def write_maps(out: str | Path, results: xr.Dataset, places: Sequence[Place]) -> list[Path]:
     """Write ``map.csv``, a line for each place, and ``summary.md``; returns their paths."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*Place._fields[:-1], "area", "area_low", "area_high"])
-    writer.writerows([*place[:-1], *place.area] for place in places)
+    head = [*Place._fields[:-1], "area", "area_low", "area_high"]
     files = [Path(out) / "map.csv", Path(out) / "summary.md"]
-    write_text(files[0], text.getvalue())
+    write_text(files[0], csv_text(head, ([*place[:-1], *place.area] for place in places)))
     write_text(files[1], report(results, places))
     return files
 
@@ -222,16 +213,13 @@ def _measures(
 
 def _pairs(results: xr.Dataset) -> list[tuple[str, Int[np.ndarray, " n"], Int[np.ndarray, " m"]]]:
     """Groups of others, with the numbers of memorized images and of theirs."""
-    groups = results.group.values
-    finite = np.all([np.isfinite(results[name].values).all((1, 2, 3)) for name in MEASURES], axis=0)
-    positives = np.flatnonzero(np.isin(groups, MEMBERS) & finite)
-    found = [(name, np.flatnonzero((groups == name) & finite)) for name in ("train", "held_out", "others")]
-    return [(name, positives, others) for name, others in found if min(len(positives), len(others)) >= 2]
+    positives, groups = sides(results, MEASURES)
+    return [(name, positives, others) for name, others in groups.items() if min(len(positives), len(others)) >= 2]
 
 
 def _scores(results: xr.Dataset, name: str) -> list[tuple[tuple[int, str, str], Float[np.ndarray, " n"]]]:
     """A measure at every place, oriented."""
-    values = SIGNS.get(name, 1) * results[name].transpose("timestep", "tap", "pool", "image").values.astype(float)
+    values = DETECTORS[name].sign * results[name].transpose("timestep", "tap", "pool", "image").values.astype(float)
     labels = itertools.product(*(results[dim].values.tolist() for dim in ("timestep", "tap", "pool")))
     return list(zip(labels, values.reshape(-1, values.shape[-1]), strict=True))
 
@@ -246,8 +234,4 @@ def _chosen(
         [f"t = {t}, {tap}, {pool}" for t, tap, pool in places], np.stack(values), positives, others
     )
     choice = choose(choosing)
-    return choice.option, _shown(auroc_interval(*score(scoring, choice)))
-
-
-def _shown(area: Estimate) -> str:
-    return f"{area.value:.3f} ({area.low:.3f} to {area.high:.3f})"
+    return choice.option, auroc_interval(*score(scoring, choice)).text()

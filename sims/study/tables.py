@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-__all__ = ["markdown", "mean_and_error", "standard_error"]
+__all__ = ["csv_text", "markdown", "mean_and_error", "standard_error"]
 
 
 def markdown(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
@@ -20,6 +22,15 @@ def markdown(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
             raise ValueError(f"a row has {len(row)} cells under {len(head)} heads: {list(row)}.")
         lines.append(_line(row))
     return "\n".join(lines)
+
+
+def csv_text(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
+    """A table as CSV. Text that a spreadsheet would run as a formula begins with an apostrophe."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows([[f"'{v}" if isinstance(v, str) and v[:1] in "=+@" else v for v in row] for row in rows])
+    return text.getvalue()
 
 
 def standard_error(values: Float[np.ndarray, "*n"]) -> tuple[float, float]:
