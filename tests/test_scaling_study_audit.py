@@ -144,7 +144,7 @@ def test_what_changed_against_an_earlier_audit():
 
 def test_the_page_holds_everything_and_no_name_is_markup(rows):
     setting = AuditSetting()
-    training = training_of(rows)._replace(name=lambda i: "<b>|x")
+    training = training_of(rows)._replace(name=lambda i: "<b>|x---y")
     images = ("sample", "channel", "height", "width"), rows[3:4]
     drawn = xr.Dataset(
         {"nearest": ("sample", [3]), "distance": ("sample", [0.0]), "second": ("sample", [9.0]), "images": images}
@@ -152,6 +152,8 @@ def test_the_page_holds_everything_and_no_name_is_markup(rows):
     found = audit.conclude(drawn, training, setting)
     page = audit_report.page(found, drawn, training)
     assert html.escape("<b>") in page
+    # Dashes in a name are no line of a table.
+    assert "x---y" in page
     assert "<b>" not in page
     assert 'src="data:image/png;base64,' in page
 

@@ -152,9 +152,8 @@ def _tag(block: str) -> str:
     if block.startswith("#"):
         level = len(block) - len(block.lstrip("#"))
         return f"<h{level}>{html.escape(block.lstrip('# ').strip())}</h{level}>"
-    lines = block.splitlines()
-    head, *rows = [
-        [html.escape(cell.strip()) for cell in line.strip("|").split(" | ")] for line in lines if "---" not in line
+    head, _, *rows = [
+        [html.escape(cell.strip()) for cell in line.strip("|").split(" | ")] for line in block.splitlines()
     ]
     cells = "".join(f"<th>{cell}</th>" for cell in head)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
