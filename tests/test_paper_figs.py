@@ -22,8 +22,8 @@ def run(*argv):
     return cli._run(cli._parse(["paper_figs", *map(str, argv)]))
 
 
-# Two figures examine deep networks; one of them stays in the default suite.
-FIGURES = [pytest.param(n, marks=pytest.mark.slow) if n.startswith("deep") else n for n in cli.FIGURES]
+# These compile deep networks.
+FIGURES = [pytest.param(n, marks=pytest.mark.slow) if n.startswith(("deep", "detection")) else n for n in cli.FIGURES]
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -230,6 +230,7 @@ def test_figures_of_two_layers_name_n_sigma_and_the_regime_of_their_numbers(name
     assert texts.count(trained.caption) == len(cases)
 
 
+@pytest.mark.slow
 def test_detectors_of_a_run_are_drawn_as_they_are_rated(tmp_path, capsys):
     """Areas are those of the run's report; a run in which nothing is known rates nothing."""
     out = tmp_path / "run"
