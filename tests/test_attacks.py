@@ -44,6 +44,10 @@ COMMANDS = {
         "digits-10 --train digits --num 4 --layers mid_block --timesteps 50 --batch-size 4 --quiet",
         ["spec.json", "results.zarr", "map.csv", "summary.md"],
     ),
+    "scaling stress": (
+        "digits --train digits --num 8 --layers mid_block --timesteps 50 --pools max --draws 1 --sigma 1 --quiet",
+        ["spec.json", "results.zarr", "loss", "variants", "stress.csv", "summary.md", "alterations.png"],
+    ),
     "scaling audit": (
         "digits-10 --train digits --samples 4 --steps 2 --batch-size 4 --detectors std --scored 4 --quiet",
         ["spec.json", "results.zarr", "scores", "audit.json", "audit.md", "audit.html"],
@@ -251,10 +255,15 @@ def undisturbed(tmp_path_factory):
 
 
 QUICK = ("sims train", "scaling sample")
-# A demo is a sweep. Each of the others takes minutes. The two series share their loop, and audits and maps
-# write runs and text as `detect` does: of all these `detect` and one series are damaged and short of space.
+# A demo is a sweep, and `stress` many runs of `ablate` and `detect`. Each of the others takes minutes. The two series
+# share their loop, and audits and maps write runs and text as `detect` does: of all these `detect` and one series are
+# damaged and short of space.
 COMPOSED = ("scaling transition", "scaling audit", "scaling ablate")
-EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in COMMANDS if name != "sims demo"]
+EACH = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name in COMMANDS
+    if name not in ("sims demo", "scaling stress")
+]
 SIMPLE = [case for case in EACH if case.values[0] not in COMPOSED]
 ATTACKS = [
     pytest.param(attack, *case.values, marks=case.marks)

@@ -247,8 +247,8 @@ def test_help_explains_every_flag_with_its_range(capsys):
     assert stopped.value.code == 0
     assert "from 1 to T" in capsys.readouterr().out
     assert COMMANDS == (
-        "inspect", "extract", "sample", "jacobian", "detect", "ablate", "audit", "train", "transition", "duplication",
-        "zoo",
+        "inspect", "extract", "sample", "jacobian", "detect", "ablate", "stress", "audit", "train", "transition",
+        "duplication", "zoo",
     )  # fmt: skip
     for name in COMMANDS:
         parser = argparse.ArgumentParser()

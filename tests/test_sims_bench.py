@@ -54,7 +54,7 @@ def test_every_row_of_sweeps_at_tiny_sizes(tmp_path):
     per_cell = rows["linear_cells"]["notes"]["per_cell_s"]
     assert list(per_cell) == ["10", "20"]
     assert per_cell["20"] == rows["linear_cells"]["ours_s"]
-    # Both sides are processes of ours, so this row never lacks a rival; where other work runs, it gives no ratio and says why.
+    # Both sides are processes of ours, so this row never lacks a rival; on a busy machine it gives no ratio.
     devices = rows["devices_2"]
     assert devices["rival_s"] > 0
     if "busy" in devices["notes"]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sims.study.tables import markdown, mean_and_error, standard_error
+from sims.study.tables import csv_text, markdown, mean_and_error, standard_error
 
 
 def test_a_table_has_a_head_a_rule_and_rows():
@@ -22,3 +22,7 @@ def test_the_standard_error_is_of_the_finite_values():
     assert mean_and_error(np.array([0.12345, np.nan])) == "0.123"
     assert mean_and_error(np.full((2, 2), np.nan)) == "not defined"
     assert mean_and_error(np.array([]), missing="-") == "-"
+
+
+def test_formulas_are_text_in_csv_and_empty_text_is_empty():
+    assert csv_text(["a", "b"], [["=1+1", ""], ["@x", "-1"]]) == "a,b\n'=1+1,\n'@x,-1\n"

@@ -7,6 +7,7 @@ COMMANDS = (
     "jacobian",
     "detect",
     "ablate",
+    "stress",
     "audit",
     "train",
     "transition",

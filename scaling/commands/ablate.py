@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 from scaling.commands import options
-from sims.flags import parse_ints, parse_names
 
 __all__ = ["SUMMARY", "add_flags", "run"]
 
@@ -17,26 +16,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     options.add_sources(parser, prompts=False)
     add = parser.add_argument_group("the map").add_argument
-    add(
-        "--layers",
-        default="all",
-        metavar="NAME,...",
-        help="modules whose activations to read, as `inspect` lists them (default: all that have positions or tokens)",
-    )
-    add(
-        "--timesteps",
-        type=parse_ints,
-        default=(10, 50, 200),
-        metavar="T,...",
-        help="timesteps of the noise, from 0 to T - 1 (default: 10,50,200)",
-    )
-    add(
-        "--pools",
-        type=parse_names,
-        default=("max", "mean"),
-        metavar="NAME,...",
-        help="how to pool over positions: max, mean (default: both)",
-    )
+    options.add_places(add)
     options.add_pipeline_run(parser, batch_size=32)
 
 
@@ -55,9 +35,7 @@ def run(args: argparse.Namespace) -> None:
             pipeline,
             join(parts),
             args.out,
-            taps=() if args.layers == "all" else args.layers.split(","),
-            timesteps=args.timesteps,
-            pools=args.pools,
+            **options.places_of(args),
             seed=args.seed,
             batch_size=args.batch_size,
             provenance={"paths": {name: getattr(args, name) for name in ("model", "train", "images")}},

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from scaling.study.settings import ExaminationSetting
 from scaling.training.spec import TrainSpec
 from sims.data.folders import with_options
-from sims.flags import given, parse_out
+from sims.flags import given, parse_ints, parse_names, parse_out
 
 if TYPE_CHECKING:
     from scaling.bridge.loading import Pipeline
@@ -22,6 +22,7 @@ __all__ = [
     "add_model",
     "add_output",
     "add_pipeline_run",
+    "add_places",
     "add_series_run",
     "add_skip_bad",
     "add_sources",
@@ -30,6 +31,7 @@ __all__ = [
     "items_of",
     "load",
     "membership_of",
+    "places_of",
     "record_of",
     "training_of",
 ]
@@ -83,8 +85,8 @@ def add_skip_bad(add: Any) -> None:
     add("--skip-bad", action="store_true", help="skip files of a folder that cannot be read or differ in size")
 
 
-def add_sources(parser: argparse.ArgumentParser, *, prompts: bool = True) -> None:
-    """Add the images, with what is known of them, and with ``prompts`` their prompts."""
+def add_sources(parser: argparse.ArgumentParser, *, prompts: bool = True, num: int = 100) -> None:
+    """Add the images, ``num`` of each group by default, with what is known of them, and with ``prompts`` prompts."""
     add = parser.add_argument_group("what to score").add_argument
     add(
         "--train",
@@ -93,7 +95,7 @@ def add_sources(parser: argparse.ArgumentParser, *, prompts: bool = True) -> Non
         "membership.json are scored, and the nearest training image of every image is found; without a "
         "membership.json all of it counts as training data",
     )
-    add("--num", type=int, default=100, metavar="N", help="images >= 1 of each of these groups (default: 100)")
+    add("--num", type=int, default=num, metavar="N", help=f"images >= 1 of each of these groups (default: {num})")
     add("--images", metavar="SOURCE", help=f"images of which nothing is known: {KINDS}")
     add("--known-members", metavar="SOURCE", help="images that are known to be memorized")
     add("--known-others", metavar="SOURCE", help="images that are known not to be")
@@ -105,6 +107,36 @@ def add_sources(parser: argparse.ArgumentParser, *, prompts: bool = True) -> Non
         )
     add_color(add)
     add_skip_bad(add)
+
+
+def add_places(add: Any) -> None:
+    """Add layers, timesteps and poolings by ``add``, the ``add_argument`` of a parser or group."""
+    add(
+        "--layers",
+        default="all",
+        metavar="NAME,...",
+        help="modules whose activations to read, as `inspect` lists them (default: all that have positions or tokens)",
+    )
+    add(
+        "--timesteps",
+        type=parse_ints,
+        default=(10, 50, 200),
+        metavar="T,...",
+        help="timesteps of the noise, from 0 to T - 1 (default: 10,50,200)",
+    )
+    add(
+        "--pools",
+        type=parse_names,
+        default=("max", "mean"),
+        metavar="NAME,...",
+        help="how to pool over positions: max, mean (default: both)",
+    )
+
+
+def places_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags of :func:`add_places` name, as for :func:`scaling.study.maps.score_maps`."""
+    taps = () if args.layers == "all" else args.layers.split(",")
+    return {"taps": taps, "timesteps": args.timesteps, "pools": args.pools}
 
 
 def add_pipeline_run(parser: argparse.ArgumentParser, *, batch_size: int) -> None:

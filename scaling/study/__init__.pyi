@@ -1,3 +1,4 @@
+from . import alterations as alterations
 from . import audit as audit
 from . import audit_report as audit_report
 from . import detection as detection
@@ -10,6 +11,8 @@ from . import maps as maps
 from . import pictures as pictures
 from . import series as series
 from . import settings as settings
+from . import stress as stress
+from . import stress_report as stress_report
 from .examination import examine as examine
 from .generation import generate as generate
 from .generation import write_pictures as write_pictures

@@ -29,7 +29,8 @@ def csv_text(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(head)
-    writer.writerows([[f"'{v}" if isinstance(v, str) and v[:1] in "=+@" else v for v in row] for row in rows])
+    runs = ("=", "+", "@")
+    writer.writerows([[f"'{v}" if isinstance(v, str) and v.startswith(runs) else v for v in row] for row in rows])
     return text.getvalue()
 
 
