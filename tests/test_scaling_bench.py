@@ -31,11 +31,13 @@ def command(*arguments, **variables):
 
 @pytest.mark.slow
 def test_the_command_writes_every_field(tmp_path):
-    done = command("--quick", "--repeats", "1", "--json", str(tmp_path / "rows.json"), "--only", "attention_memory")
+    names = ["attention_memory", "detect"]
+    done = command("--quick", "--repeats", "1", "--json", str(tmp_path / "rows.json"), "--only", *names)
     assert done.returncode == 0, done.stderr
-    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    row, detected = json.loads((tmp_path / "rows.json").read_text())
     assert list(row) == FIELDS
-    assert row["name"] == "attention_memory"
+    assert [row["name"], detected["name"]] == names
+    assert detected["ours_s"] > 0
     assert row["notes"]["quick"] is True
     assert row["ratio_median"] == pytest.approx(row["rival_s"] / row["ours_s"])
     assert "| attention_memory |" in done.stdout
@@ -60,6 +62,10 @@ def test_rows_of_small_networks_run_without_the_rival(tmp_path):
         assert 0 < notes["top_error"] <= notes["top_bound"]
         assert notes["time_over_limit"] > 0
     assert rows["jacobian_unet"]["notes"]["top_error"] < 1e-3
+    # Random images have no equal distances, so both searches find the same.
+    assert rows["audit_search"]["notes"]["agreement"] == 1
+    assert rows["audit_search"]["notes"]["images"] == 3000
+    assert rows["detect_all"]["notes"]["network"] == "digits-10"
 
 
 def test_loading_does_no_less_than_its_rival(tmp_path):

@@ -11,8 +11,9 @@ import pytest
 from scaling import zoo
 from scaling.bridge.conditioning import condition_on, null_condition
 from scaling.detection import detectors
-from scaling.detection.detectors import DETECTORS, Batch, DetectionSetting, Detector, applicable, score_batch
+from scaling.detection.detectors import DETECTORS, DetectionSetting, Detector, applicable, score_batch
 from scaling.detection.options import NAMES
+from scaling.detection.probes import Batch, neuron_layers, neurons, usual_neurons
 from scaling.diffusion import schedules
 from scaling.diffusion.denoisers import as_denoiser
 from scaling.diffusion.noise import noise_at
@@ -63,7 +64,7 @@ def test_the_table_has_the_names_of_the_options():
     for detector in DETECTORS.values():
         assert detector.sign in (-1, 1)
         assert detector.passes(DetectionSetting()) >= 1
-        assert {*detector.needs} <= {"image", "prompt", "derivative", "path"}
+        assert {*detector.needs} <= {"image", "prompt", "derivative", "path", "ordinary prompts"}
 
 
 def test_intrinsic_dimension_of_a_gaussian():
@@ -74,6 +75,9 @@ def test_intrinsic_dimension_of_a_gaussian():
     v, apart = np.float64(0.7) ** 2, images.astype(float) - MEAN
     expected = np.sum(VARIANCES / (VARIANCES + v) + v * apart**2 / (VARIANCES + v) ** 2, axis=(1, 2, 3))
     np.testing.assert_allclose(found, expected, rtol=2e-3)
+    exact = dataclasses.replace(setting, probes=16)
+    assert DETECTORS["intrinsic_dimension"].passes(exact) == 33
+    np.testing.assert_allclose(quantity("intrinsic_dimension", exact_batch(images), exact), expected, rtol=2e-3)
 
 
 def test_denoising_error_of_a_gaussian():
@@ -123,6 +127,67 @@ def test_repeated_samples_of_a_point_are_equal_and_of_a_gaussian_are_not():
     assert np.all(point < 0.01)
     assert np.all(wide > 0.1)
     assert np.all(mean >= wide)
+    # All three samples of the point are alike, less their mean distance; none of the wide Gaussian's.
+    np.testing.assert_allclose(quantity("repeats_clique", exact_batch(scale=1e-6), setting), 3, atol=0.01)
+    strict = dataclasses.replace(setting, clique=0.1)
+    np.testing.assert_array_equal(quantity("repeats_clique", exact_batch(), strict), 1)
+
+
+class Drifting(Exact):
+    """Predicts ``config`` times its input plus the context."""
+
+    def __call__(self, params, x, t, *, context=None, capture=(), **others):
+        del params, t, others
+        return self.config * x + context.reshape(-1, *SHAPE), dict.fromkeys(capture, x)
+
+
+def test_noises_that_a_prompt_changes_alike_are_equal():
+    """With ε(x) = x + g all changes are g; with ε(x) = 2 x + g they are x + g, and no two are alike."""
+    setting, batch = DetectionSetting(starts=4), exact_batch()
+    for gain, alike in ((1.0, True), (2.0, False)):
+        drifting = batch.replace(network=Model(None, {}, Drifting("drifting", gain), "{}"))
+        found = quantity("noise_similarity", drifting, setting)
+        assert np.all(np.abs(found - 1) < 1e-4) if alike else np.all(found < 0.9)
+
+
+def standardized(values, usual):
+    mean, spread = (np.asarray(part) for part in usual)
+    return (np.asarray(values) - mean) / spread
+
+
+def test_neurons_are_compared_with_those_of_ordinary_prompts():
+    """Activities are mean absolute products of the weights with the prompt; over the ordinary prompts z-scores have
+    mean 0 and standard deviation 1."""
+    pipeline = zoo.load("captioned-digits")
+    texts = ["the amber bridge", "the brittle castle", "a picture of two", "a picture of seven", "the crimson anchor"]
+    contexts = jnp.concatenate([condition_on(pipeline, text).context for text in texts])
+    ordinary = Condition(context=contexts)
+    network, layers = pipeline.network, neuron_layers(pipeline.network)
+    assert layers[0] == "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v"
+    assert layers[-1] == "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
+    found = neurons(network, ordinary)
+    weight = np.asarray(network.params[f"{layers[0]}.weight"], float)
+    slow = np.abs(np.asarray(contexts, float) @ weight).mean(axis=1)
+    np.testing.assert_allclose(found[layers[0]], slow, rtol=1e-4)
+    usual = usual_neurons(network, ordinary, batch_size=2)
+    for name in layers:
+        z = standardized(found[name], usual[name])
+        np.testing.assert_allclose(z.mean(axis=0), 0, atol=1e-3)
+        np.testing.assert_allclose(z.std(axis=0, ddof=1), 1, rtol=1e-3)
+    batch = Batch(network, pipeline.schedule, jnp.arange(5), None, ordinary, null_condition(pipeline), None, usual)
+    peak = quantity("neuron_peak", batch, DetectionSetting())
+    every = np.concatenate([np.abs(standardized(found[name], usual[name])) for name in layers], axis=1)
+    np.testing.assert_allclose(peak, every.max(axis=1), rtol=1e-4)
+    # Of n values none lies further from their mean than (n - 1)/√n standard deviations.
+    assert np.all(peak <= 4 / np.sqrt(5) + 1e-4)
+    counted = quantity("neuron_count", batch, DetectionSetting(outlier=1.0))
+    np.testing.assert_array_equal(counted, (every > 1).sum(axis=1))
+    names = {detector.name for detector in applicable(pipeline, ordinary=True)}
+    assert names == set(NAMES)
+    with pytest.raises(ValueError, match="at least two ordinary prompts"):
+        usual_neurons(network, Condition(context=contexts[:1]))
+    with pytest.raises(ValueError, match=r"no values of cross-attention"):
+        usual_neurons(zoo.load("digits-10").network, ordinary)
 
 
 def test_the_steps_of_a_path_have_a_peak_above_their_mean():
@@ -173,6 +238,7 @@ def test_what_a_model_supports(digits):
     names = [detector.name for detector in applicable(digits[0])]
     assert names == [name for name in NAMES if "prompt" not in DETECTORS[name].needs]
     assert applicable(digits[0], images=False) == ()
+    assert detectors.check_setting(DetectionSetting(probes=0), digits[0].network, 1000).probes == 64
     assert digits[1].taps == ("up_blocks.0.resnets.0", "up_blocks.0.resnets.1")
     assert detectors.default_taps(zoo.load("fashion-dit").network)[0] == "transformer_blocks.0"
 
@@ -189,6 +255,9 @@ def test_a_detector_of_ones_own_is_one_more_row(digits):
     [
         ({"draws": 0}, "draws"),
         ({"steps": 1}, "steps"),
+        ({"starts": 1}, "starts"),
+        ({"clique": 1.5}, "clique must be positive and at most 1"),
+        ({"outlier": 0.0}, "outlier"),
         ({"sigmas": ()}, "at least one noise level"),
         ({"sigmas": (0.0,)}, "sigmas"),
         ({"high": 1.0}, "a share of T"),

@@ -1,6 +1,7 @@
 """Scores of images and prompts on Gaussians and point masses, where their values are known."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 import scaling
 from dae_theory import empirical_denoiser, gaussian_denoiser
 from scaling import detection
+from scaling.detection import scores
 
 EIGENVALUES = np.array([4.0, 1.0, 0.25, 0.0, 0.0, 0.0])
 COVARIANCE = np.diag(EIGENVALUES)
@@ -156,6 +158,61 @@ def test_the_distance_of_tiles(key):
     np.testing.assert_allclose(detection.tile_distance(a, corner), 1, rtol=1e-12)
     with pytest.raises(ValueError, match="tiles = 5 must divide"):
         detection.tile_distance(a, b, tiles=5)
+
+
+def test_structural_similarity_is_that_of_scikit_image(key):
+    """On one scale."""
+    metrics = pytest.importorskip("skimage.metrics")
+    for side in (11, 21):
+        a, b = (jax.random.uniform(k, (3, side, side)) for k in jax.random.split(jax.random.fold_in(key, side)))
+        b = 0.7 * a + 0.3 * b
+        how = {"gaussian_weights": True, "use_sample_covariance": False, "data_range": 1.0, "channel_axis": 0}
+        expected = metrics.structural_similarity(np.asarray(a), np.asarray(b), **how)
+        np.testing.assert_allclose(detection.structural_similarity(a, b), expected, rtol=1e-9)
+        np.testing.assert_allclose(detection.structural_similarity(a, a), 1, rtol=1e-9)
+
+
+def test_scales_of_similarity_are_averaged_geometrically(key):
+    """Three scales on 44 pixels: contrast on the first two, contrast and luminance on the last."""
+    first, second = (jax.random.uniform(k, (1, 44, 44)) for k in jax.random.split(key))
+    a, b, values = first, 0.5 * first + 0.5 * second, []
+    for scale in range(3):
+        contrast, both = scores._similarities(a, b, 11)
+        values.append(float(jnp.mean(both if scale == 2 else contrast)))
+        half = 44 // 2 ** (scale + 1)
+        a, b = (x[:, : 2 * half, : 2 * half].reshape(1, half, 2, half, 2).mean((2, 4)) for x in (a, b))
+    found = detection.structural_similarity(first, 0.5 * first + 0.5 * second)
+    np.testing.assert_allclose(found, np.prod(values) ** (1 / 3), rtol=1e-12)
+    np.testing.assert_allclose(detection.structural_similarity(first, first), 1, rtol=1e-12)
+
+
+def test_luminance_counts_at_the_last_scale_alone():
+    """Two constant images: contrast is 1, and what remains is (2ab + C₁)/(a² + b² + C₁)."""
+    a, b = jnp.full((1, 8, 8), 0.2), jnp.full((1, 8, 8), 0.6)
+    expected = (2 * 0.2 * 0.6 + 1e-4) / (0.04 + 0.36 + 1e-4)
+    np.testing.assert_allclose(detection.structural_similarity(a, b), expected, rtol=1e-9)
+
+
+def test_the_largest_clique_is_that_of_all_subsets(key):
+    """Against every subset of seven samples; samples that are all equal are one clique."""
+    points = np.asarray(jax.random.uniform(key, (7, 2)))
+    distances = np.linalg.norm(points[:, None] - points[None], axis=-1)
+    threshold = 0.5
+    best = 1.0
+    for size in range(2, 8):
+        for some in itertools.combinations(range(7), size):
+            apart = [distances[i, j] for i, j in itertools.combinations(some, 2)]
+            if max(apart) < threshold:
+                best = max(best, size - np.mean(apart))
+    assert detection.largest_clique(distances, threshold) == pytest.approx(best, rel=1e-12)
+    assert detection.largest_clique(np.zeros((4, 4)), 0.1) == 4
+    assert detection.largest_clique(1 - np.eye(4), 0.1) == 1
+    with pytest.raises(ValueError, match="threshold must be positive and at most 1, got 2"):
+        detection.largest_clique(distances, 2.0)
+
+
+def test_the_activity_of_a_neuron_is_its_mean_size_over_tokens():
+    np.testing.assert_array_equal(detection.neuron_activity(jnp.array([[1.0, -2.0], [-3.0, 0.0]])), [2, 1])
 
 
 def test_a_network_of_the_zoo_is_scored_as_a_closed_form_is(key):

@@ -14,10 +14,13 @@ row                  ours                                           rival
 ``train_step``       one step of training a small UNet              diffusers' with torch.optim.Adam
 ``jacobian_900``     a whole Jacobian, 900x900, of 20 convolutions  ``torch.func.jacrev`` in chunks
 ``jacobian_unet``    the same of the zoo's UNet of digits, 64x64    the same of diffusers'
+``detect``           the std of one image's codes at that layer     diffusers' full pass with a hook on it
+``detect_all``       all detectors of images on the zoo's digits    none
+``audit_search``     1,000 nearest neighbors among 60,000 images    blocked products of matrices in numpy
 ==================== ============================================== ===============================================
 
-The first five are about the UNet of Stable Diffusion 1.4. The notes of a row hold its other measurements, among them
-peaks of memory, each from a process of its own, and bytes of temporaries.
+The first five and ``detect`` are about the UNet of Stable Diffusion 1.4. The notes of a row hold its other
+measurements, among them peaks of memory, each from a process of its own, and bytes of temporaries.
 """
 
 from __future__ import annotations
@@ -45,10 +48,13 @@ ROWS = {
     "train_step": "training.train_step",
     "jacobian_900": "jacobian.jacobian_900",
     "jacobian_unet": "jacobian.jacobian_unet",
+    "detect": "detection.detect",
+    "detect_all": "detection.detect_all",
+    "audit_search": "detection.audit_search",
 }
 """Rows in the order in which they run, each with its module and function, which are imported when they run."""
 
-SMALL = {"train_step", "jacobian_900", "jacobian_unet"}
+SMALL = {"train_step", "jacobian_900", "jacobian_unet", "detect_all", "audit_search"}
 """Rows that do not use the UNet of Stable Diffusion."""
 WITHOUT_WEIGHTS = {"compile", "attention_memory"} | SMALL
 """Rows that do not need its weights."""

@@ -20,7 +20,7 @@ from scaling.models.layers import QUERY_CHUNK, attention
 from scaling.models.model import initialize, parse_config
 from sims.bench.timing import Row, apart, compare, peak_memory, row, seconds, temporaries
 
-__all__ = ["DETECTOR_TAP", "attention_memory", "compilation", "extract", "forward", "load", "write_network"]
+__all__ = ["DETECTOR_TAP", "attention_memory", "compilation", "extract", "forward", "hooked", "load", "write_network"]
 
 DETECTOR_TAP = "up_blocks.0.resnets.2.nonlinearity"
 COMPILATION = "/jax/core/compile/backend_compile_duration"
@@ -80,11 +80,7 @@ def extract(bench: Bench) -> Row:
         return model.apply(params, *inputs, capture=(DETECTOR_TAP,))[1][DETECTOR_TAP]
 
     def theirs() -> Any:
-        outputs = []
-        hook = module.get_submodule(DETECTOR_TAP).register_forward_hook(lambda _module, _args, out: outputs.append(out))
-        _torch_pass(module, *inputs)
-        hook.remove()
-        return outputs[-1]
+        return hooked(module, DETECTOR_TAP, *inputs)
 
     notes: dict[str, Any] = {"tap": DETECTOR_TAP}
     if module is not None:
@@ -97,6 +93,15 @@ def extract(bench: Bench) -> Row:
         bench.repeats,
         notes=notes,
     )
+
+
+def hooked(module: Any, tap: str, *inputs: np.ndarray) -> Any:
+    """The last output of a layer of the PyTorch module, from a full pass with a hook."""
+    outputs = []
+    hook = module.get_submodule(tap).register_forward_hook(lambda _module, _args, out: outputs.append(out))
+    _torch_pass(module, *inputs)
+    hook.remove()
+    return outputs[-1]
 
 
 def attention_memory(bench: Bench) -> Row:

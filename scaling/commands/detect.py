@@ -32,6 +32,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="share of others above the threshold, from 0 to below 1 (default: 0.01)",
     )
+    add(
+        "--ordinary-prompts",
+        metavar="FILE",
+        help="prompts that are not memorized, with whose neurons those of the items are compared; formats as --prompts",
+    )
     add_fields(parser, DetectionSetting)
     options.add_pipeline_run(parser, batch_size=32)
 
@@ -41,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     from scaling.detection.detectors import check_setting
     from scaling.measures.copies import find_copies
     from scaling.study import detection, detection_report
-    from scaling.study.items import join
+    from scaling.study.items import join, read_prompts
     from sims.store.files import claim_run
     from sims.terminal import Bar
 
@@ -55,7 +60,9 @@ def run(args: argparse.Namespace) -> None:
         DetectionSetting(**given(args, DetectionSetting)), pipeline.network, pipeline.schedule.num_train_timesteps
     )
     names: Any = "all" if args.detectors == "all" else args.detectors.split(",")
-    chosen = detection.resolve(names, pipeline, images=items.images is not None, prompts=bool(items.prompts))
+    ordinary = [prompt.text for prompt in read_prompts(args.ordinary_prompts)] if args.ordinary_prompts else []
+    given_here = {"images": items.images is not None, "prompts": bool(items.prompts), "ordinary": bool(ordinary)}
+    chosen = detection.resolve(names, pipeline, **given_here)
     nearest = None if train is None or items.images is None else find_copies(items.images, train)
     with Bar(args.quiet, "items") as bar:
         results = detection.score_items(
@@ -64,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
             args.out,
             detectors=chosen,
             setting=setting,
+            ordinary=ordinary,
             seed=args.seed,
             batch_size=args.batch_size,
             provenance={"paths": {name: getattr(args, name) for name in ("model", "train", "images")}},

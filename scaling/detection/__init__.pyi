@@ -1,5 +1,6 @@
 from . import detectors as detectors
 from . import evaluation as evaluation
+from . import probes as probes
 from . import scores as scores
 from . import selection as selection
 from .detectors import DETECTORS as DETECTORS
@@ -19,7 +20,10 @@ from .scores import denoising_error as denoising_error
 from .scores import guidance_difference as guidance_difference
 from .scores import intrinsic_dimension as intrinsic_dimension
 from .scores import intrinsic_dimension_estimate as intrinsic_dimension_estimate
+from .scores import largest_clique as largest_clique
+from .scores import neuron_activity as neuron_activity
 from .scores import sharpness as sharpness
+from .scores import structural_similarity as structural_similarity
 from .scores import tile_distance as tile_distance
 from .selection import choose as choose
 from .selection import score as score

@@ -24,6 +24,10 @@ NAMES = (
     "update_peak",
     "repeats_nearest",
     "repeats_mean",
+    "repeats_clique",
+    "noise_similarity",
+    "neuron_peak",
+    "neuron_count",
 )
 """Names of the detectors, in the order of :data:`scaling.detection.detectors.DETECTORS`."""
 
@@ -55,7 +59,9 @@ class DetectionSetting:
     dimension_sigma: float = flag(
         0.1, "positive noise level of the local intrinsic dimension", group=GROUP, metavar="S"
     )
-    probes: int = flag(8, "random directions >= 1 of its trace", group=GROUP, metavar="N")
+    probes: int = flag(
+        8, "random directions of its trace; 0, or as many as an image has values: exact", group=GROUP, metavar="N"
+    )
     noises: int = flag(1, "starting noises >= 1 per prompt", group=GROUP, metavar="N")
     high: float = flag(
         0.981,
@@ -70,3 +76,8 @@ class DetectionSetting:
     guidance: float = flag(7.5, "guidance of these paths; 1: none", group=GROUP, metavar="W")
     generations: int = flag(4, "samples >= 2 per prompt that are compared with one another", group=GROUP, metavar="N")
     tiles: int = flag(4, "tiles >= 1 along each side in that comparison", group=GROUP, metavar="N")
+    clique: float = flag(
+        0.15, "positive distance below which two of these samples count as alike", group=GROUP, metavar="D"
+    )
+    starts: int = flag(10, "starting noises >= 2 whose predicted noises are compared", group=GROUP, metavar="N")
+    outlier: float = flag(5.0, "positive z-score above which a neuron is counted", group=GROUP, metavar="Z")

@@ -18,6 +18,8 @@ from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import networkx as nx
+import numpy as np
 from jaxtyping import Array, Float
 
 from dae_theory.checks import check_integer, check_positive
@@ -32,12 +34,19 @@ __all__ = [
     "guidance_difference",
     "intrinsic_dimension",
     "intrinsic_dimension_estimate",
+    "largest_clique",
+    "neuron_activity",
     "sharpness",
+    "structural_similarity",
     "tile_distance",
 ]
 
 NoisePrediction: TypeAlias = Callable[[Array], Array]
 """Predicted noise ``x -> ε`` at one timestep and for one prompt."""
+
+
+WINDOW, WINDOW_SCALES = 11, 3
+"""Pixels of a window of :func:`structural_similarity`, and the most scales."""
 
 
 class Anisotropy(NamedTuple):
@@ -172,3 +181,77 @@ def tile_distance(first: Float[Array, "c h w"], second: Float[Array, "c h w"], *
         raise ValueError(f"tiles = {tiles} must divide the image's {h} x {w} pixels.")
     squares = jnp.square(first - second).reshape(c, tiles, h // tiles, tiles, w // tiles)
     return jnp.sqrt(jnp.max(jnp.mean(squares, axis=(0, 2, 4))))
+
+
+def structural_similarity(first: Float[Array, "c h w"], second: Float[Array, "c h w"]) -> Float[Array, ""]:
+    r"""Similarity of two images in [0, 1] over M scales :cite:`wang03`, at most 1, which equal images have.
+
+    .. math:: \Big(\prod_{j=1}^{M} \mathrm{mean}\, s_j\Big)^{1/M}, \qquad
+              s_j = \frac{2 \sigma_{ab} + C_2}{\sigma_a^2 + \sigma_b^2 + C_2}, \qquad
+              s_M \to s_M\, \frac{2 \mu_a \mu_b + C_1}{\mu_a^2 + \mu_b^2 + C_1}
+
+    Means, variances and the covariance are of Gaussian windows of 11 pixels (standard deviation 1.5) inside the image;
+    each scale averages pairs of pixels of the one before; :math:`C_1 = 0.01^2, C_2 = 0.03^2`. M is the largest number
+    up to 3 that leaves 11 pixels. With M = 1 it is the plain index :cite:`wang04`, whose window shrinks to smaller
+    images; with more scales, negative means count as 0.
+    """
+    side = min(first.shape[1:])
+    count = max(1, min(WINDOW_SCALES, 1 + int(np.log2(max(side / WINDOW, 1)))))
+    size = WINDOW if side >= WINDOW else side - (side + 1) % 2
+    values = []
+    for scale in range(count):
+        contrast, both = _similarities(first, second, size)
+        values.append(jnp.mean(both if scale == count - 1 else contrast))
+        if scale < count - 1:
+            first, second = (_halved(image) for image in (first, second))
+    if count == 1:
+        return values[0]
+    return jnp.prod(jnp.maximum(jnp.stack(values), 0)) ** (1 / count)
+
+
+def neuron_activity(values: Float[Array, "tokens channels"]) -> Float[Array, " channels"]:
+    r"""Mean absolute value over tokens of a layer that sees the prompt alone :cite:`hintersdorf24`, eq. (2).
+
+    Its distance from the mean over ordinary prompts, in their standard deviations, is the score of a neuron.
+    """
+    return jnp.mean(jnp.abs(values), axis=0)
+
+
+def largest_clique(distances: Float[np.ndarray, "k k"], threshold: float) -> float:
+    r"""Size of the largest set of samples that are all closer than ``threshold`` to one another :cite:`carlini23`.
+
+    Less the mean distance inside that set, the smallest among sets of that size, by which the source ranks prompts of
+    equal size: :math:`|Q| - \bar d_Q`, so ``threshold`` must be at most 1. A single sample has 1. ``distances`` are
+    symmetric. Exact; exponential in k at worst.
+    """
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold must be positive and at most 1, got {threshold}.")
+    close = np.triu(distances < threshold, 1)
+    graph = nx.from_edgelist(np.argwhere(close).tolist())
+    found = [1.0]
+    for clique in nx.find_cliques(graph):
+        pairs = distances[np.ix_(clique, clique)][np.triu_indices(len(clique), 1)]
+        found.append(len(clique) - float(pairs.mean()))
+    return max(found)
+
+
+def _similarities(
+    first: Float[Array, "c h w"], second: Float[Array, "c h w"], size: int
+) -> tuple[Float[Array, "c i j"], Float[Array, "c i j"]]:
+    """Contrast and structure at every window, and the same times luminance."""
+    offsets = np.arange(size) - (size - 1) / 2
+    line = np.exp(-(offsets**2) / (2 * 1.5**2))
+    window = jnp.asarray(np.outer(line, line) / line.sum() ** 2, first.dtype)
+
+    def mean(x: Float[Array, "c h w"]) -> Float[Array, "c i j"]:
+        return jax.vmap(lambda channel: jax.scipy.signal.convolve2d(channel, window, mode="valid"))(x)
+
+    a, b = mean(first), mean(second)
+    variances = mean(first * first) - a * a + mean(second * second) - b * b
+    contrast = (2 * (mean(first * second) - a * b) + 0.03**2) / (variances + 0.03**2)
+    return contrast, contrast * (2 * a * b + 0.01**2) / (a * a + b * b + 0.01**2)
+
+
+def _halved(x: Float[Array, "c h w"]) -> Float[Array, "c i j"]:
+    c, h, w = x.shape
+    return jnp.mean(x[:, : h // 2 * 2, : w // 2 * 2].reshape(c, h // 2, 2, w // 2, 2), axis=(2, 4))

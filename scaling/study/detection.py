@@ -21,14 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dae_theory.checks import check_integer, check_seed
 from scaling.bridge.conditioning import condition_on, null_or_none, stacked
 from scaling.bridge.identity import identify
 from scaling.bridge.latents import to_latents
 from scaling.bridge.loading import Pipeline
-from scaling.detection.detectors import DETECTORS, Batch, Detector, applicable, check_setting, score_batch
+from scaling.detection.detectors import DETECTORS, Detector, applicable, check_setting, score_batch
 from scaling.detection.evaluation import (
     Detection,
     Estimate,
@@ -37,6 +37,7 @@ from scaling.detection.evaluation import (
     detection_rate,
 )
 from scaling.detection.options import NAMES, DetectionSetting
+from scaling.detection.probes import Batch, usual_neurons
 from scaling.detection.selection import choose, score, split
 from scaling.models.model import Condition
 from scaling.study.items import MEMBERS, OTHERS, Items
@@ -64,13 +65,18 @@ class Row(NamedTuple):
 
 
 def resolve(
-    detectors: str | Sequence[str | Detector], pipeline: Pipeline, *, images: bool, prompts: bool
+    detectors: str | Sequence[str | Detector],
+    pipeline: Pipeline,
+    *,
+    images: bool,
+    prompts: bool,
+    ordinary: bool = False,
 ) -> tuple[Detector, ...]:
     """Detectors by name; "all" are those for which the pipeline and what is given suffice.
 
     ``ValueError`` for unknown names, and for detectors that the model or the data cannot support.
     """
-    able = applicable(pipeline, images=images, prompts=prompts)
+    able = applicable(pipeline, images=images, prompts=prompts, ordinary=ordinary)
     if detectors == "all":
         return able
     chosen = []
@@ -82,10 +88,7 @@ def resolve(
             raise ValueError(f"unknown detector {each!r}; known are {', '.join(NAMES)}.")
         found = [detector for detector in able if detector.name == each]
         if not found:
-            raise ValueError(
-                f"{each} needs what is missing here: it takes "
-                f"{'a prompt for each item and a model that reads text' if _of_prompts(each) else 'images'}; omit it."
-            )
+            raise ValueError(f"{each} needs what is missing here: it takes {_needs(each)}; omit it.")
         chosen += found
     if len({detector.name for detector in chosen}) < len(chosen) or not chosen:
         raise ValueError("name each detector once, and at least one.")
@@ -99,6 +102,7 @@ def score_items(
     *,
     detectors: str | Sequence[str | Detector] = "all",
     setting: DetectionSetting | None = None,
+    ordinary: Sequence[str] = (),
     seed: int = 0,
     batch_size: int = 32,
     provenance: Mapping[str, Any] | None = None,
@@ -116,6 +120,7 @@ def score_items(
         out: folder of the run.
         detectors: "all", names, or entries of one's own.
         setting: where and how much they compute.
+        ordinary: prompts that are not memorized, with whose neurons those of the items are compared.
         seed: of all noise.
         batch_size: items at a time.
         provenance: recorded beside the environment.
@@ -126,7 +131,9 @@ def score_items(
     """
     schedule = pipeline.schedule
     setting = check_setting(setting or DetectionSetting(), pipeline.network, schedule.num_train_timesteps)
-    chosen = resolve(detectors, pipeline, images=items.images is not None, prompts=bool(items.prompts))
+    chosen = resolve(
+        detectors, pipeline, images=items.images is not None, prompts=bool(items.prompts), ordinary=bool(ordinary)
+    )
     key = jax.random.key(check_seed("seed", seed))
     size = min(check_integer("batch_size", batch_size, minimum=1), len(items.groups))
     shape = None if items.images is None else (items.images.shape[2], items.images.shape[3])
@@ -136,6 +143,12 @@ def score_items(
     def conditioned(prompt: str) -> Condition:
         return condition_on(pipeline, prompt, size=shape)
 
+    @functools.cache
+    def usual() -> dict[str, tuple[Array, Array]] | None:
+        if not any("ordinary prompts" in detector.needs for detector in chosen):
+            return None
+        return usual_neurons(pipeline.network, stacked([condition_on(pipeline, text, size=shape) for text in ordinary]))
+
     def compute(rows: Int[np.ndarray, " b"]) -> dict[str, np.ndarray]:
         images = None
         if items.images is not None:
@@ -143,7 +156,7 @@ def score_items(
             images = images if pipeline.vae is None else _encode(pipeline.vae, images)
         own = [conditioned(items.prompts[row].text) for row in rows] if items.prompts else [unconditional]
         numbers = jnp.asarray(rows)
-        batch = Batch(pipeline.network, schedule, numbers, images, stacked(own), unconditional, pipeline.vae)
+        batch = Batch(pipeline.network, schedule, numbers, images, stacked(own), unconditional, pipeline.vae, usual())
         begin = time.perf_counter()
         values = score_batch(key, batch, chosen, setting)
         spent = (time.perf_counter() - begin) / len(rows)
@@ -159,6 +172,8 @@ def score_items(
         "setting": json.loads(json.dumps(dataclasses.asdict(setting))),
         "seed": seed,
     }
+    if ordinary:
+        spec["ordinary"] = list(ordinary)
     fill(out, spec, _template(items, chosen, setting), size, compute, provenance=provenance, on_batch=on_batch)
     return store.load(out)
 
@@ -258,8 +273,11 @@ def sides(results: xr.Dataset, names: Iterable[str]) -> tuple[Int[np.ndarray, " 
     return np.flatnonzero(np.isin(groups, MEMBERS) & finite), others
 
 
-def _of_prompts(name: str) -> bool:
-    return "prompt" in DETECTORS[name].needs
+def _needs(name: str) -> str:
+    needs = DETECTORS[name].needs
+    if "ordinary prompts" in needs:
+        return "prompts, ordinary ones to compare with (--ordinary-prompts) and a UNet that reads text"
+    return "a prompt for each item and a model that reads text" if "prompt" in needs else "images"
 
 
 def _template(items: Items, detectors: Sequence[Detector], setting: DetectionSetting) -> xr.Dataset:
