@@ -83,8 +83,8 @@ def compare_structures(
       one at a time, always the one that lowers the energy most, until none lowers it. Only samples whose own unit is
       off on all other samples qualify, because for others the energy would not be the objective. One step solves an
       eigenvalue problem of size min(n, d) per qualifying sample;
-    * ``every partition``: the best of all partitions, for at most ``exhaustive_limit`` distinct samples. The number of
-      partitions grows like the Bell numbers.
+    * ``every partition``: the best of all partitions, for at most ``exhaustive_limit`` distinct samples, if it is none
+      of the above. The number of partitions grows like the Bell numbers.
 
     Raises ``ValueError`` for bad input, equal rows with different labels, and traced values.
 
@@ -152,7 +152,9 @@ def compare_structures(
         if np.any(np.asarray(singleton) != start):
             candidates.append(structure("samples split off", members, np.asarray(singleton)))
     if exhaustive:
-        candidates.append(structure("every partition", _search_partitions(rows, copies, sigma, penalty, width), no_row))
+        found = structure("every partition", _search_partitions(rows, copies, sigma, penalty, width), no_row)
+        # A partition that is there already has the same energy, but for rounding, which must not choose its name.
+        candidates += [] if any(_same_blocks(found, each) for each in candidates) else [found]
     return tuple(sorted(candidates, key=_sort_key))
 
 
@@ -177,6 +179,11 @@ def best_structure(
     return compare_structures(
         data, labels, sigma, penalty, width, multiplicity=multiplicity, exhaustive_limit=exhaustive_limit
     )[0]
+
+
+def _same_blocks(first: Structure, second: Structure) -> bool:
+    pairs = {*zip(first.labels.tolist(), second.labels.tolist(), strict=True)}
+    return len(pairs) == len({*first.labels.tolist()}) == len({*second.labels.tolist()})
 
 
 def _sort_key(structure: Structure) -> tuple[bool, float]:

@@ -96,6 +96,77 @@ def test_paired_differences_cover_and_are_narrower_than_unpaired_ones():
     np.testing.assert_allclose(detection.auroc_difference(first, first), 0, atol=1e-12)
 
 
+def over_seeds(random, seeds, spread, common, shift, n=20, m=50):
+    """Scores of the same images under several seeds, and the mean area over seeds and images."""
+    own = random.normal(size=(seeds, 1)) * spread
+    positives = shift + own + common * random.normal(size=n) + random.normal(size=(seeds, n))
+    return positives, common * random.normal(size=m) + random.normal(size=(seeds, m))
+
+
+def mean_area(spread, common, shift):
+    """The mean of Phi((shift + spread z) / sqrt(2 + 2 common^2)) over z, which is a Phi of its own."""
+    return stats.norm.cdf(shift / np.sqrt(2 + 2 * common**2 + spread**2))
+
+
+@pytest.mark.parametrize(
+    ("seeds", "spread", "common", "shift"),
+    [
+        (3, 0.5, 0.7, 1.5),
+        pytest.param(3, 1.5, 0.1, 1.5, marks=pytest.mark.slow),
+        pytest.param(3, 0.0, 0.7, 1.5, marks=pytest.mark.slow),
+        pytest.param(5, 0.5, 0.3, 2.5, marks=pytest.mark.slow),
+        pytest.param(10, 0.5, 0.7, 1.5, marks=pytest.mark.slow),
+    ],
+)
+def test_intervals_over_seeds_cover(seeds, spread, common, shift):
+    """400 repeats have a standard error of .011; the interval may be too wide, never too narrow."""
+
+    def interval(random):
+        return detection.auroc_over_seeds(*over_seeds(random, seeds, spread, common, shift))
+
+    assert covered(interval, mean_area(spread, common, shift), repeats=400) >= 0.92
+
+
+def test_seeds_that_agree_leave_the_images():
+    """With equal rows only images vary: DeLong's interval, with Student's quantile of the smaller group."""
+    positives, negatives = scores()
+    found = detection.auroc_over_seeds(np.stack([positives] * 4), np.stack([negatives] * 4))
+    alone = detection.auroc_interval(positives, negatives)
+    assert found.value == pytest.approx(alone.value, rel=1e-12)
+    odds = [np.ptp(np.log([e.low / (1 - e.low), e.high / (1 - e.high)])) for e in (found, alone)]
+    assert odds[0] / odds[1] == pytest.approx(stats.t.ppf(0.975, 29) / stats.norm.ppf(0.975), rel=1e-9)
+    apart = detection.auroc_over_seeds(np.ones((3, 9)), np.zeros((3, 9)))
+    assert apart == (1.0, pytest.approx(0.05 ** (1 / 3)), 1.0)
+
+
+def test_the_bootstrap_agrees_with_delong():
+    """Its standard error is DeLong's, of which 1,000 draws know 2.2 %; ends of percentiles differ by some more."""
+    positives, negatives = scores(n=60, m=80)
+    delong, found = (each(positives, negatives) for each in (detection.auroc_interval, detection.auroc_bootstrap))
+    assert found.value == pytest.approx(delong.value, rel=1e-12)
+    assert (found.high - found.low) / (delong.high - delong.low) == pytest.approx(1, abs=0.12)
+    assert detection.auroc_bootstrap(positives, negatives, seed=1) != found
+    np.testing.assert_array_equal(detection.auroc_bootstrap(np.ones(5), np.zeros(5)), 1)
+
+
+@pytest.mark.slow
+def test_the_bootstrap_covers_with_one_row_and_not_with_three_that_differ():
+    """300 repeats have standard errors of .013 and .025."""
+    truth = mean_area(0.0, 0.0, 1.0)
+
+    def one(random):
+        return detection.auroc_bootstrap(random.normal(size=40) + 1, random.normal(size=60), resamples=400)
+
+    assert 0.9 <= covered(one, truth, repeats=300) <= 0.98
+
+    def three(random):
+        return detection.auroc_bootstrap(*over_seeds(random, 3, 1.5, 0.1, 1.5), resamples=400)
+
+    share = covered(three, mean_area(1.5, 0.1, 1.5), repeats=300)
+    print(share)
+    assert 0.7 < share < 0.88
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.01, 0.1, 0.3])
 def test_rates_are_points_of_the_roc_curve(rate):
     """The last point of scikit-learn's curve whose false positive rate is allowed."""
@@ -140,6 +211,8 @@ def test_a_threshold_on_too_few_negatives_says_how_little_it_knows():
         (lambda: detection.auroc_interval(np.zeros(3), np.array([1.0, np.nan])), "1 of 2 negatives are not finite"),
         (lambda: detection.auroc_interval(np.zeros(3), np.zeros(3), level=9.5), "level must lie between 0 and 1"),
         (lambda: detection.auroc_difference(scores(n=5), scores(n=6)), "two scores of the same images"),
+        (lambda: detection.auroc_over_seeds(np.zeros((1, 3)), np.zeros((1, 3))), "1 and 1 seeds"),
+        (lambda: detection.auroc_bootstrap(np.zeros((2, 3)), np.zeros((3, 3))), "2 and 3 seeds"),
         (lambda: detection.threshold_at(np.zeros(3), 1.0), "false_positive_rate must be"),
         (lambda: detection.proportion_interval(4, 3), "4 of 3"),
     ],

@@ -10,8 +10,10 @@ from .detectors import score_batch as score_batch
 from .evaluation import Detection as Detection
 from .evaluation import Estimate as Estimate
 from .evaluation import auroc as auroc
+from .evaluation import auroc_bootstrap as auroc_bootstrap
 from .evaluation import auroc_difference as auroc_difference
 from .evaluation import auroc_interval as auroc_interval
+from .evaluation import auroc_over_seeds as auroc_over_seeds
 from .evaluation import detection_rate as detection_rate
 from .evaluation import proportion_interval as proportion_interval
 from .evaluation import threshold_at as threshold_at

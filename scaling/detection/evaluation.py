@@ -4,9 +4,9 @@ The area under the ROC curve is
 
 .. math:: \mathrm{AUROC} = P(s^+ > s^-) + \tfrac12 P(s^+ = s^-)
 
-for a positive and a negative image drawn at random; 1/2 is chance. All intervals cover the choice of images: both
-groups are taken as independent draws of the images that could have been in them. They do not cover other networks,
-seeds of training or prompts.
+for a positive and a negative image drawn at random; 1/2 is chance. Intervals cover the choice of images: both groups
+are taken as independent draws of the images that could have been in them. Those of :func:`auroc_over_seeds` and, with
+several rows, of :func:`auroc_bootstrap` also cover the choice of seeds: of networks trained anew, or of noise.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ __all__ = [
     "Detection",
     "Estimate",
     "auroc",
+    "auroc_bootstrap",
     "auroc_difference",
     "auroc_interval",
+    "auroc_over_seeds",
     "detection_rate",
     "proportion_interval",
     "threshold_at",
@@ -93,6 +95,77 @@ def auroc_interval(
     width = float(stats.norm.ppf((1 + level) / 2)) * error / (value * (1 - value))
     low, high = special.expit(special.logit(value) + np.array([-width, width]))
     return Estimate(value, float(low), float(high))
+
+
+def auroc_over_seeds(
+    positives: Float[np.ndarray, "s n"], negatives: Float[np.ndarray, "r m"], *, level: float = 0.95
+) -> Estimate:
+    r"""The mean area over seeds, with an interval over seeds and images; the same images under every seed.
+
+    .. math:: \mathrm{logit}\, \bar A \pm t_\nu \, \frac{\sqrt{u + v}}{\bar A (1 - \bar A)}, \qquad
+              u = \frac{\mathrm{var}_k A_k}{s}, \qquad
+              v = \frac{\mathrm{var}_i \bar V_i}{n} + \frac{\mathrm{var}_j \bar W_j}{m}, \qquad
+              \nu = \frac{(u + v)^2}{\frac{u^2}{s - 1} + \frac{v^2}{\min(n, m) - 1}}
+
+    with DeLong's placements :cite:`delong88` averaged over seeds. What seeds and images do together counts in both u
+    and v, so that the interval is rather too wide. Simulated with 20 and 50 images, it covers the mean area over seeds
+    in 94 to 99 of 100 cases, from three seeds on. If every seed separates the groups completely, the bound is that of
+    min(s, n, m) independent pairs, as in :func:`auroc_interval`. ``ValueError`` for one seed, other numbers of seeds,
+    and as there.
+    """
+    _check_level(level)
+    seeds = len(positives)
+    if seeds < 2 or len(negatives) != seeds:
+        raise ValueError(f"{seeds} and {len(negatives)} seeds: give scores of the same two or more for both groups.")
+    for pair in zip(positives, negatives, strict=True):
+        _check(*pair)
+    areas = auroc(positives, negatives)
+    value = float(areas.mean())
+    k = min(seeds, positives.shape[1], negatives.shape[1])
+    if value in (0.0, 1.0):
+        bound = (1 - level) ** (1 / k)
+        return Estimate(value, bound, 1.0) if value == 1 else Estimate(value, 0.0, 1 - bound)
+    each = [_placements(*pair) for pair in zip(positives, negatives, strict=True)]
+    sides = [np.mean(side, axis=0) for side in zip(*each, strict=True)]
+    u = float(np.var(areas, ddof=1)) / seeds
+    v = sum(float(np.var(side, ddof=1)) / len(side) for side in sides)
+    freedom = (u + v) ** 2 / (u**2 / (seeds - 1) + v**2 / (min(map(len, sides)) - 1))
+    width = float(stats.t.ppf((1 + level) / 2, freedom)) * math.sqrt(u + v) / (value * (1 - value))
+    low, high = special.expit(special.logit(value) + np.array([-width, width]))
+    return Estimate(value, float(low), float(high))
+
+
+def auroc_bootstrap(
+    positives: Float[np.ndarray, "*s n"],
+    negatives: Float[np.ndarray, "*r m"],
+    *,
+    seed: int = 0,
+    resamples: int = 1000,
+    level: float = 0.95,
+) -> Estimate:
+    """The area under the ROC curve, or its mean over rows of seeds, with the percentile bootstrap.
+
+    Images of both groups, and seeds if there are several rows, are drawn again with replacement, the same images for
+    every seed. With one row it covers about what :func:`auroc_interval` covers; where the groups separate it has no
+    width. With few seeds that differ more than images it covers too little, 76 of 100 at three: a check of
+    :func:`auroc_over_seeds`, not a substitute. ``ValueError`` as there.
+    """
+    _check_level(level)
+    rows = [np.atleast_2d(scores) for scores in (positives, negatives)]
+    if len(rows[0]) != len(rows[1]):
+        raise ValueError(f"{len(rows[0])} and {len(rows[1])} seeds: give scores of the same for both groups.")
+    for pair in zip(*rows, strict=True):
+        _check(*pair)
+    random = np.random.default_rng(seed)
+    # Drawing again is weighting rows, positives and negatives of the kernel by how often each was drawn.
+    pairs = rows[0][:, :, None] - rows[1][:, None, :]
+    kernel = np.where(pairs == 0, 0.5, pairs > 0)
+    weights = [random.multinomial(k, np.full(k, 1 / k), size=resamples) / k for k in kernel.shape]
+    areas = np.asarray(
+        [np.einsum("s,sij,i,j", w[0], kernel, *w[1:], optimize=True) for w in zip(*weights, strict=True)]
+    )
+    low, high = np.quantile(areas, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(float(np.mean(auroc(*rows))), float(low), float(high))
 
 
 def auroc_difference(
