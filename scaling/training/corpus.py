@@ -83,7 +83,7 @@ def load(
     """Read a data set of images and split it into training and held-out images.
 
     Args:
-        name: ``digits``, ``fashion-mnist``, a folder of images, a .npz file, or anything that
+        name: ``digits``, ``mnist5k``, ``fashion-mnist``, a folder of images, a .npz file, or anything that
             :func:`sims.data.readers.read` takes.
         num_samples: number of distinct training images, repeated only as in the data set; None: all that are not held
             out.
@@ -192,7 +192,7 @@ def _read(name: str, resolution: int | None, gray: bool, skip_bad: bool) -> tupl
         raise ValueError(f"{name} is no folder of images: omit gray and skip_bad.")
     if name == FASHION:
         return read(f"idx:{_fashion_folder()}"), FASHION_CLASSES
-    return read(name), DIGIT_CLASSES if name == "digits" else ()
+    return read(name), DIGIT_CLASSES if name in ("digits", "mnist5k") else ()
 
 
 def _fashion_folder() -> Path:

