@@ -1,9 +1,15 @@
 """Markdown tables and standard errors."""
 
+import html.parser
+
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 
-from sims.study.tables import markdown, mean_and_error, standard_error
+from sims.data.folders import printable
+from sims.study.tables import literal, markdown, mean_and_error, standard_error
 
 
 def test_a_table_has_a_head_a_rule_and_rows():
@@ -22,3 +28,38 @@ def test_the_standard_error_is_of_the_finite_values():
     assert mean_and_error(np.array([0.12345, np.nan])) == "0.123"
     assert mean_and_error(np.full((2, 2), np.nan)) == "not defined"
     assert mean_and_error(np.array([]), missing="-") == "-"
+
+
+class Cells(html.parser.HTMLParser):
+    """The text of each cell of a page, and the tags that are there."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.cells, self.tags, self.inside = [], [], False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag == "td":
+            self.cells.append("")
+            self.inside = True
+
+    def handle_endtag(self, tag):
+        self.inside &= tag != "td"
+
+    def handle_data(self, data):
+        if self.inside:
+            self.cells[-1] += data
+
+
+@given(st.text(st.sampled_from("ab1 \\`*_{}[]()#+-.!|<>&;~:/'\"\nxé\x1b"), max_size=14))
+@example("<b>|x---y`z`\n| q |")
+@example("[a](javascript:b)![p](http://e/x.png)<http://e>&lt;&#60;")
+@example("\\|\\")
+@example("**a** _b_ ~~c~~ a_b_c")
+def test_literal_text_is_read_as_it_is(text):
+    """In a table, by a reader that knows everything that GitHub marks up, raw HTML too."""
+    reader = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    page = Cells(reader.render(markdown(["n"], [[f"x{literal(text)}x"]])))
+    assert page.cells == [f"x{printable(text)}x"]
+    assert page.tags == ["table", "thead", "tr", "th", "tbody", "tr", "td"]

@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> None:
     )
     names: Any = "all" if args.detectors == "all" else args.detectors.split(",")
     chosen = detection.resolve(names, pipeline, images=items.images is not None, prompts=bool(items.prompts))
-    nearest = None if train is None or items.images is None else find_copies(items.images, train)
+    originals = None if train is None or items.images is None else train.images
+    nearest = None if originals is None else find_copies(items.images, originals)
     with Bar(args.quiet, "items") as bar:
         results = detection.score_items(
             pipeline,
@@ -73,9 +74,16 @@ def run(args: argparse.Namespace) -> None:
     rows = detection.evaluate(results, chosen, false_positive_rate=rate)
     text = detection_report.report(results, chosen, rows, setting, false_positive_rate=rate)
     files = detection_report.write_tables(
-        args.out, results, chosen, rows, text, false_positive_rate=rate, nearest=nearest
+        args.out,
+        results,
+        chosen,
+        rows,
+        text,
+        false_positive_rate=rate,
+        nearest=nearest,
+        names=() if train is None else train.names,
     )
-    files += detection_report.write_sheet(args.out, results, chosen[0], items, nearest=nearest, train=train)
+    files += detection_report.write_sheet(args.out, results, chosen[0], items, nearest=nearest, train=originals)
     if not args.quiet:
         print(text)
         print(f"Written: {', '.join(map(str, files))}, {args.out}/results.zarr, {args.out}/spec.json")

@@ -106,8 +106,8 @@ def report(audit: Mapping[str, Any]) -> str:
         lines += [
             f"The coverage of an image is the sum of exp(-d²/2σ²) over all other training images at distances d, over "
             f"pixels in [-1, 1], for noise σ = {sigma:g}: far below 1, no other image competes with it at this noise, "
-            "and a model that fits the data exactly returns it. Each exact repeat of an image adds 1, though repeats make "
-            "copying easier.",
+            "and a model that fits the data exactly returns it. Each exact repeat of an image adds 1, though repeats "
+            "make copying easier.",
             "",
         ]
     if audit.get("contamination"):
