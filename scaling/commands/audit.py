@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
 
     from scaling.measures.features import of_source
     from scaling.study import audit, audit_report
-    from scaling.study.contamination import contamination
+    from scaling.study.contamination import contamination, plan
     from sims.store.files import claim_run
     from sims.terminal import Bar, OverLimitError
 
@@ -82,6 +82,9 @@ def run(args: argparse.Namespace) -> None:
     pipeline, setting = options.load(args), AuditSetting(**given(args, AuditSetting))
     seen = of_source(args.features, pipeline, seed=args.seed)
     training, held_out, prompts = _data(args, pipeline)
+    if setting.contamination:
+        # Told before hours of sampling.
+        plan(pipeline, training, setting)
     where = {"paths": {"model": args.model, "train": args.train, "features": args.features}}
     # The bar of features stands only where there are some.
     with Bar(args.quiet, "samples") as bar, Bar(args.quiet or seen is None, "training images") as below:

@@ -56,8 +56,8 @@ def run(args: argparse.Namespace) -> None:
     )
     names: Any = "all" if args.detectors == "all" else args.detectors.split(",")
     chosen = detection.resolve(names, pipeline, images=items.images is not None, prompts=bool(items.prompts))
-    originals = None if train is None or items.images is None else train.images
-    nearest = None if originals is None else find_copies(items.images, originals)
+    originals = None if train is None else train.images
+    nearest = None if originals is None or items.images is None else find_copies(items.images, originals)
     with Bar(args.quiet, "items") as bar:
         results = detection.score_items(
             pipeline,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ from scaling.study.settings import AUGMENTATIONS, AuditSetting
 from sims import store
 from sims.store import fill
 
-__all__ = ["LEAST", "RIDGE", "augmented", "contamination"]
+__all__ = ["LEAST", "RIDGE", "Plan", "augmented", "contamination", "plan"]
 
 LEAST = 4
 """The least number of degrees of freedom n(m - 1) for each feature."""
@@ -41,6 +41,19 @@ RIDGE = 1e-6
 
 AUGMENT = 2
 """Number of the call whose draws augment an item; 0 and 1 are those of its noise and of its latents."""
+
+
+class Plan(NamedTuple):
+    """What is read, and how."""
+
+    tap: str
+    timestep: int
+    images: Int[np.ndarray, " n"]
+    """Numbers of the training images."""
+    views: int
+    dim: int
+    encode: Callable[[PRNGKey, Float[Array, "b c h w"], Int[Array, " b"]], Float[Array, "b d"]]
+    """The features of one view of images with these numbers."""
 
 
 def augmented(key: PRNGKey, image: Float[Array, "c h w"], augment: tuple[str, ...]) -> Float[Array, "c h w"]:
@@ -57,6 +70,38 @@ def augmented(key: PRNGKey, image: Float[Array, "c h w"], augment: tuple[str, ..
     return image
 
 
+def plan(pipeline: Pipeline, training: Training, setting: AuditSetting) -> Plan:
+    """What :func:`contamination` reads; computes nothing.
+
+    ``ValueError`` for settings out of range, a tap that the network lacks, a network with classes but no null class,
+    and fewer images and views than :data:`LEAST` times the features.
+    """
+    count = min(check_integer("contamination", setting.contamination, minimum=3), training.images.count)
+    views = check_integer("views", setting.views, minimum=2)
+    if unknown := set(setting.augment) - {*AUGMENTATIONS}:
+        raise ValueError(f"augment names {', '.join(sorted(unknown))}; known are {', '.join(AUGMENTATIONS)}.")
+    network = pipeline.network
+    tap = setting.contamination_tap or default_taps(network)[0]
+    check_names(network.apply.taps(jnp.float32), tap)
+    timestep = min(TIMESTEP, pipeline.schedule.num_train_timesteps - 1)
+    condition = unprompted(pipeline, size=training.shape[1:])
+    chosen = np.linspace(0, training.images.count - 1, count).round().astype(np.int64)
+    how = {"vae": pipeline.vae, "condition": condition, "tap": tap, "augment": setting.augment}
+
+    def encode(key: PRNGKey, images: Float[Array, "b c h w"], items: Int[Array, " b"]) -> Float[Array, "b d"]:
+        return _of_view(key, network, pipeline.schedule, images, items, timestep, **how)
+
+    shapes = jax.ShapeDtypeStruct((1, *training.shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    dim = jax.eval_shape(encode, jax.random.key(0), *shapes).shape[1]
+    if count * (views - 1) < LEAST * dim:
+        raise ValueError(
+            f"{count} training images in {views} views are few for the {dim} features of {tap}: the images times "
+            f"(views - 1) must be at least {LEAST * dim}; give --contamination or --views more, or a narrower "
+            "--contamination-tap."
+        )
+    return Plan(tap, timestep, chosen, views, dim, encode)
+
+
 def contamination(
     pipeline: Pipeline,
     training: Training,
@@ -71,50 +116,29 @@ def contamination(
     """The ratio with its interval as JSON values, from ``setting.contamination`` training images, evenly spaced.
 
     Features are computed in the run's folder ``out``; the same call resumes. View a of image i draws from
-    ``fold_in(fold_in(key, a), i)``. ``ValueError`` for settings out of range, a tap that the network lacks, and fewer
-    images and views than :data:`LEAST` times the features.
+    ``fold_in(fold_in(key, a), i)``. ``ValueError`` as for :func:`plan`, and for features that views do not change.
     """
-    count = min(check_integer("contamination", setting.contamination, minimum=3), training.images.count)
-    views = check_integer("views", setting.views, minimum=2)
-    if unknown := set(setting.augment) - {*AUGMENTATIONS}:
-        raise ValueError(f"augment names {', '.join(sorted(unknown))}; known are {', '.join(AUGMENTATIONS)}.")
-    network, schedule = pipeline.network, pipeline.schedule
-    tap = setting.contamination_tap or default_taps(network)[0]
-    check_names(network.apply.taps(jnp.float32), tap)
-    timestep = min(TIMESTEP, schedule.num_train_timesteps - 1)
-    key, condition = jax.random.key(check_seed("seed", seed)), unprompted(pipeline, size=training.shape[1:])
-    numbers = np.linspace(0, training.images.count - 1, count).round().astype(np.int64)
-
-    def of_view(key: PRNGKey, images: Float[Array, "b c h w"], items: Int[Array, " b"]) -> Float[Array, "b d"]:
-        how = {"vae": pipeline.vae, "condition": condition, "tap": tap, "augment": setting.augment}
-        return _of_view(key, network, schedule, images, items, timestep, **how)
+    tap, timestep, chosen, views, dim, encode = plan(pipeline, training, setting)
+    key, augment = jax.random.key(check_seed("seed", seed)), list(setting.augment)
 
     def compute(rows: Int[np.ndarray, " b"]) -> dict[str, Any]:
-        own = numbers[rows]
+        own = chosen[rows]
         images = jnp.asarray(rows_of(training.images, own.tolist()).reshape(-1, *training.shape))
         items = jnp.asarray(own.astype(np.int32))
-        return {"views": np.stack([of_view(jax.random.fold_in(key, a), images, items) for a in range(views)], axis=1)}
+        return {"views": np.stack([encode(jax.random.fold_in(key, a), images, items) for a in range(views)], axis=1)}
 
-    size = min(check_integer("batch_size", batch_size, minimum=1), count)
-    shapes = jax.ShapeDtypeStruct((size, *training.shape), jnp.float32), jax.ShapeDtypeStruct((size,), jnp.int32)
-    dim = jax.eval_shape(functools.partial(of_view, key), *shapes).shape[1]
-    if count * (views - 1) < LEAST * dim:
-        raise ValueError(
-            f"{count} training images in {views} views are few for the {dim} features of {tap}: the images times "
-            f"(views - 1) must be at least {LEAST * dim}; give --contamination or --views more, or a narrower tap."
-        )
     spec = {
         "command": "views",
         "model": identify(pipeline),
         "training": training.digest,
-        "images": count,
         "tap": tap,
         "timestep": timestep,
-        "augment": list(setting.augment),
+        "augment": augment,
         "seed": seed,
     }
-    coords = {"image": numbers.tolist(), "view": list(range(views)), "feature": list(range(dim))}
+    coords = {"image": chosen.tolist(), "view": list(range(views)), "feature": list(range(dim))}
     template = store.blank(coords, {"views": (("image", "view", "feature"), np.float32)})
+    size = min(check_integer("batch_size", batch_size, minimum=1), len(chosen))
     fill(out, spec, template, size, compute, provenance=provenance, on_batch=on_batch)
     features = store.load(out).views.values
     spread = float(np.trace(view_covariances(features)[0])) / dim
@@ -124,10 +148,10 @@ def contamination(
     return {
         "tap": tap,
         "timestep": timestep,
-        "images": count,
+        "images": len(chosen),
         "views": views,
-        "augment": list(setting.augment),
-        **{name: float(value) for name, value in ratio._asdict().items()},
+        "augment": augment,
+        **ratio._asdict(),
     }
 
 
