@@ -76,3 +76,21 @@ def test_bad_input_is_named(rows):
     bad[7] = np.inf
     with pytest.raises(ValueError, match="images 0 to 56"):
         nearest_images(np.zeros((1, 6), np.float32), of_array(bad))
+
+
+def test_a_variant_of_the_nearest_image_is_no_other_image(rows):
+    """Rows and their negatives. The fourth is near its own, and stands once more as its negative."""
+    one = np.concatenate([rows[:3], rows[3:4] / 10, rows[4:]])
+    images = np.concatenate([one, -one[3:4]])
+    both = of_array(np.concatenate([images, -images]))
+    queries = np.concatenate([one[3:5], -one[4:5]]) + np.float32(0.001)
+    found = nearest_two(queries, both, 0.05, variants=2)
+    assert found.nearest[0] in (3, len(one))
+    assert found.nearest[1:].tolist() == [4, 4]
+    order = np.sort(np.minimum(all_pairs(queries, one), all_pairs(queries, -one)), axis=1)
+    np.testing.assert_allclose(found.distance, order[:, 0], rtol=1e-12)
+    np.testing.assert_allclose(found.other_distance, order[:, 1], rtol=1e-12)
+    # Without variants its own negative passes for another image.
+    assert nearest_two(queries[:1], both, 0.05).other_distance[0] < 0.9 * order[0, 1]
+    with pytest.raises(ValueError, match="116 rows are no 3 variants"):
+        nearest_two(queries, both, 0.05, variants=3)

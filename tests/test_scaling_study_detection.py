@@ -122,7 +122,8 @@ def test_the_record_of_a_model_gives_its_groups(pipeline):
     classes = corpus.DIGIT_CLASSES
     for prompt, row in zip(part.prompts[6:], membership["held_out"], strict=False):
         assert prompt == Prompt(f"a picture of {classes[labels[row]]}", "shared")
-    assert len(train) == len(membership["duplicated"]) + len(membership["train"])
+    assert len(train.images) == len(train.names) == len(membership["duplicated"]) + len(membership["train"])
+    assert train.names[0] == f"digits[{membership['duplicated'][0]}]"
     with pytest.raises(ValueError, match="at least 5001 rows"):
         items.from_record("digits", pipeline, {"train": [5000]})
 
@@ -177,6 +178,7 @@ def test_the_command_writes_a_table_that_can_be_read(tmp_path, capsys):
     mine = lines[groups.index("images")]
     assert (float(mine["distance"]), mine["is_copy"]) == (0, "1")
     assert int(mine["nearest_training_image"]) == zoo.membership("digits-10")["train"].index(row)
+    assert mine["nearest_training_name"] == f"digits[{row}]"
     assert 0 <= float(mine["error@0.5_percentile"]) <= 100
     # One image that is known to be memorized rates nothing, and the report says so.
     assert "No detector can be rated" in (out / "summary.md").read_text()

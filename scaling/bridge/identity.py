@@ -10,17 +10,18 @@ from scaling.bridge.loading import Pipeline
 from scaling.models.model import Model
 from sims.store import checksum
 
-__all__ = ["identify"]
+__all__ = ["identify", "identify_model"]
 
 
 def identify(pipeline: Pipeline) -> dict[str, Any]:
     """Each network's architecture, dtype and digest by component, and the fields of the schedule; plain JSON values."""
     parts = {"network": pipeline.network} | ({"vae": pipeline.vae} if pipeline.vae is not None else {})
     parts |= {f"text_encoder_{i}": encoder for i, encoder in enumerate(pipeline.text_encoders, 1)}
-    return {name: _identity(model) for name, model in parts.items()} | {"scheduler": pipeline.schedule.config}
+    return {name: identify_model(model) for name, model in parts.items()} | {"scheduler": pipeline.schedule.config}
 
 
-def _identity(model: Model) -> dict[str, str]:
+def identify_model(model: Model) -> dict[str, str]:
+    """The architecture, dtype and digest of one network."""
     sums = {name: checksum(value) for name, value in sorted(model.params.items())}
     text = json.dumps([json.loads(model.source), sums], sort_keys=True)
     dtype = ", ".join(sorted({str(value.dtype) for value in model.params.values()}))

@@ -45,6 +45,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="scores of training and held-out images, as for `detect` (default: std,error)",
     )
     add("--scored", type=int, metavar="N", help="training images >= 1 to score, the first ones (default: all)")
+    add(
+        "--features",
+        default="pixels",
+        metavar="SOURCE",
+        help="by what samples are compared with training images: pixels; tap:NAME, a module of the model, at timestep "
+        "50, averaged over positions; or a folder of CLIP's vision weights (default: pixels)",
+    )
     add("--against", metavar="DIR", help="folder of an earlier audit to compare with")
     add(
         "--max-copy-share",
@@ -61,7 +68,9 @@ def run(args: argparse.Namespace) -> None:
     """Sample, compare, score what the run does not have yet; write and print the audit."""
     from pathlib import Path
 
+    from scaling.measures.features import of_source
     from scaling.study import audit, audit_report
+    from scaling.study.contamination import contamination, plan
     from sims.store.files import claim_run
     from sims.terminal import Bar, OverLimitError
 
@@ -71,22 +80,43 @@ def run(args: argparse.Namespace) -> None:
     claim_run(args.out)
     before = audit.read(args.against) if args.against else None
     pipeline, setting = options.load(args), AuditSetting(**given(args, AuditSetting))
+    seen = of_source(args.features, pipeline, seed=args.seed)
     training, held_out, prompts = _data(args, pipeline)
-    with Bar(args.quiet, "samples") as bar:
+    if setting.contamination:
+        # Told before hours of sampling.
+        plan(pipeline, training, setting)
+    where = {"paths": {"model": args.model, "train": args.train, "features": args.features}}
+    # The bar of features stands only where there are some.
+    with Bar(args.quiet, "samples") as bar, Bar(args.quiet or seen is None, "training images") as below:
         drawn = audit.draw(
             pipeline,
             training,
             args.out,
             setting,
+            representation=seen,
             prompts=prompts,
             keep_images=not args.no_images,
             seed=args.seed,
             batch_size=args.batch_size,
-            provenance={"paths": {"model": args.model, "train": args.train}},
+            provenance=where,
             on_batch=bar.move,
+            on_features=below.move,
         )
     scores = None if held_out is None else _scores(args, pipeline, training, held_out)
-    found = audit.conclude(drawn, training, setting, scores=scores, detectors=args.detectors, anonymous=args.no_images)
+    found = audit.conclude(
+        drawn,
+        training,
+        setting,
+        representation=seen,
+        scores=scores,
+        detectors=args.detectors,
+        anonymous=args.no_images,
+    )
+    if setting.contamination:
+        how = {"seed": args.seed, "batch_size": args.batch_size, "provenance": where}
+        with Bar(args.quiet, "images in views") as bar:
+            views = Path(args.out) / "views"
+            found["contamination"] = contamination(pipeline, training, views, setting, on_batch=bar.move, **how)
     if before is not None:
         found["against"] = audit.compare(found, before)
     files = audit_report.write(Path(args.out), found, drawn, training, pictures=not args.no_images)

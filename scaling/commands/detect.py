@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> None:
     ordinary = [prompt.text for prompt in read_prompts(args.ordinary_prompts)] if args.ordinary_prompts else []
     given_here = {"images": items.images is not None, "prompts": bool(items.prompts), "ordinary": bool(ordinary)}
     chosen = detection.resolve(names, pipeline, **given_here)
-    nearest = None if train is None or items.images is None else find_copies(items.images, train)
+    originals = None if train is None else train.images
+    nearest = None if originals is None or items.images is None else find_copies(items.images, originals)
     with Bar(args.quiet, "items") as bar:
         results = detection.score_items(
             pipeline,
@@ -81,9 +82,16 @@ def run(args: argparse.Namespace) -> None:
     rows = detection.evaluate(results, chosen, false_positive_rate=rate)
     text = detection_report.report(results, chosen, rows, setting, false_positive_rate=rate)
     files = detection_report.write_tables(
-        args.out, results, chosen, rows, text, false_positive_rate=rate, nearest=nearest
+        args.out,
+        results,
+        chosen,
+        rows,
+        text,
+        false_positive_rate=rate,
+        nearest=nearest,
+        names=() if train is None else train.names,
     )
-    files += detection_report.write_sheet(args.out, results, chosen[0], items, nearest=nearest, train=train)
+    files += detection_report.write_sheet(args.out, results, chosen[0], items, nearest=nearest, train=originals)
     if not args.quiet:
         print(text)
         print(f"Written: {', '.join(map(str, files))}, {args.out}/results.zarr, {args.out}/spec.json")

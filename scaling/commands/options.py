@@ -223,8 +223,8 @@ def load(args: argparse.Namespace) -> Pipeline:
     return load_pipeline(args.model, dtype, args.revision, scheduler=args.scheduler)
 
 
-def items_of(args: argparse.Namespace, pipeline: Pipeline, *, prompts: bool = True) -> tuple[list[Items], Any]:
-    """What the flags of :func:`add_sources` name, and the training images."""
+def items_of(args: argparse.Namespace, pipeline: Pipeline, *, prompts: bool = True) -> tuple[list[Items], Items | None]:
+    """What the flags of :func:`add_sources` name, and the training images, if they are given."""
     from scaling.study import items
 
     reads_text = prompts and bool(pipeline.text_encoders)
@@ -232,7 +232,7 @@ def items_of(args: argparse.Namespace, pipeline: Pipeline, *, prompts: bool = Tr
     if args.train:
         record = record_of(args.model)
         if record is None:
-            train = items.of_images(args.train, pipeline, "train").images
+            train = items.of_images(args.train, pipeline, "train")
         else:
             membership, recorded = record
             part, train = items.from_record(

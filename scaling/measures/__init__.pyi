@@ -1,5 +1,8 @@
 from . import codes as codes
+from . import contamination as contamination
 from . import copies as copies
+from . import coverage as coverage
+from . import features as features
 from . import jacobian as jacobian
 from . import local_fits as local_fits
 from . import neighbors as neighbors
@@ -7,8 +10,11 @@ from . import options as options
 from . import relu_fits as relu_fits
 from .codes import extract as extract
 from .codes import read_images as read_images
+from .contamination import contamination_interval as contamination_interval
+from .contamination import contamination_ratio as contamination_ratio
 from .copies import copy_share as copy_share
 from .copies import find_copies as find_copies
+from .coverage import local_coverage as local_coverage
 from .jacobian import full_jacobian as full_jacobian
 from .jacobian import top_singular as top_singular
 from .neighbors import nearest_images as nearest_images

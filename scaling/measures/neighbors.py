@@ -22,6 +22,7 @@ __all__ = [
     "Images",
     "Nearest",
     "Training",
+    "blocks",
     "nearest_images",
     "nearest_two",
     "of_array",
@@ -94,7 +95,7 @@ def nearest_images(
     check_integer("k", k, minimum=1, maximum=images.count)
     best = np.full((len(queries), 0), np.inf, np.float32)
     numbers = np.zeros((len(queries), 0), np.int64)
-    for start, block in _blocks(images, len(queries), block_bytes):
+    for start, block in blocks(images, len(queries), block_bytes):
         squares = np.sum(np.square(block), axis=1)[None, :] - 2 * (queries @ block.T)
         few = min(k, len(block))
         # Copies of one image have equal distances: which of them are kept makes no difference to their distance.
@@ -112,12 +113,23 @@ def nearest_images(
 
 
 def nearest_two(
-    queries: Float32[np.ndarray, "q d"], images: Images, radius: float, *, block_bytes: int = BLOCK_BYTES
+    queries: Float32[np.ndarray, "q d"],
+    images: Images,
+    radius: float,
+    *,
+    variants: int = 1,
+    block_bytes: int = BLOCK_BYTES,
 ) -> Nearest:
     """The nearest image, and the nearest at a distance above ``radius`` from that one: closer ones are repeats of it.
 
     The ratio of the two distances is that of :mod:`scaling.measures.copies`, for training sets with near duplicates.
+    With ``variants`` above 1, n images have that many rows each, such as their mirror images: row i + kn is variant k
+    of image i, numbers are those of images, and what lies within ``radius`` of any variant of the nearest image is a
+    repeat of it. ``ValueError`` unless ``variants`` divides the number of rows.
     """
+    step, rest = divmod(images.count, check_integer("variants", variants, minimum=1))
+    if rest:
+        raise ValueError(f"{images.count} rows are no {variants} variants of equally many images.")
     count = len(queries)
     nearest, other = np.zeros(count, np.int64), np.full(count, -1)
     distance, other_distance = np.zeros(count), np.full(count, np.inf)
@@ -128,7 +140,9 @@ def nearest_two(
         for i, row, lengths in zip(left.tolist(), numbers, distances, strict=True):
             nearest[i], distance[i] = row[0], lengths[0]
             rows = rows_of(images, row.tolist()).astype(np.float64)
-            apart = np.flatnonzero(np.linalg.norm(rows - rows[:1], axis=1) > radius)
+            own = rows_of(images, [(int(row[0]) + k * step) % images.count for k in range(variants)])
+            gaps = np.linalg.norm(rows[:, None] - own[None].astype(np.float64), axis=2).min(axis=1)
+            apart = np.flatnonzero(gaps > radius)
             if len(apart):
                 other[i], other_distance[i] = row[apart[0]], lengths[apart[0]]
             else:
@@ -137,7 +151,7 @@ def nearest_two(
             break
         # An image that repeats more often than there were candidates: ask for more of them.
         left, k = np.asarray(missed, np.int64), min(8 * k, images.count)
-    return Nearest(nearest, distance, other, other_distance)
+    return Nearest(nearest % step, distance, np.where(other < 0, other, other % step), other_distance)
 
 
 def within(
@@ -147,7 +161,7 @@ def within(
     _check(queries, images)
     found: list[list[tuple[int, float]]] = [[] for _ in queries]
     lengths = np.sum(np.square(queries), axis=1)[:, None]
-    for start, block in _blocks(images, len(queries), block_bytes):
+    for start, block in blocks(images, len(queries), block_bytes):
         norms = np.sum(np.square(block), axis=1)[None, :]
         squares = norms + lengths - 2 * (queries @ block.T)
         # Rounding of the products, for which the exact distance decides.
@@ -168,7 +182,11 @@ def _check(queries: np.ndarray, images: Images) -> None:
         raise ValueError("queries hold values that are not finite: leave them out.")
 
 
-def _blocks(images: Images, queries: int, block_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
+def blocks(images: Images, queries: int, block_bytes: int) -> Iterator[tuple[int, Float32[np.ndarray, "k d"]]]:
+    """Blocks of images with the number of the first, such that a block and its distances to queries fit the memory.
+
+    ``ValueError`` for values that are not finite.
+    """
     size = max(1, block_bytes // (4 * (images.dim + queries)))
     for start in range(0, images.count, size):
         block = images.read(start, min(start + size, images.count))

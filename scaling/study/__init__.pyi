@@ -1,6 +1,7 @@
 from . import alterations as alterations
 from . import audit as audit
 from . import audit_report as audit_report
+from . import contamination as contamination
 from . import detection as detection
 from . import detection_report as detection_report
 from . import examination as examination

@@ -70,12 +70,14 @@ def write_tables(
     *,
     false_positive_rate: float = 0.01,
     nearest: Copies | None = None,
+    names: Sequence[str] = (),
 ) -> list[Path]:
     """Write ``summary.md``, ``scores.csv`` (a line for each item) and ``evaluation.csv``; returns their paths.
 
     ``scores.csv`` has every score under every tap and level (``std@mid_block``), and, where items of another group than
-    the training's are known, the share of them with a lower score (``..._percentile``). With ``nearest`` it names the
-    nearest training image, its distance, and whether the ratio test calls the item a copy of it.
+    the training's are known, the share of them with a lower score (``..._percentile``). With ``nearest`` it has the
+    number of the nearest training image among them, its row or file if ``names`` has those of the training images, its
+    distance, and whether the ratio test calls the item a copy of it.
     """
     folder = Path(out)
     table: dict[str, Sequence[Any]] = {
@@ -95,6 +97,10 @@ def write_tables(
                 table[f"{label}_flagged"] = (values > threshold_at(known, false_positive_rate)).astype(int).tolist()
     if nearest is not None:
         table["nearest_training_image"] = nearest.nearest.tolist()
+        if names:
+            # Bytes of a file's name that are not UTF-8 cannot be written as text.
+            shown = [name.encode("utf-8", "backslashreplace").decode() for name in names]
+            table["nearest_training_name"] = [shown[number] for number in nearest.nearest.tolist()]
         table["distance"] = [f"{value:.6g}" for value in nearest.distance]
         table["distance_ratio"] = [f"{value:.6g}" for value in nearest.ratio]
         table["is_copy"] = nearest.is_copy.astype(int).tolist()

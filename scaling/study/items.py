@@ -128,8 +128,9 @@ def from_record(
     prompts: Sequence[Mapping[str, Any]] = (),
     *,
     num: int = 100,
-) -> tuple[Items, Float[np.ndarray, "m c h w"]]:
-    """The first ``num`` images of each group of ``membership`` in a data set; returns also all that were trained on.
+) -> tuple[Items, Items]:
+    """The first ``num`` images of each group of ``membership`` in a data set; returns also all that were trained on,
+    without prompts.
 
     ``prompts`` are those of ``prompts.json``, with the rows that belong to each: an image that was never trained on
     gets the shared prompt of its class. ``ValueError`` for rows that the data set lacks, and for images that do not fit
@@ -145,7 +146,8 @@ def from_record(
         of_row = {row: Prompt(each["prompt"], each["kind"]) for each in prompts for row in each["rows"]}
         shared = {whole.labels[places[row]]: prompt for row, prompt in of_row.items() if prompt.kind == "shared"}
         texts = tuple(of_row.get(row) or shared.get(whole.labels[places[row]], Prompt("", "shared")) for row in chosen)
-    train = whole.images[places[[*groups["duplicated"], *groups["train"]]]]
+    rows = [*groups["duplicated"], *groups["train"]]
+    train = Items(whole.images[places[rows]], (), ("train",) * len(rows), _names(whole, rows))
     return Items(whole.images[places[chosen]], texts, tuple(name for name, _ in picked), _names(whole, chosen)), train
 
 

@@ -10,7 +10,16 @@ import dataclasses
 from scaling.measures.options import CHUNK
 from sims.flags import documented, flag, parse_floats, parse_ints
 
-__all__ = ["NUM_SAMPLES", "STANDARD", "TIMESTEPS", "AuditSetting", "ExaminationSetting", "JacobianSetting"]
+__all__ = [
+    "AUGMENTATIONS",
+    "NEAR",
+    "NUM_SAMPLES",
+    "STANDARD",
+    "TIMESTEPS",
+    "AuditSetting",
+    "ExaminationSetting",
+    "JacobianSetting",
+]
 
 NUM_SAMPLES = (10, 30, 100, 300, 750)
 """Default training-set sizes of a series; digits has enough for two halves of the largest, and images to hold out."""
@@ -18,11 +27,17 @@ NUM_SAMPLES = (10, 30, 100, 300, 750)
 TIMESTEPS = (10, 50, 200)
 """Timesteps of a run over Jacobians where the caller names no noise levels."""
 
+NEAR = 0.1
+"""Images closer than this, root mean square over pixels in [-1, 1], are near repeats."""
 
+AUGMENTATIONS = ("flip", "shift")
+"""How a view of an image may differ from it beside its noise."""
+
+CONTAMINATION = "the contamination ratio of the model's features"
 EXAMINATION = "the examination of each trained network"
 
 
-def _parse_taps(text: str) -> tuple[str, ...]:
+def _parse_list(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
 
@@ -60,7 +75,7 @@ class ExaminationSetting:
     taps: tuple[str, ...] = flag(
         ("up_blocks.0.resnets.0", "up_blocks.0.resnets.1"),
         "modules whose activations, pooled to the maximum of each channel, are the codes",
-        type=_parse_taps,
+        type=_parse_list,
         group=EXAMINATION,
         metavar="NAME,...",
     )
@@ -103,5 +118,34 @@ class AuditSetting:
     eta: float = flag(1.0, "share of fresh noise in the sampler, from 0 to 1", metavar="E")
     guidance: float = flag(1.0, "scale of classifier-free guidance; 1: none", metavar="G")
     near: float = flag(
-        0.1, "images closer than this, from 0 to below 2, count as one: root mean square over pixels", metavar="R"
+        NEAR,
+        "images closer than this, from 0 to below 2, count as one: root mean square over pixels, or with other "
+        "--features the chord between unit vectors",
+        metavar="R",
+    )
+    mirrors: bool = flag(False, "compare samples with the mirror images of training images, too")
+    coverage_sigma: float = flag(
+        0.5,
+        "noise level > 0 at which the coverage of training images by the others is computed, in pixels",
+        metavar="S",
+    )
+    contamination: int = flag(
+        0,
+        "training images of which the ratio is computed, evenly spaced, at least 3; 0: none",
+        group=CONTAMINATION,
+        metavar="N",
+    )
+    contamination_tap: str = flag(
+        "",
+        "module whose output, averaged over positions, is taken; empty: the first at which `detect` reads codes",
+        group=CONTAMINATION,
+        metavar="NAME",
+    )
+    views: int = flag(3, "views >= 2 of each image, each with noise of its own", group=CONTAMINATION, metavar="M")
+    augment: tuple[str, ...] = flag(
+        (),
+        "what views differ in beside noise: flip (mirror images), shift (by one pixel)",
+        group=CONTAMINATION,
+        type=_parse_list,
+        metavar="NAME,...",
     )

@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-__all__ = ["csv_text", "markdown", "mean_and_error", "standard_error"]
+from sims.data.folders import printable
+
+__all__ = ["csv_text", "literal", "markdown", "mean_and_error", "standard_error"]
 
 
 def markdown(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
@@ -22,6 +25,17 @@ def markdown(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
             raise ValueError(f"a row has {len(row)} cells under {len(head)} heads: {list(row)}.")
         lines.append(_line(row))
     return "\n".join(lines)
+
+
+def literal(text: Any) -> str:
+    r"""Text of a user, such as the name of a file, within a line of Markdown that shows it as it is.
+
+    >>> print(literal("a_b <b>*[x](y)"))
+    a_b \<b\>\*[x\](y)
+    """
+    # Underscores within words are none, nor are brackets that no link follows.
+    marks = r"[\\`*<>&~]|(?<!\w)_|_(?!\w)|\](?=[(\[:])"
+    return re.sub(marks, r"\\\g<0>", printable(text))
 
 
 def csv_text(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
