@@ -21,7 +21,7 @@ from paper_figs.artifacts import Arrays
 from scaling import zoo
 from scaling.detection.detectors import DETECTORS, DetectionSetting
 from scaling.detection.evaluation import auroc_interval, proportion_interval, threshold_at
-from scaling.study.detection import rated, score_items, sides
+from scaling.study.detection import rated, read_scores, score_items, sides
 from scaling.study.items import from_record
 from sims import store
 
@@ -59,11 +59,7 @@ def compute(spec: dict[str, Any]) -> dict[str, np.ndarray]:
 
 def from_run(folder: str | Path) -> dict[str, np.ndarray]:
     """The scores of a finished ``detect``; ``ValueError`` if it is something else, or nothing in it can be rated."""
-    spec = store.read_spec(folder)["spec"]
-    results = store.load(folder)
-    if spec.get("command") != "detect" or not bool(results.done.all()):
-        raise ValueError(f"{folder} is no finished run of `python -m scaling detect`.")
-    return _reduced(results, _setting(spec["setting"]))
+    return _reduced(read_scores(folder), _setting(store.read_spec(folder)["spec"]["setting"]))
 
 
 def _setting(fields: Mapping[str, Any]) -> DetectionSetting:

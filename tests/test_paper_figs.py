@@ -231,6 +231,35 @@ def test_figures_of_two_layers_name_n_sigma_and_the_regime_of_their_numbers(name
 
 
 @pytest.mark.slow
+def test_maps_of_a_run_are_drawn_as_they_are_rated(tmp_path, capsys):
+    """Areas are those of map.csv, each at its measure, timestep, pooling and layer."""
+    out = tmp_path / "run"
+    command = ["ablate", "digits", "--train", "digits", "--num", 6, "--layers", "mid_block,up_blocks.0.resnets.0"]
+    assert scaling_commands.run(*command, "--timesteps", "50,200", "--out", out, "--quiet") == 0, (
+        capsys.readouterr().err
+    )
+    assert run("detection_map", "--run", out, "--out", tmp_path) == 0
+    arrays = artifacts.load_arrays(tmp_path / "detection_map.npz")
+    names = {name: arrays[name].tolist() for name in ("measures", "timesteps", "pools", "taps")}
+    with (out / "map.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["negatives"] == "held_out"]
+    for row in rows:
+        if row["measure"] in names["measures"]:
+            where = [
+                names[axis].index(value)
+                for axis, value in (
+                    ("measures", row["measure"]),
+                    ("timesteps", int(row["timestep"])),
+                    ("pools", row["pool"]),
+                    ("taps", row["tap"]),
+                )
+            ]
+            assert arrays["area"][(*where, 0)] == pytest.approx(float(row["area"]))
+    assert np.isfinite(arrays["area"]).all()
+    assert arrays["counts"].tolist() == [6, 6]
+
+
+@pytest.mark.slow
 def test_detectors_of_a_run_are_drawn_as_they_are_rated(tmp_path, capsys):
     """Areas are those of the run's report; a run in which nothing is known rates nothing."""
     out = tmp_path / "run"
@@ -246,6 +275,8 @@ def test_detectors_of_a_run_are_drawn_as_they_are_rated(tmp_path, capsys):
     above = np.mean(arrays["positives"][0] > arrays["negatives"][0].max())
     assert arrays["found"][0, 0, 0] == above
     assert np.all(np.diff(arrays["found"][:, :, 0], axis=1) >= 0)
+    assert run("detection_map", "--run", out, "--out", tmp_path) == 2
+    assert "no finished run of `python -m scaling ablate`" in capsys.readouterr().err
     other = ["detect", "digits", "--images", "digits", "--detectors", "std", "--batch-size", 599, "--quiet"]
     assert scaling_commands.run(*other, "--out", tmp_path / "unknown") == 0
     assert run("detection", "--run", tmp_path / "unknown", "--out", tmp_path) == 2

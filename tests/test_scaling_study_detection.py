@@ -4,12 +4,14 @@ import csv
 import json
 
 import numpy as np
+import pandas
 import pytest
 import scaling_commands
 import xarray as xr
 
 from scaling import zoo
 from scaling.detection.detectors import DETECTORS, DetectionSetting
+from scaling.detection.evaluation import auroc, auroc_over_seeds
 from scaling.study import detection, detection_report, items
 from scaling.study.items import Items, Prompt
 from scaling.training import corpus
@@ -65,6 +67,36 @@ def test_a_tap_is_chosen_on_one_half_and_all_are_rated_on_the_other():
     assert tap.area.value > 0.9
     ups, downs = scores[0, 1:20:2], scores[0, 21:40:2]
     assert single.area.value == np.mean(ups[:, None] > downs[None, :])
+
+
+def test_several_runs_are_rated_over_seeds():
+    """The tap of the first run, the same items, and the interval over seeds and images; other items are refused."""
+    rng = np.random.default_rng(1)
+    groups, runs = ["members"] * 20 + ["others"] * 20, []
+    for _ in range(3):
+        scores = rng.normal(size=(2, 40))
+        scores[1, :20] += 2
+        runs.append(results_of(scores, groups, options=["weak", "strong"]))
+    tap, single = detection.over_seeds(runs, CHOSEN)
+    assert (tap.option, tap.negatives, tap.seeds, tap.num_positives, tap.num_negatives) == (
+        "strong",
+        "others",
+        3,
+        10,
+        10,
+    )
+    strong = [run["std"].sel(tap="strong").values for run in runs]
+    sides = [np.stack([values[part] for values in strong]) for part in (slice(1, 20, 2), slice(21, 40, 2))]
+    assert tap.area == auroc_over_seeds(*sides)
+    assert (tap.lowest, tap.highest) == (auroc(*sides).min(), auroc(*sides).max())
+    assert single.option == ""
+    text = "\n".join(detection_report.seed_lines([tap, single]))
+    assert "over 3 runs" in text
+    assert f"| std | strong | others | 10 / 10 | {tap.area.text()} |" in text
+    with pytest.raises(ValueError, match="runs of the same items"):
+        detection.over_seeds([runs[0], results_of(scores[0], ["members"] * 21 + ["others"] * 19)], CHOSEN)
+    with pytest.raises(ValueError, match="lacks the score error_min"):
+        detection.over_seeds([runs[0], runs[1].drop_vars("error_min")], CHOSEN)
 
 
 def test_what_is_not_finite_counts_for_no_detector():
@@ -180,12 +212,21 @@ def test_the_command_writes_a_table_that_can_be_read(tmp_path, capsys):
     assert int(mine["nearest_training_image"]) == zoo.membership("digits-10")["train"].index(row)
     assert mine["nearest_training_name"] == f"digits[{row}]"
     assert 0 <= float(mine["error@0.5_percentile"]) <= 100
+    table = pandas.read_parquet(out / "scores.parquet")
+    assert list(table) == list(mine)
+    assert table["error@0.5"].dtype == np.float32
+    assert [f"{value:.6g}" for value in table["error@0.5"]] == [line["error@0.5"] for line in lines]
     # One image that is known to be memorized rates nothing, and the report says so.
     assert "No detector can be rated" in (out / "summary.md").read_text()
     assert (out / "sheet.png").stat().st_size > 0
     assert json.loads((out / "spec.json").read_text())["spec"]["detectors"] == ["std", "error"]
-    # Nothing is computed again.
+    # Nothing is computed again. Another run of the same items, with other noise, is rated beside it.
     assert scaling_commands.run(*command) == 0
+    capsys.readouterr()
+    again = [str(tmp_path / "again") if part is out else part for part in command]
+    assert scaling_commands.run(*again, "--seed", 1, "--with", out) == 0, capsys.readouterr().err
+    assert scaling_commands.run(*again, "--seed", 1, "--with", tmp_path / "nowhere") == 2
+    assert "nowhere" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

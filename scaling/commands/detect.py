@@ -7,7 +7,7 @@ from typing import Any
 
 from scaling.commands import options
 from scaling.detection.options import NAMES, DetectionSetting
-from sims.flags import add_fields, given
+from sims.flags import add_fields, given, parse_names
 
 __all__ = ["SUMMARY", "add_flags", "run"]
 
@@ -36,6 +36,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--ordinary-prompts",
         metavar="FILE",
         help="prompts that are not memorized, with whose neurons those of the items are compared; formats as --prompts",
+    )
+    add(
+        "--with",
+        dest="others",
+        type=parse_names,
+        default=(),
+        metavar="DIR,...",
+        help="finished runs of the same items, of networks trained from other seeds or with another --seed: areas with "
+        "intervals over seeds and items",
     )
     add_fields(parser, DetectionSetting)
     options.add_pipeline_run(parser, batch_size=32)
@@ -81,6 +90,9 @@ def run(args: argparse.Namespace) -> None:
     rate = args.false_positive_rate
     rows = detection.evaluate(results, chosen, false_positive_rate=rate)
     text = detection_report.report(results, chosen, rows, setting, false_positive_rate=rate)
+    if args.others:
+        runs = [results, *(detection.read_scores(folder) for folder in args.others)]
+        text += "\n".join(detection_report.seed_lines(detection.over_seeds(runs, chosen)))
     files = detection_report.write_tables(
         args.out,
         results,

@@ -32,8 +32,10 @@ from scaling.detection.detectors import DETECTORS, Detector, applicable, check_s
 from scaling.detection.evaluation import (
     Detection,
     Estimate,
+    auroc,
     auroc_difference,
     auroc_interval,
+    auroc_over_seeds,
     detection_rate,
 )
 from scaling.detection.options import NAMES, DetectionSetting
@@ -44,7 +46,20 @@ from scaling.study.items import MEMBERS, OTHERS, Items
 from sims import store
 from sims.store import checksum, fill
 
-__all__ = ["Rated", "Row", "columns", "evaluate", "finite_items", "rated", "resolve", "score_items", "sides"]
+__all__ = [
+    "OverSeeds",
+    "Rated",
+    "Row",
+    "columns",
+    "evaluate",
+    "finite_items",
+    "over_seeds",
+    "rated",
+    "read_scores",
+    "resolve",
+    "score_items",
+    "sides",
+]
 
 
 class Row(NamedTuple):
@@ -62,6 +77,23 @@ class Row(NamedTuple):
     rate: Detection
     difference: Estimate | None
     """Its area less that of the first detector on the same items; None for the first."""
+
+
+class OverSeeds(NamedTuple):
+    """One detector against one group of others, over runs that differ in their seeds."""
+
+    detector: str
+    option: str
+    """Chosen on the other half of the images in the first run."""
+    negatives: str
+    seeds: int
+    num_positives: int
+    num_negatives: int
+    area: Estimate
+    """Its mean, with an interval over seeds and items."""
+    lowest: float
+    """The area in the run where it is lowest."""
+    highest: float
 
 
 def resolve(
@@ -178,6 +210,14 @@ def score_items(
     return store.load(out)
 
 
+def read_scores(folder: str | Path) -> xr.Dataset:
+    """The scores of a finished run of ``detect``; ``ValueError`` if it is something else or not finished."""
+    spec, results = store.read_spec(folder)["spec"], store.load(folder)
+    if spec.get("command") != "detect" or not bool(results.done.all()):
+        raise ValueError(f"{folder} is no finished run of `python -m scaling detect`.")
+    return results
+
+
 def evaluate(results: xr.Dataset, detectors: Sequence[Detector], *, false_positive_rate: float = 0.01) -> list[Row]:
     """Every detector against every group of others, for all memorized items and for each kind of their prompts.
 
@@ -226,6 +266,61 @@ def rated(
         elif detector not in several and min(len(positives), len(others)) >= 2:
             found.append(Rated(detector, options[0], values[0, positives], values[0, others]))
     return found
+
+
+def over_seeds(runs: Sequence[xr.Dataset], detectors: Sequence[Detector]) -> list[OverSeeds]:
+    """Every detector against every group of others, over runs of the same items with other seeds.
+
+    These are networks trained anew, or other noise of the detectors. Taps and noise levels are those that are chosen in
+    the first run, and items those that are rated there and have finite scores in all runs. ``ValueError`` for runs of
+    other items, and runs that lack a score or an option.
+    """
+    names = [detector.name for detector in detectors]
+    for run in runs[1:]:
+        for name in ("group", "prompt"):
+            if run[name].values.tolist() != runs[0][name].values.tolist():
+                raise ValueError(f"give runs of the same items: {name} differs from this run's.")
+        lacking = [name for name in names if name not in run]
+        if lacking:
+            raise ValueError(f"a run to be rated with this one lacks the score {lacking[0]}.")
+    finite = np.all([finite_items(run, names) for run in runs], axis=0)
+    members, groups = sides(runs[0], names)
+    several = any(detector.options and runs[0].sizes[detector.options] > 1 for detector in detectors)
+    found = []
+    for negative, others in groups.items():
+        numbers = [part[finite[part]] for part in (members, others)]
+        first = rated(runs[0], detectors, *numbers)
+        if several and min(map(len, numbers)) >= 4:
+            numbers = [part[1::2] for part in numbers]
+        for each in first:
+            scores = [_option(run, each.detector, each.option) for run in runs]
+            pair = [np.stack([values[part] for values in scores]) for part in numbers]
+            if min(side.shape[1] for side in pair) < 2:
+                continue
+            areas, sizes = auroc(*pair), [side.shape[1] for side in pair]
+            found.append(
+                OverSeeds(
+                    each.detector.name,
+                    each.option,
+                    negative,
+                    len(runs),
+                    sizes[0],
+                    sizes[1],
+                    auroc_over_seeds(pair[0], pair[1]),
+                    float(areas.min()),
+                    float(areas.max()),
+                )
+            )
+    return found
+
+
+def _option(run: xr.Dataset, detector: Detector, option: str) -> Float[np.ndarray, " n"]:
+    """Scores under one tap or noise level, by its text."""
+    values = np.atleast_2d(run[detector.name].transpose(..., "image").values.astype(float))
+    options = [str(value) for value in run[detector.options].values] if detector.options else [""]
+    if option not in options:
+        raise ValueError(f"a run to be rated with this one lacks {detector.name} at {option}.")
+    return values[options.index(option)]
 
 
 def _against(

@@ -14,13 +14,13 @@ from scaling.detection.detectors import Detector
 from scaling.detection.evaluation import threshold_at
 from scaling.detection.options import DetectionSetting
 from scaling.measures.copies import Copies
-from scaling.study.detection import Row, columns, finite_items
+from scaling.study.detection import OverSeeds, Row, columns, finite_items
 from scaling.study.items import Items
 from scaling.study.pictures import contact_sheet, to_bytes, write_png
-from sims.store.files import write_text
-from sims.study.tables import csv_text, markdown
+from sims.store.files import write_bytes, write_text
+from sims.study.tables import csv_text, markdown, parquet_bytes
 
-__all__ = ["SHOWN", "report", "write_sheet", "write_tables"]
+__all__ = ["SHOWN", "report", "seed_lines", "write_sheet", "write_tables"]
 
 SHOWN = 48
 """Items on the sheet."""
@@ -61,6 +61,33 @@ def report(
     return "\n".join(lines)
 
 
+def seed_lines(rows: Sequence[OverSeeds]) -> list[str]:
+    """The section on several runs as lines of Markdown."""
+    if not rows:
+        return []
+    head = ["detector", "at", "others", "items", "mean AUROC", "lowest to highest"]
+    body = [
+        [
+            row.detector,
+            row.option or "-",
+            row.negatives.replace("_", " "),
+            f"{row.num_positives} / {row.num_negatives}",
+            row.area.text(),
+            f"{row.lowest:.3f} to {row.highest:.3f}",
+        ]
+        for row in rows
+    ]
+    return [
+        f"## Mean over {rows[0].seeds} runs",
+        "",
+        markdown(head, body),
+        "",
+        f"The mean area over {rows[0].seeds} runs with other seeds, with its 95 % interval over seeds and items, and "
+        "the lowest and highest area of a run.",
+        "",
+    ]
+
+
 def write_tables(
     out: str | Path,
     results: xr.Dataset,
@@ -74,13 +101,14 @@ def write_tables(
 ) -> list[Path]:
     """Write ``summary.md``, ``scores.csv`` (a line for each item) and ``evaluation.csv``; returns their paths.
 
-    ``scores.csv`` has every score under every tap and level (``std@mid_block``), and, where items of another group than
-    the training's are known, the share of them with a lower score (``..._percentile``). With ``nearest`` it has the
-    number of the nearest training image among them, its row or file if ``names`` has those of the training images, its
-    distance, and whether the ratio test calls the item a copy of it.
+    With pyarrow also ``scores.parquet``, the same table in full precision. It has every score under every tap and level
+    (``std@mid_block``), and, where items of another group than the training's are known, the share of them with a lower
+    score (``..._percentile``). With ``nearest`` it has the number of the nearest training image among them, its row or
+    file if ``names`` has those of the training images, its distance, and whether the ratio test calls the item a copy
+    of it.
     """
     folder = Path(out)
-    table: dict[str, Sequence[Any]] = {
+    table: dict[str, Any] = {
         "number": range(results.sizes["image"]),
         **{name: results[name].values.tolist() for name in ("name", "group", "prompt", "kind")},
     }
@@ -88,25 +116,22 @@ def write_tables(
     reference = np.isin(groups, ("held_out", "others"))
     for detector in detectors:
         for label, values in columns(results, detector.name):
-            table[label] = [f"{value:.6g}" for value in values]
+            table[label] = values
             known = np.sort(values[reference & np.isfinite(values)])
             if len(known):
-                table[f"{label}_percentile"] = [
-                    f"{100 * share:.4g}" for share in np.searchsorted(known, values) / len(known)
-                ]
-                table[f"{label}_flagged"] = (values > threshold_at(known, false_positive_rate)).astype(int).tolist()
+                table[f"{label}_percentile"] = 100 * np.searchsorted(known, values) / len(known)
+                table[f"{label}_flagged"] = (values > threshold_at(known, false_positive_rate)).astype(int)
     if nearest is not None:
-        table["nearest_training_image"] = nearest.nearest.tolist()
+        table["nearest_training_image"] = nearest.nearest
         if names:
             # Bytes of a file's name that are not UTF-8 cannot be written as text.
             shown = [name.encode("utf-8", "backslashreplace").decode() for name in names]
             table["nearest_training_name"] = [shown[number] for number in nearest.nearest.tolist()]
-        table["distance"] = [f"{value:.6g}" for value in nearest.distance]
-        table["distance_ratio"] = [f"{value:.6g}" for value in nearest.ratio]
-        table["is_copy"] = nearest.is_copy.astype(int).tolist()
+        table["distance"], table["distance_ratio"] = nearest.distance, nearest.ratio
+        table["is_copy"] = nearest.is_copy.astype(int)
     files = [folder / "summary.md", folder / "scores.csv", folder / "evaluation.csv"]
     write_text(files[0], text)
-    write_text(files[1], csv_text(list(table), zip(*table.values(), strict=True)))
+    write_text(files[1], csv_text(list(table), zip(*map(_shown, table.values()), strict=True)))
     head = [
         *Row._fields[:6],
         *("area", "area_low", "area_high", "rate", "rate_low", "rate_high"),
@@ -117,7 +142,17 @@ def write_tables(
         for row in rows
     ]
     write_text(files[2], csv_text(head, body))
+    if (data := parquet_bytes(table)) is not None:
+        files.append(folder / "scores.parquet")
+        write_bytes(files[3], data)
     return files
+
+
+def _shown(column: Any) -> Any:
+    """Six digits of what is computed in floating point."""
+    if isinstance(column, np.ndarray):
+        return [f"{value:.6g}" for value in column] if column.dtype.kind == "f" else column.tolist()
+    return column
 
 
 def _table(rows: Sequence[Row], positive: str, negative: str, rate: float) -> list[str]:

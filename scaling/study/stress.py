@@ -266,7 +266,8 @@ def compare(study: Study, cases: Sequence[Case] = CASES) -> list[Finding]:
     thresholds = {name: threshold_at(rows[name][PLAIN][rated[1]], FALSE_POSITIVE_RATE) for name in rows}
 
     def of_case(case: Case) -> list[Finding]:
-        seen, others = (_others(case, study, *half, study.reference[PLAIN][level]) for half in (learned, rated))
+        difficulty = study.reference[PLAIN][level]
+        seen, others = (_others(case, study, half[0], half[1], difficulty) for half in (learned, rated))
         half = {name: _half(table, case, rated[0], others) for name, table in tables.items()}
         pairs = {name: (picks[name].option, score(half[name], picks[name])) for name in picks}
         combined = rows["combined"]

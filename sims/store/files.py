@@ -24,6 +24,7 @@ __all__ = [
     "read_small",
     "refuse_links",
     "replace_file",
+    "write_bytes",
     "write_npz",
     "write_text",
 ]
@@ -114,6 +115,15 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
     def write(partial: pathlib.Path) -> None:
         partial.write_text(text, encoding="utf-8")
+
+    replace_file(path, write)
+
+
+def write_bytes(path: pathlib.Path, data: bytes) -> None:
+    """Write ``data``; the file is complete or absent."""
+
+    def write(partial: pathlib.Path) -> None:
+        partial.write_bytes(data)
 
     replace_file(path, write)
 

@@ -1,12 +1,13 @@
-"""Markdown tables, and means with standard errors as they stand in them."""
+"""Tables as Markdown, CSV and Parquet, and means with standard errors as they stand in them."""
 
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from jaxtyping import Float
 
 from sims.data.folders import printable
 
-__all__ = ["csv_text", "literal", "markdown", "mean_and_error", "standard_error"]
+__all__ = ["csv_text", "literal", "markdown", "mean_and_error", "parquet_bytes", "standard_error"]
 
 
 def markdown(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
@@ -46,6 +47,17 @@ def csv_text(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
     runs = ("=", "+", "@")
     writer.writerows([[f"'{v}" if isinstance(v, str) and v.startswith(runs) else v for v in row] for row in rows])
     return text.getvalue()
+
+
+def parquet_bytes(columns: Mapping[str, Any]) -> bytes | None:
+    """A table as a Parquet file; None if pyarrow is not installed, which comes with ``pip install .[data]``."""
+    if importlib.util.find_spec("pyarrow") is None:
+        return None
+    import pandas as pd
+
+    data = io.BytesIO()
+    pd.DataFrame(dict(columns)).to_parquet(data, engine="pyarrow", index=False)
+    return data.getvalue()
 
 
 def standard_error(values: Float[np.ndarray, "*n"]) -> tuple[float, float]:
