@@ -49,18 +49,20 @@ def test_it_is_the_odds_against_an_image_in_the_empirical_posterior():
 
 
 def test_limits_count_exact_repeats_and_all_others(rows):
-    """Far from the origin, where the products of float64 lose the distances of near repeats too."""
-    near = rows[3] + np.float32(2**-10)
-    repeated = np.concatenate([rows, rows[[3, 3, 5]], near[None]]) + np.float32(1024)
+    """Far from the origin: the products of float64 reach 2^40 and lose squared distances below 1e-4."""
+    far = rows + np.array([2**20 + 0.5, 2**10, 0, 0, 0], np.float32)
+    near = far[3] + np.array([0, 0, 1, 1, 1], np.float32) / 512
+    repeated = np.concatenate([far, far[[3, 3, 5]], near[None]])
     copies = np.zeros(len(repeated))
     copies[[3, 37, 38]], copies[[5, 39]] = 2, 1
     np.testing.assert_array_equal(local_coverage(of_array(repeated), 1e-200), copies)
     np.testing.assert_allclose(local_coverage(of_array(repeated), 1e9), len(repeated) - 1, rtol=1e-12)
     # An image that stands three times is covered at least twice, at any noise.
     assert (local_coverage(of_array(repeated), 0.3)[[3, 37, 38]] >= 2).all()
-    # The near repeat is seen at its own distance, not as an exact one: 5 entries differ by 2^-10.
-    sigma = 2**-10
-    assert local_coverage(of_array(repeated), sigma, [40])[0] == pytest.approx(3 * math.exp(-5 / 2), rel=1e-9)
+    # The near repeat is seen at its own distance, not as an exact one: 3 entries differ by 1/512, to their rounding.
+    found = local_coverage(of_array(repeated), 1 / 512, [40])[0]
+    assert found == pytest.approx(3 * math.exp(-np.sum((near.astype(float) - far[3]) ** 2) * 512**2 / 2), rel=1e-9)
+    assert found == pytest.approx(3 * math.exp(-3 / 2), rel=1e-3)
 
 
 def test_the_logarithm_does_not_underflow(rows):

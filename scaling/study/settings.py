@@ -126,12 +126,12 @@ class AuditSetting:
     mirrors: bool = flag(False, "compare samples with the mirror images of training images, too")
     coverage_sigma: float = flag(
         0.5,
-        "noise level > 0 at which the coverage of training images by the others is computed, in pixels",
+        "positive noise level at which the coverage of training images by the others is computed, in pixels",
         metavar="S",
     )
     contamination: int = flag(
         0,
-        "training images of which the ratio is computed, evenly spaced, at least 3; 0: none",
+        "training images >= 3 of which the ratio is computed, evenly spaced; 0: none",
         group=CONTAMINATION,
         metavar="N",
     )
