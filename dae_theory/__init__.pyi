@@ -25,6 +25,7 @@ from . import sampling as sampling
 from . import second_order as second_order
 from . import spectra as spectra
 from . import spikiness as spikiness
+from . import steering as steering
 from . import structures as structures
 from . import symmetry as symmetry
 from . import turns as turns
