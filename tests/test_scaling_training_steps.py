@@ -371,8 +371,9 @@ def test_the_command(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("arch", "prediction"),
-    [("unet2d", "v_prediction"), pytest.param("unet2d_condition", "epsilon", marks=pytest.mark.slow)],
+    [("unet2d", "v_prediction"), ("unet2d_condition", "epsilon")],
 )
+@pytest.mark.slow
 def test_unets_train_and_sample(arch, prediction, tmp_path):
     spec = TrainSpec(
         arch=arch,
