@@ -231,7 +231,7 @@ def test_population_blocks_are_empirical_ones_of_equal_moments(key):
         jnp.array([x.mean(0) for x in parts]),
         jnp.array([np.cov(x.T, bias=True) for x in parts]),
     )
-    ours = minimizers.generalizing_minimizer(world, 0.4, 0.02, RANKS, width=8)
+    ours = jax.jit(lambda world: minimizers.generalizing_minimizer(world, 0.4, 0.02, RANKS, width=8))(world)
     chex.assert_trees_all_close(ours, block_minimizer(data, LABELS, 0.4, 0.02, RANKS, width=8), atol=1e-12)
 
 
@@ -375,14 +375,15 @@ def test_gradients_in_the_data_are_finite_where_eigenvalues_vanish_or_coincide(r
         w = minimizers.block_minimizer(data, np.zeros(3, int), 0.5, 1e-3, 2).w1
         return jnp.sum(jnp.cos(jnp.arange(dim * dim, dtype=w.dtype)).reshape(dim, dim) * (w @ w.T))
 
-    gradient = jax.grad(gain)(data)
+    gradient = jax.jit(jax.grad(gain))(data)
     assert bool(jnp.all(jnp.isfinite(gradient)))
     if rows == "equal eigenvalues":
         move = 1e-5 * jnp.asarray(np.pad([[1.0, 2.0, 3.0], [0.5, -1.0, 0.2], [0.3, 0.1, 1.0]], ((0, 0), (0, dim - 3))))
 
+        @jax.jit
         def projected(data):
             axes = spectra.principal_axes(data, 2)[1]
             return jnp.sum(jnp.cos(jnp.arange(dim * dim, dtype=axes.dtype)).reshape(dim, dim) * (axes @ axes.T))
 
         difference = projected(data + move) - projected(data - move)
-        np.testing.assert_allclose(2 * jnp.sum(jax.grad(projected)(data) * move), difference, rtol=1e-6)
+        np.testing.assert_allclose(2 * jnp.sum(jax.jit(jax.grad(projected))(data) * move), difference, rtol=1e-6)

@@ -43,7 +43,7 @@ def anchors(page):
     return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
 
 
-@pytest.mark.parametrize(("page", "code"), blocks("python"))
+@pytest.mark.parametrize(("page", "code"), list(blocks("python")))
 def test_python_blocks_run(page, code, capsys, tmp_path, monkeypatch):
     import jax
 
@@ -54,7 +54,7 @@ def test_python_blocks_run(page, code, capsys, tmp_path, monkeypatch):
     assert capsys.readouterr().out.strip()
 
 
-@pytest.mark.parametrize(("page", "command"), commands())
+@pytest.mark.parametrize(("page", "command"), list(commands()))
 def test_commands_parse(page, command, tmp_path, monkeypatch):
     for number, text in enumerate(re.findall(r"```toml\n(.*?)```", page.read_text(), flags=re.S)):
         assert number == 0, "one spec file a page"

@@ -22,8 +22,9 @@ def run(*argv):
     return cli._run(cli._parse(["paper_figs", *map(str, argv)]))
 
 
-# These compile deep networks.
-FIGURES = [pytest.param(n, marks=pytest.mark.slow) if n.startswith(("deep", "detection")) else n for n in cli.FIGURES]
+# These compile deep networks, or train on many rows: `codes` and `columns` are made below from one step.
+LONG = ("deep", "detection", "codes", "columns")
+FIGURES = [pytest.param(n, marks=pytest.mark.slow) if n.startswith(LONG) else n for n in cli.FIGURES]
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -214,7 +215,7 @@ def test_deep_figures_say_what_their_bars_are_and_label_every_axis():
 
 
 @pytest.mark.parametrize("name", ["columns", "codes"])
-def test_figures_of_two_layers_name_n_sigma_and_the_regime_of_their_numbers(name):
+def test_figures_of_two_layers_name_n_sigma_and_the_regime_of_their_numbers(name, tmp_path, monkeypatch):
     """The words are those of the measured gap, also where training was too short for the case's name."""
     module = importlib.import_module(f"paper_figs.fig_{name}")
     case = {"dataset": "digits", "width": 4, "sigma": 0.5, "seeds": 1, "steps": 1, "num_samples": 4}
@@ -225,9 +226,15 @@ def test_figures_of_two_layers_name_n_sigma_and_the_regime_of_their_numbers(name
     with pytest.raises(ValueError, match="non-finite entries"):
         networks.train(Spec.from_dict(case | {"learning_rate": 1e30, "steps": 4}))
     cases = dict.fromkeys(module.SPEC["cases"], case)
-    figure = module.draw(module.compute(module.QUICK | {"columns": 2, "noisy": 4, "cases": cases}))
+    small = module.QUICK | {"columns": 2, "noisy": 4, "cases": cases}
+    figure = module.draw(module.compute(small))
     texts = " ".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
     assert texts.count(trained.caption) == len(cases)
+    # And so does the command.
+    monkeypatch.setattr(module, "QUICK", small)
+    assert run(name, "--quick", "--out", tmp_path) == 0
+    assert np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")).std() > 10
+    assert json.loads((tmp_path / f"{name}.json").read_text())["spec"] == json.loads(json.dumps(small))
 
 
 @pytest.mark.slow

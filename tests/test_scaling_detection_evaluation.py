@@ -79,16 +79,20 @@ def test_intervals_of_separated_scores_cover_at_least_what_they_say():
     assert detection.auroc_interval(np.arange(20.0), np.arange(20.0) + 99) == (0.0, 0.0, 1 - 0.05 ** (1 / 20))
 
 
-def test_paired_differences_cover_and_are_narrower_than_unpaired_ones():
+def draw_pair(random, n=50):
     """Two scores that share most of their noise."""
+    base = [random.normal(size=n) + 1, random.normal(size=n)]
+    return [tuple(part + 0.5 * random.normal(size=n) * k for part in base) for k in (1, 2)]
 
-    def draw(random, n=50):
-        base = [random.normal(size=n) + 1, random.normal(size=n)]
-        return [tuple(part + 0.5 * random.normal(size=n) * k for part in base) for k in (1, 2)]
 
+@pytest.mark.slow
+def test_paired_differences_cover():
     truth = stats.norm.cdf(1 / np.sqrt(2 * 1.25)) - stats.norm.cdf(1 / np.sqrt(2 * 2))
-    assert 0.93 <= covered(lambda random: detection.auroc_difference(*draw(random)), truth) <= 0.97
-    first, second = draw(np.random.default_rng(0))
+    assert 0.93 <= covered(lambda random: detection.auroc_difference(*draw_pair(random)), truth) <= 0.97
+
+
+def test_paired_differences_are_narrower_than_unpaired_ones():
+    first, second = draw_pair(np.random.default_rng(0))
     paired = detection.auroc_difference(first, second)
     shuffled = tuple(np.random.default_rng(1).permutation(part) for part in second)
     unpaired = detection.auroc_difference(first, shuffled)

@@ -218,7 +218,7 @@ def test_the_activity_of_a_neuron_is_its_mean_size_over_tokens():
 def test_a_network_of_the_zoo_is_scored_as_a_closed_form_is(key):
     """Exact and estimated dimension of the same image agree, and repeated images are denoised best."""
     with jax.enable_x64(False):
-        pipeline = scaling.zoo.load("digits")
+        pipeline = scaling.zoo.load("digits-10")
         denoiser = scaling.as_denoiser(pipeline.network, pipeline.schedule)
         x = jnp.zeros((1, 8, 8))
         exact = jax.jit(lambda x: detection.intrinsic_dimension(denoiser, x, 0.5))(x)

@@ -142,7 +142,7 @@ def test_bad_settings():
 @pytest.mark.parametrize(
     ("mean", "spread", "least"), [(0.35, 0.0, 0.95), (0.35, 0.2, 0.93), (0.1, 0.05, 0.95), (0.02, 0.025, 0.88)]
 )
-@pytest.mark.parametrize("networks", [3, 8])
+@pytest.mark.parametrize("networks", [3, pytest.param(8, marks=pytest.mark.slow)])
 def test_shares_over_networks_cover_networks_and_samples(mean, spread, least, networks):
     """Shares of networks are drawn from a beta distribution, samples from each network."""
     rng, runs, num = np.random.default_rng(networks), 600, 200

@@ -158,7 +158,10 @@ def test_a_source_is_what_the_autoencoder_reads(fitted, key):
     assert lifted.dae.w1.shape == (9, 4)
     assert lifted.unexplained.mean < 1e-6
     assert lifted.linear_unexplained.mean > 0.01
-    plain, same = (jax.jit(lambda k, s=s: fit(k, s, jnp.tanh))(jax.random.clone(key)) for s in (None, lambda y: y))
+    # Without a source, and with one that returns its input.
+    other, nothing = ReluDae(rows(6, D, 4), rows(7, D, 4)), jnp.zeros(D)
+    plain = fitted(jax.random.clone(key), other, nothing, x, 0.7)
+    same = jax.jit(lambda k, dae: fit(k, lambda y: y, functools.partial(denoise, dae)))(jax.random.clone(key), other)
     np.testing.assert_allclose(plain.dae.w1, same.dae.w1, rtol=1e-6, atol=1e-9)
 
 

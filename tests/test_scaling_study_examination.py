@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick_fits import few_draws as few_draws
 
 from dae_theory import empirical_denoiser, gaussian_denoiser
 from scaling import initialize, load_pipeline
@@ -37,7 +38,8 @@ def digits():
 @pytest.fixture(scope="module")
 def untrained(digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("untrained")
-    model = initialize(jax.random.key(3), network_config("unet2d", digits.images.shape[1:], channels=(8,)))
+    config = network_config("unet2d", digits.images.shape[1:], channels=(8,))
+    model = jax.jit(lambda key: initialize(key, config))(jax.random.key(3))
     save_pipeline(Pipeline(model, from_config(scheduler_config()), None, (), (), {}), folder)
     return load_pipeline(folder)
 

@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from quick_fits import few_draws as few_draws
 from scaling_commands import run
 
 from paper_figs import __main__ as figures

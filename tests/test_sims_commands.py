@@ -73,6 +73,7 @@ def test_a_run_that_another_host_went_on_with_says_so(demo, capsys, tmp_path):
         assert ("different conditions" in printed) == bool(told)
 
 
+@pytest.mark.slow
 def test_certify_prints_and_writes_conditions_regime_and_certificate(tmp_path, capsys):
     """Eight separable digits: memorized, every condition holds, a strict minimum; the files say what was printed."""
     data = ["--center", "--separable", "8", "--width", "8"]

@@ -62,7 +62,7 @@ def test_what_lies_outside_the_grid_leaves_an_interval_open():
     assert transitions.crossing_over_seeds(x, never, 0.5)[1:3] == (0.0, np.inf)
 
 
-@pytest.mark.parametrize("seeds", [3, 4, 20])
+@pytest.mark.parametrize("seeds", [3, pytest.param(4, marks=pytest.mark.slow), 20])
 @pytest.mark.parametrize(("where", "spread", "noise"), [(30.0, 0.3, 0.02), (30.0, 0.2, 0.08), (2.5, 0.4, 0.02)])
 def test_the_interval_covers_the_truth_at_its_nominal_rate(seeds, where, spread, noise):
     """Planted transitions, some of them at the edge of the grid; the percentile bootstrap covers .72 to .95."""

@@ -13,6 +13,12 @@ from sims.sweeps import measure_names, measures
 from sims.sweeps.measures import MEASURES, CellData, CellSpec
 
 
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def measured(measure, dae, data, spec):
+    """A measure in one program; the number of rows, and all of ``spec``, are part of it."""
+    return measure(dae, data, spec)
+
+
 def simplex(size=3.0):
     """Four points of a regular simplex in R³, pairwise negative cosines."""
     corners = np.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]) / np.sqrt(3)
@@ -39,21 +45,21 @@ def test_errors_of_the_identity_network_are_the_noise(cell):
     for name in ("train_error", "held_out_error"):
         # ‖σε‖² has mean σ²d and standard deviation σ²√(2d).
         error = 0.09 * np.sqrt(2 * 3 / count)
-        assert abs(float(MEASURES[name](identity_network(), data, spec)) - 0.27) < 5 * error
+        assert abs(float(measured(MEASURES[name], identity_network(), data, spec)) - 0.27) < 5 * error
 
 
 def test_gap_is_zero_for_the_identity_and_one_for_a_perfect_memory(cell):
     data, spec = cell
     # Pairs share their noise by index.
-    assert abs(float(measures.gap(identity_network(), data, spec))) < 1e-12
+    assert abs(float(measured(measures.gap, identity_network(), data, spec))) < 1e-12
     memory = memorizing_minimizer(data.train, 0.3, 1e-3, 4)
-    assert float(measures.gap(memory, data, spec)) > 0.95
+    assert float(measured(measures.gap, memory, data, spec)) > 0.95
 
 
 def test_objective_is_error_plus_penalty(cell):
     data, spec = cell
     dae = identity_network(scale=0.5)
-    difference = measures.objective(dae, data, spec) - measures.train_error(dae, data, spec)
+    difference = measured(measures.objective, dae, data, spec) - measured(measures.train_error, dae, data, spec)
     np.testing.assert_allclose(difference, 1e-3 * (6 + 6 * 0.25), rtol=1e-10)
 
 
@@ -68,8 +74,8 @@ def test_distances_vanish_only_for_the_denoiser_itself(cell, rows):
     ):
         # f = 0 is at the denoiser's own mean square.
         target = jax.vmap(lambda y, denoiser=denoiser: denoiser(y, 0.3))(noisy)
-        measured = MEASURES[f"distance_to_{name}_{rows}"](zero, data, spec)
-        np.testing.assert_allclose(measured, np.mean(np.sum(np.square(target), -1)), rtol=1e-12)
+        found = measured(MEASURES[f"distance_to_{name}_{rows}"], zero, data, spec)
+        np.testing.assert_allclose(found, np.mean(np.sum(np.square(target), -1)), rtol=1e-12)
 
 
 def test_the_closed_form_is_at_distance_zero_from_itself_and_its_symmetries(cell):
@@ -77,15 +83,15 @@ def test_the_closed_form_is_at_distance_zero_from_itself_and_its_symmetries(cell
     closed = memorizing_minimizer(data.train, 0.3, 1e-3, 5)
     halves = ReluDae(*(jnp.concatenate([w, w], axis=1) / jnp.sqrt(2.0) for w in closed))
     for dae in (closed, halves):
-        assert float(measures.distance_to_closed_form(dae, data, spec)) < 1e-25
-    assert float(measures.distance_to_closed_form(identity_network(), data, spec)) > 1e-3
+        assert float(measured(measures.distance_to_closed_form, dae, data, spec)) < 1e-25
+    assert float(measured(measures.distance_to_closed_form, identity_network(), data, spec)) > 1e-3
 
 
 def test_the_distance_to_the_closed_form_is_relative(cell):
     """A network that does nothing is at distance 1."""
     data, spec = cell
     zero = ReluDae(jnp.zeros((3, 4)), jnp.zeros((3, 4)))
-    assert float(MEASURES["distance_to_closed_form"](zero, data, spec)) == pytest.approx(1.0, rel=1e-12)
+    assert float(measured(MEASURES["distance_to_closed_form"], zero, data, spec)) == pytest.approx(1.0, rel=1e-12)
 
 
 def test_duplicates_have_their_own_closed_form(cell):
@@ -96,23 +102,24 @@ def test_duplicates_have_their_own_closed_form(cell):
     n, m, norm = 6, np.array([3, 1, 1, 1]), 9.0
     q = (norm - n / m * 0.5) / (norm + 0.09)
     w = data.train.T * jnp.sqrt(q / norm)[None, :]
-    assert float(measures.distance_to_closed_form(ReluDae(w, w), repeated, spec)) < 1e-25
+    assert float(measured(measures.distance_to_closed_form, ReluDae(w, w), repeated, spec)) < 1e-25
 
 
 def test_no_closed_form_for_more_rows_than_units(cell):
     data, spec = cell
     narrow = ReluDae(jnp.ones((3, 2)), jnp.ones((3, 2)))
-    assert np.isnan(measures.distance_to_closed_form(narrow, data, spec))
-    assert np.all(np.isnan(measures.conditions_hold(narrow, data, spec)))
+    assert np.isnan(measured(measures.distance_to_closed_form, narrow, data, spec))
+    assert np.all(np.isnan(measured(measures.conditions_hold, narrow, data, spec)))
 
 
 def test_conditions_hold_on_the_simplex_and_not_on_one_side(cell):
     data, spec = cell
     square = ReluDae(jnp.ones((3, 4)), jnp.ones((3, 4)))
-    assert np.all(measures.conditions_hold(square, data, spec) == 1)
+    assert np.all(measured(measures.conditions_hold, square, data, spec) == 1)
     names = list(measures.conditions_hold.labels["condition"])
     one_side = data._replace(train=jnp.abs(data.train) + 0.1)
-    held = dict(zip(names, np.asarray(measures.conditions_hold(identity_network(), one_side, spec)), strict=True))
+    values = measured(measures.conditions_hold, identity_network(), one_side, spec)
+    held = dict(zip(names, np.asarray(values), strict=True))
     assert held["negative_cosines"] == 0
     assert held["other_gates"] == 0
     assert held["own_gates"] == 1
@@ -123,7 +130,7 @@ def test_zero_columns_are_units_beyond_one_per_row(cell):
     data, spec = cell
     for width, holds in ((4, 1), (5, 0)):
         dae = memorizing_minimizer(data.train, 0.3, 1e-3, width)
-        values = dict(zip(measures.Checks._fields, measures.conditions_hold(dae, data, spec), strict=True))
+        values = dict(zip(measures.Checks._fields, measured(measures.conditions_hold, dae, data, spec), strict=True))
         assert values.pop("zero_columns") == holds
         assert all(value == 1 for value in values.values())
 
@@ -132,19 +139,19 @@ def test_columns_are_counted_after_merging(cell):
     data, spec = cell
     closed = memorizing_minimizer(data.train, 0.3, 1e-3, 6)
     halves = ReluDae(*(jnp.concatenate([w, w], axis=1) / jnp.sqrt(2.0) for w in closed))
-    assert float(measures.num_live_columns(halves, data, spec)) == 4
-    assert float(measures.num_aligned_columns(halves, data, spec)) == 4
+    assert float(measured(measures.num_live_columns, halves, data, spec)) == 4
+    assert float(measured(measures.num_aligned_columns, halves, data, spec)) == 4
     # The axes have cosine 1/√3 with the simplex.
-    assert float(measures.num_live_columns(identity_network(), data, spec)) == 6
-    assert float(measures.num_aligned_columns(identity_network(), data, spec)) == 0
+    assert float(measured(measures.num_live_columns, identity_network(), data, spec)) == 6
+    assert float(measured(measures.num_aligned_columns, identity_network(), data, spec)) == 0
 
 
 def test_memorized_codes_are_one_hot(cell):
     data, spec = cell
     memory = memorizing_minimizer(data.train, 0.3, 1e-3, 4)
     small = spec._replace(sigma=1e-3)
-    assert float(MEASURES["l4_over_l2_train"](memory, data, small)) == pytest.approx(1.0, abs=1e-6)
-    assert float(MEASURES["participation_ratio_train"](memory, data, small)) == pytest.approx(1.0, abs=1e-5)
+    assert float(measured(MEASURES["l4_over_l2_train"], memory, data, small)) == pytest.approx(1.0, abs=1e-6)
+    assert float(measured(MEASURES["participation_ratio_train"], memory, data, small)) == pytest.approx(1.0, abs=1e-5)
 
 
 def test_evaluation_noise_is_common_to_all_noise_levels_and_widths(cell):

@@ -101,12 +101,14 @@ def test_mini_batch_gradients_average_to_the_full_gradient(key):
     data, recipe = rows(key), Recipe(width=3, optimizer="sgd", batch_size=2)
     params = run(key, data, recipe, 0).params
 
-    def gradient(i, batch_size):
+    @functools.partial(jax.jit, static_argnames="batch_size")
+    @functools.partial(jax.vmap, in_axes=(0, None))
+    def gradients(i, batch_size):
         batch, eps = train._draw(jax.random.fold_in(key, i), data, batch_size)
         return jax.grad(train.noisy_objective)(params, batch, eps, 0.3, 1e-3).w2
 
-    mini = np.asarray(jax.vmap(lambda i: gradient(i, 2))(jnp.arange(4000)))
-    full = np.asarray(jax.vmap(lambda i: gradient(i, 0))(jnp.arange(4000, 8000)))
+    mini = np.asarray(gradients(jnp.arange(4000), 2))
+    full = np.asarray(gradients(jnp.arange(4000, 8000), 0))
     error = np.sqrt(mini.var(0) / 4000 + full.var(0) / 4000)
     assert np.all(np.abs(mini.mean(0) - full.mean(0)) < 5 * error)
     # A sixth of the rows' noise is averaged away by a batch of two: the comparison above is not of equals.
