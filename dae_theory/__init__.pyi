@@ -6,6 +6,7 @@ from . import certificate as certificate
 from . import checks as checks
 from . import codes as codes
 from . import conditions as conditions
+from . import convexity as convexity
 from . import curvature as curvature
 from . import denoisers as denoisers
 from . import energies as energies
