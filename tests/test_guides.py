@@ -10,7 +10,9 @@ from sims.terminal import parse_command
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = ROOT / "README.md"
-GUIDES = [ROOT / name for name in ("sims/SCALE.md", "scaling/GUIDE.md", "paper_figs/RESULTS.md")]
+GUIDES = [
+    ROOT / name for name in ("sims/SCALE.md", "scaling/GUIDE.md", "paper_figs/RESULTS.md", "dae_theory/BEYOND.md")
+]
 PAGES = [
     README,
     *GUIDES,
