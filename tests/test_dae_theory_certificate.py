@@ -258,7 +258,8 @@ def test_training_finds_a_strict_minimum_from_a_random_start(key):
     assert float(found.objective) < float(exact_objective(start, SIMPLEX, 0.3, 1e-2))
 
 
-@pytest.mark.parametrize("method", ["dense", pytest.param("products", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dense", "products"])
 def test_both_methods_end_at_the_same_minimum_and_hold_dead_units(method):
     """From the closed form with zeros: to the golden distance, the zeros untouched."""
     closed = memorizing_minimizer(SIMPLEX, 0.3, 1e-3, 6)

@@ -255,6 +255,7 @@ def test_gradients_in_a_strength(key):
     assert bool(jnp.all(gradient != 0))
 
 
+@pytest.mark.slow
 def test_edits_see_the_two_halves(key):
     steps, num = 2, 2
     given = {"condition": labels(1, 2), "unconditional": labels(0), "guidance": 3.0, "capture": (EARLY,)}

@@ -88,7 +88,7 @@ def distance(states, expected):
     return np.max(np.abs(states - expected), axis=(1, 2, 3, 4)) / np.max(np.abs(expected), axis=(1, 2, 3, 4))
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", METHODS)
 def test_states_are_the_reference_s_call_by_call(method, dtype):
     listed, tensors = golden(method)

@@ -60,7 +60,13 @@ def by_hand(key, model, image, i, t, tap, vae, condition, latent):
 
 @pytest.mark.parametrize(
     ("kind", "latent"),
-    [("pixel", "mean"), ("classes", "mean"), ("latent", "mean"), ("latent", "sample"), ("dit", "mean")],
+    [
+        ("pixel", "mean"),
+        ("classes", "mean"),
+        ("latent", "mean"),
+        pytest.param("latent", "sample", marks=pytest.mark.slow),
+        ("dit", "mean"),
+    ],
 )
 def test_codes_are_the_pooled_activations_of_each_image_alone(kind, latent, key):
     model, images, vae, condition = setting(kind, key)

@@ -103,6 +103,7 @@ def test_standard_errors_are_those_of_repetitions(key):
     assert abs(np.mean(found["std"].mean) - np.mean(direct)) < 4 * np.std(direct) / np.sqrt(3000)
 
 
+@pytest.mark.slow
 def test_a_deep_block_is_approximated(key):
     model, x, source, target = (
         network(PIXEL, "float64"),

@@ -128,6 +128,7 @@ def test_bad_settings_are_named_before_anything_is_computed(changes, message, pi
         plan(pipeline, training, AuditSetting(**setting))
 
 
+@pytest.mark.slow
 def test_the_audit_says_it_in_a_line(tmp_path, capsys):
     command = ["audit", "digits-10", "--train", "digits", "--samples", 4, "--steps", 2, "--detectors", "std", "--quiet"]
     command += ["--scored", 4, "--contamination", 10, "--contamination-tap", TAP, "--views", 8, "--augment", "shift"]

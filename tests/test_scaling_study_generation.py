@@ -52,6 +52,7 @@ def test_a_cut_run_goes_on_and_equals_one_batch(tmp_path):
         run(tmp_path / "cut", method="ddim")
 
 
+@pytest.mark.slow
 def test_latents_are_decoded_and_guidance_uses_the_null_class(tmp_path):
     dit = pipeline(SMALL_DIT, SMALL_VAE)
     generate(dit, 2, 3, tmp_path, class_label=4, guidance=3.0, eta=0.5)

@@ -170,6 +170,7 @@ def test_a_cut_run_goes_on_with_the_same_numbers(home, finished, tmp_path):
         asked(setting=JacobianSetting(rank=2, iterations=0, full=True))
 
 
+@pytest.mark.slow
 def test_latents_are_looked_at_with_a_class(tmp_path):
     pipeline = Pipeline(network(SMALL_DIT | {"num_layers": 1}), from_config(DDIM), network(SMALL_VAE), (), (), {})
     save_pictures(tmp_path / "pictures", 2)

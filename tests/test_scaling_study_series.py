@@ -123,6 +123,7 @@ def test_a_series_may_be_moved_and_have_any_name(over_n, tmp_path):
     assert str(out) not in (moved / "two_layer" / "spec.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_series_equals_looking_at_its_folders(over_n):
     out, _ = over_n
     folder = out / "models/n00006-seed0-half1"

@@ -60,7 +60,7 @@ class DetectionSetting:
         0.1, "positive noise level of the local intrinsic dimension", group=GROUP, metavar="S"
     )
     probes: int = flag(
-        8, "random directions of its trace; 0, or as many as an image has values: exact", group=GROUP, metavar="N"
+        8, "random directions >= 0 of its trace; 0, or as many as an image has values: exact", group=GROUP, metavar="N"
     )
     noises: int = flag(1, "starting noises >= 1 per prompt", group=GROUP, metavar="N")
     high: float = flag(
