@@ -16,6 +16,7 @@ Derived here; the paper says only that its theorem extends to biases. ``b2 = 0``
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -162,7 +163,8 @@ def gate_distance(length: Scalar, cosines: Float[np.ndarray, " m"], sigma: Scala
     best = int(np.argmin([cost(gate) for gate in grid]))
     step = grid[1] - grid[0]
     ends = max(grid[best] - step, grid[0] / 2), min(grid[best] + step, farthest)
-    return float(optimize.minimize_scalar(cost, bounds=ends, method="bounded", options={"xatol": 1e-12 * farthest}).x)
+    found: Any = optimize.minimize_scalar(cost, bounds=ends, method="bounded", options={"xatol": 1e-12 * farthest})
+    return float(found.x)
 
 
 def _checked(length: Scalar, gate: Scalar, sigma: Scalar, decay: Scalar) -> tuple[float, float, float, float]:
