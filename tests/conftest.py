@@ -18,6 +18,7 @@ os.environ["XLA_FLAGS"] = xla_flags.wanted()
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import gc
 import zlib
 
 import hypothesis
@@ -51,3 +52,17 @@ def _compilation(request: pytest.FixtureRequest):
         jax.config.update("jax_disable_most_optimizations", True)
         yield
         jax.config.update("jax_disable_most_optimizations", before)
+
+
+MAPS = 20_000
+"""Mapped regions of a process, of which Linux allows 65,530, above which compiled programs are given up."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_programs():
+    """Every compiled program maps some memory: a worker that keeps those of all modules ends by a segmentation fault."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAPS:
+        jax.clear_caches()
+        gc.collect()
