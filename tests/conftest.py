@@ -60,7 +60,10 @@ MAPS = 20_000
 
 @pytest.fixture(autouse=True, scope="module")
 def _few_programs():
-    """Every compiled program maps some memory: a worker that keeps those of all modules ends by a segmentation fault."""
+    """Every compiled program maps some memory: a worker that keeps those of all modules ends by a segmentation fault.
+
+    Programs are compiled again, or read from the cache of compilations, where another module needs them.
+    """
     yield
     maps = pathlib.Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > MAPS:
