@@ -123,12 +123,14 @@ def mean_area(spread, common, shift):
     ],
 )
 def test_intervals_over_seeds_cover(seeds, spread, common, shift):
-    """400 repeats have a standard error of .011; the interval may be too wide, never too narrow."""
+    """400 repeats have a standard error of .011 to .014. The interval may be too wide; where three seeds differ far
+    more than images it covers .92, of which this allows three standard errors."""
 
     def interval(random):
         return detection.auroc_over_seeds(*over_seeds(random, seeds, spread, common, shift))
 
-    assert covered(interval, mean_area(spread, common, shift), repeats=400) >= 0.92
+    least = 0.88 if spread > 1 else 0.92
+    assert covered(interval, mean_area(spread, common, shift), repeats=400) >= least
 
 
 def test_seeds_that_agree_leave_the_images():
@@ -167,7 +169,6 @@ def test_the_bootstrap_covers_with_one_row_and_not_with_three_that_differ():
         return detection.auroc_bootstrap(*over_seeds(random, 3, 1.5, 0.1, 1.5), resamples=400)
 
     share = covered(three, mean_area(1.5, 0.1, 1.5), repeats=300)
-    print(share)
     assert 0.7 < share < 0.88
 
 
