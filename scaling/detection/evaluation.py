@@ -109,9 +109,9 @@ def auroc_over_seeds(
 
     with DeLong's placements :cite:`delong88` averaged over seeds. What seeds and images do together counts in both u
     and v, so that the interval is rather too wide. Simulated with 20 and 50 images, it covers the mean area over seeds
-    in 95 to 99 of 100 cases from three seeds on, and in 92 where three seeds differ far more than images. If every seed separates the groups completely, the bound is that of
-    min(s, n, m) independent pairs, as in :func:`auroc_interval`. ``ValueError`` for one seed, other numbers of seeds,
-    and as there.
+    in 95 to 99 of 100 cases from three seeds on, and in 92 where three seeds differ far more than images. If every seed
+    separates the groups completely, the bound is that of min(s, n, m) independent pairs, as in :func:`auroc_interval`.
+    ``ValueError`` for one seed, other numbers of seeds, and as there.
     """
     _check_level(level)
     seeds = len(positives)
