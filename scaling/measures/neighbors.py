@@ -96,10 +96,12 @@ def nearest_images(
     best = np.full((len(queries), 0), np.inf, np.float32)
     numbers = np.zeros((len(queries), 0), np.int64)
     for start, block in blocks(images, len(queries), block_bytes):
-        squares = np.sum(np.square(block), axis=1)[None, :] - 2 * (queries @ block.T)
+        squares = queries @ block.T
+        squares *= -2
+        squares += np.einsum("ij,ij->i", block, block)[None, :]
         few = min(k, len(block))
         # Copies of one image have equal distances: which of them are kept makes no difference to their distance.
-        part = np.argpartition(squares, few - 1, axis=1)[:, :few]
+        part = squares.argmin(axis=1)[:, None] if few == 1 else np.argpartition(squares, few - 1, axis=1)[:, :few]
         best = np.concatenate([best, np.take_along_axis(squares, part, axis=1)], axis=1)
         numbers = np.concatenate([numbers, part + start], axis=1)
         order = np.argsort(best, axis=1, kind="stable")[:, :k]
