@@ -10,6 +10,7 @@ d, p, n, K              data dimension, hidden units, samples, modes
 W₁, W₂                  ``ReluDae(w1, w2)``, each (d, p), one column per unit
 f(y) = W₂ [W₁ᵀ y]₊      ``denoise(dae, y)``
 h(y) = [W₁ᵀ y]₊         ``encode(dae, y)``
+b₁, b₂                  ``AffineDae(w1, b1, w2, b2)``, biases, behind the same functions
 f_emp, f_gt             ``empirical_denoiser``, ``mixture_denoiser``
 (α, β)-separability     ``dae_theory.conditions.separability``
 ρ_k, μ_k, Σ_k           ``GaussianMixture(weights, means, covariances)``

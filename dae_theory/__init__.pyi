@@ -44,10 +44,13 @@ from .minimizers import block_minimizer as block_minimizer
 from .minimizers import generalizing_minimizer as generalizing_minimizer
 from .minimizers import memorizing_minimizer as memorizing_minimizer
 from .mixture import GaussianMixture as GaussianMixture
+from .model import AffineDae as AffineDae
+from .model import Dae as Dae
 from .model import ReluDae as ReluDae
 from .model import denoise as denoise
 from .model import encode as encode
 from .model import jacobian as jacobian
+from .model import with_biases as with_biases
 from .risk import exact_objective as exact_objective
 from .risk import exact_risk as exact_risk
 from .risk import monte_carlo_objective as monte_carlo_objective

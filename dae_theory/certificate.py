@@ -13,6 +13,9 @@ minimum from a network along whose turns the objective is flat to rounding, or f
 Everything is computed in the span of the data plus one direction orthogonal to it (derived here). Rotations that fix
 the data leave the objective unchanged, so the Hessian does not couple different directions orthogonal to the data and
 is the same along each: one of them represents all. The weights must lie in that span, as those of closed forms do.
+
+Networks with biases are certified alike: the symmetries act on b₁ as on W₁, and the search for a growing unit includes
+its bias.
 """
 
 from __future__ import annotations
@@ -28,12 +31,14 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
+from dae_theory.bivariate_normal import SATURATION
 from dae_theory.checks import check_data, check_integer, check_level, check_positive, is_concrete
 from dae_theory.conditions import check_conditions
 from dae_theory.curvature import dense_curvature, lanczos_curvature
 from dae_theory.exact_training import from_span, minimize_exact_objective, span_basis, to_span
 from dae_theory.minimizers import memorizing_minimizer
-from dae_theory.model import ReluDae, live_columns
+from dae_theory.model import AffineDae, Dae, by_unit, live_columns, preactivations
+from dae_theory.newton import lbfgs
 from dae_theory.precision import full_precision
 from dae_theory.relu_gaussian import relu_cross_moment, relu_mean
 from dae_theory.risk import exact_objective
@@ -55,6 +60,8 @@ __all__ = [
 
 # Directions orthogonal to some rows from which the search for a new unit starts, besides the rows.
 NUM_CANDIDATES = 8
+# Rows through which gates pass at the start of that search, for networks with biases.
+MAX_ANCHORS = 32
 
 
 class DeadDirection(NamedTuple):
@@ -67,14 +74,16 @@ class DeadDirection(NamedTuple):
     """Encoder direction a that maximizes ``‖g(a)‖``, of unit length."""
     decoder: Float[Array, " d"]
     """The best decoder direction for it, ``−g(a)/‖g(a)‖``."""
+    bias: Float[Array, ""]
+    """Bias of that unit, whose gate is on where ``a·y > −bias``; 0 for networks without biases."""
 
 
 class Certificate(NamedTuple):
     """Whether a network is a strict local minimum, and the numbers that decide it; all concrete."""
 
     gradient_norm: Float[Array, ""]
-    """Gradient norm of the exact objective in (W₁, W₂), at the network that was passed in."""
-    refined: ReluDae
+    """Gradient norm of the exact objective in weights and biases, at the network that was passed in."""
+    refined: Dae
     """The minimum that Newton's method reaches from that network, with all p columns."""
     refined_gradient_norm: Float[Array, ""]
     """Gradient norm at ``refined``."""
@@ -82,7 +91,8 @@ class Certificate(NamedTuple):
     """Whether ``refined_gradient_norm`` is within the tolerance. If not, ``refined`` is the last iterate, which the
     fields below describe."""
     distance_sq: Float[Array, ""]
-    """Squared distance from the network to ``refined``, summed over W₁ and W₂; ``2 ‖R‖²`` for a tied closed form."""
+    """Squared distance from the network to ``refined``, summed over weights and biases; ``2 ‖R‖²`` for a tied closed
+    form."""
     curvatures: Float[Array, " m"]
     """Ascending eigenvalues of the Hessian at ``refined`` over its live columns; Ritz values if it is too large to
     diagonalize."""
@@ -143,7 +153,7 @@ def _silent(line: str) -> None:
 
 
 def certify(
-    dae: ReluDae,
+    dae: Dae,
     data: Float[Array, "n d"],
     sigma: Scalar,
     penalty: Scalar,
@@ -160,7 +170,7 @@ def certify(
     :func:`dae_theory.risk.exact_objective` rejects.
 
     Args:
-        dae: Weights, two arrays of shape (d, p).
+        dae: Weights, two arrays of shape (d, p), and biases if it has any.
         data: Clean samples as rows, shape (n, d).
         sigma: Noise level σ >= 0, in the units of the data.
         penalty: λ >= 0, the weight of ``‖W₁‖² + ‖W₂‖²``.
@@ -187,9 +197,9 @@ def certify(
     live = np.flatnonzero(live_columns(small, tolerance=1e-12))
     if live.size == 0:
         raise ValueError("all columns of the network are zero: there is nothing to certify.")
-    start = ReluDae(*(w[:, live] for w in small))
+    start = by_unit(small, lambda w: w[..., live])
     told = told or _silent
-    coordinates = 2 * start.w1.size
+    coordinates = sum(part.size for part in start)
     told(f"refining {live.size} live columns by Newton's method ({coordinates} coordinates)")
     end = minimize_exact_objective(start, rows, sigma, penalty, method="products", tolerance=tolerance, max_rough=0)
     tangents = symmetry_tangents(end.dae, families=("rescaling", "splitting", "rotation"), data=rows)
@@ -199,10 +209,9 @@ def certify(
         curvature = lanczos_curvature(end.dae, rows, sigma, penalty, tangents, rotations)
     else:
         curvature = dense_curvature(hessian(end.dae, rows, sigma, penalty), tangents, rotations)
-    live_columns_of_refined = from_span(end.dae, basis)
-    refined = ReluDae(*(w.at[:, live].set(new) for w, new in zip(dae, live_columns_of_refined, strict=True)))
+    refined = _with_columns(dae, from_span(end.dae, basis), live)
     # A negative value within the rounding of the eigenvalues is not evidence of negative curvature.
-    rounding = -2 * start.w1.size * float(jnp.finfo(rows.dtype).eps) * curvature.values[-1]
+    rounding = -coordinates * float(jnp.finfo(rows.dtype).eps) * curvature.values[-1]
     told("searching for directions in which a zero column grows, and turns that lower the objective")
     dead = dead_direction(end.dae, rows, sigma, penalty)
     # Splitting a live unit into a dead one costs nothing, so the slack is at most 0, and 0 up to rounding where stable.
@@ -235,10 +244,16 @@ def certify(
     )
 
 
+def _with_columns(dae: Dae, new: Dae, live: np.ndarray) -> Dae:
+    """``dae`` with the units ``live``, and b₂, of the network ``new``."""
+    parts = {name: part.at[..., live].set(getattr(new, name)) for name, part in dae._asdict().items() if name != "b2"}
+    return dae._replace(**parts, **({"b2": new.b2} if isinstance(new, AffineDae) else {}))
+
+
 @jax.jit
 @full_precision
-def hessian(dae: ReluDae, data: Float[Array, "n d"], sigma: Scalar, penalty: Scalar) -> Float[Array, "m m"]:
-    """Hessian of the exact objective in (W₁, W₂), m = 2dp, in the order of ``ravel_pytree``; exactly symmetric.
+def hessian(dae: Dae, data: Float[Array, "n d"], sigma: Scalar, penalty: Scalar) -> Float[Array, "m m"]:
+    """Hessian of the exact objective in its m weights and biases, in the order of ``ravel_pytree``; exactly symmetric.
 
     Undefined where a unit is zero: leave such units out.
     """
@@ -252,7 +267,7 @@ def hessian(dae: ReluDae, data: Float[Array, "n d"], sigma: Scalar, penalty: Sca
 
 @full_precision
 def dead_direction(
-    dae: ReluDae, data: Float[Array, "n d"], sigma: Scalar, penalty: Scalar, *, num_steps: int = 200
+    dae: Dae, data: Float[Array, "n d"], sigma: Scalar, penalty: Scalar, *, num_steps: int = 200
 ) -> DeadDirection:
     r"""The direction in which a zero column of ``dae`` is least stable (derived here).
 
@@ -264,13 +279,21 @@ def dead_direction(
     unit sphere is sought by :func:`dae_theory.zero_columns.maximize_on_sphere`, started from the rows, their negatives,
     the negative mean, and the directions of largest ‖g‖ among those orthogonal to all, one or two of the rows. The
     result is a lower bound of the maximum: it can prove instability, but stability only as far as the search went.
+
+    With biases a unit has a bias β too, ``[aᵀy + β]₊``. The same search then runs with gates through each of at most
+    ``MAX_ANCHORS`` rows, through b₂ and the mean, and beyond all rows, where the unit is linear; the best unit found is
+    refined over a and β together.
     """
     check_integer("num_steps", num_steps, minimum=1)
     rows = jnp.asarray(data)
+    if isinstance(dae, AffineDae):
+        a, bias, g = _maximize_with_bias(dae, rows, jnp.asarray(sigma, rows.dtype), num_steps)
+        size = jnp.linalg.norm(g)
+        return DeadDirection(penalty - size, a, -g / jnp.where(size > 0, size, 1.0), bias)
     candidates = subset_directions(rows, max(16, min(256, 2**20 // (rows.size * dae.w1.shape[1]))))
     a, g = _maximize_correlation(dae, rows, sigma, starting_directions(rows), candidates, num_steps)
     size = jnp.linalg.norm(g)
-    return DeadDirection(penalty - size, a, -g / jnp.where(size > 0, size, 1.0))
+    return DeadDirection(penalty - size, a, -g / jnp.where(size > 0, size, 1.0), jnp.zeros_like(size))
 
 
 class ResidualLaw(NamedTuple):
@@ -318,7 +341,7 @@ def residual_law(
 
 
 @jax.jit
-def _gradient_norm(dae: ReluDae, rows: Float[Array, "n d"], sigma: Scalar, penalty: Scalar) -> Float[Array, ""]:
+def _gradient_norm(dae: Dae, rows: Float[Array, "n d"], sigma: Scalar, penalty: Scalar) -> Float[Array, ""]:
     return jnp.linalg.norm(ravel_pytree(jax.grad(exact_objective)(dae, rows, sigma, penalty))[0])
 
 
@@ -328,7 +351,7 @@ def _objective_rounding(value: Float[Array, ""]) -> Float[Array, ""]:
 
 @functools.partial(jax.jit, static_argnames="num_steps")
 def _maximize_correlation(
-    dae: ReluDae,
+    dae: Dae,
     rows: Float[Array, "n d"],
     sigma: Scalar,
     starts: Float[Array, "k d"],
@@ -345,8 +368,47 @@ def _maximize_correlation(
     return maximize_on_sphere(correlation, jnp.concatenate([starts, candidates[promising]]), num_steps)
 
 
+@functools.partial(jax.jit, static_argnames="num_steps")
+@full_precision
+def _maximize_with_bias(
+    dae: AffineDae, rows: Float[Array, "n d"], sigma: Float[Array, ""], num_steps: int
+) -> tuple[Float[Array, " d"], Float[Array, ""], Float[Array, " d"]]:
+    """The best direction a and bias β, and ``g(a, β)``."""
+    mean = jnp.mean(rows, axis=0, keepdims=True)
+    index = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), MAX_ANCHORS)).astype(int))
+    anchors = jnp.concatenate([rows[index], dae.b2[None, :], mean, mean])
+    # Beyond all rows, by enough for their noise: there the unit is linear in y.
+    beyond = 2.0 * jnp.max(jnp.linalg.norm(rows - mean, axis=1)) + SATURATION * sigma
+    shifts = jnp.zeros(len(anchors), rows.dtype).at[-1].set(beyond)
+    starts = starting_directions(rows - mean)
+
+    def along(anchor):
+        point, shift = anchor
+        a, g = maximize_on_sphere(
+            lambda a: _error_correlation(dae, rows, sigma, a, shift - a @ point), starts, num_steps
+        )
+        return a, shift - a @ point, jnp.sum(jnp.square(g))
+
+    a, bias, value = jax.lax.map(along, (anchors, shifts))
+    best = jnp.argmax(value)
+    start = jnp.concatenate([a[best], bias[best][None]])
+
+    def correlation(unit):
+        length = jnp.linalg.norm(unit[:-1])
+        return _error_correlation(dae, rows, sigma, unit[:-1] / length, unit[-1])
+
+    scale = value[best]
+    end = lbfgs(
+        lambda unit: -jnp.sum(jnp.square(correlation(unit))) / jnp.where(scale > 0, scale, 1.0),
+        start,
+        tolerance=0.0,
+        max_iterations=50,
+    ).x
+    return end[:-1] / jnp.linalg.norm(end[:-1]), end[-1], correlation(end)
+
+
 def _error_correlation(
-    dae: ReluDae, data: Float[Array, "n d"], sigma: Scalar, a: Float[Array, " d"]
+    dae: Dae, data: Float[Array, "n d"], sigma: Scalar, a: Float[Array, " d"], bias: Scalar = 0.0
 ) -> Float[Array, " d"]:
     """``g(a)``: the error, multiplied by the activation of a unit with encoder a and averaged over data and noise."""
     s = jnp.asarray(sigma, a.dtype)
@@ -354,15 +416,17 @@ def _error_correlation(
     cov = s * s * (a @ dae.w1)
 
     def of_row(x):
-        m, m_a = x @ dae.w1, x @ a
+        m, m_a = preactivations(dae, x), x @ a + bias
         cross = relu_cross_moment(m, jnp.broadcast_to(m_a, m.shape), std, jnp.broadcast_to(std_a, m.shape), cov)
-        return dae.w2 @ cross - x * relu_mean(m_a, std_a)
+        target = x - dae.b2 if isinstance(dae, AffineDae) else x
+        return dae.w2 @ cross - target * relu_mean(m_a, std_a)
 
     return jnp.mean(jax.vmap(of_row)(data), axis=0)
 
 
-def _check_in_span(dae: ReluDae, small: ReluDae) -> None:
-    for name, full, part in zip(("w1", "w2"), dae, small, strict=True):
+def _check_in_span(dae: Dae, small: Dae) -> None:
+    for name in set(dae._fields) - {"b1"}:
+        full, part = getattr(dae, name), getattr(small, name)
         total, inside = float(jnp.sum(jnp.square(full))), float(jnp.sum(jnp.square(part)))
         if total - inside > 1e3 * float(jnp.finfo(full.dtype).eps) * total:
             raise ValueError(

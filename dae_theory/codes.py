@@ -1,7 +1,7 @@
 r"""The representation under noise: distribution of the code ``h(x + σε)`` and of the Jacobian, in closed form.
 
-Given ``x``, the preactivations ``u = W₁ᵀ(x + σε)`` are Gaussian with mean ``m = W₁ᵀx`` and covariance ``σ² W₁ᵀW₁``;
-``a_j = m_j/(σ‖w_j‖)``. Gate probabilities and moments of the code and of the Jacobian are averages over one or two of
+Given ``x``, the preactivations ``u = W₁ᵀ(x + σε) + b₁`` are Gaussian with mean ``m = W₁ᵀx + b₁`` and covariance
+``σ² W₁ᵀW₁``; ``a_j = m_j/(σ‖w_j‖)``. Gate probabilities and moments of the code and of the Jacobian are averages over one or two of
 them. Mean and covariance of the code are :func:`dae_theory.risk.code_moments`. At a memorized sample about one gate is
 on, at a generalized one those of its block :cite:`zhang26`; the functions here compute with what probability.
 
@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dae_theory.bivariate_normal import bivariate_normal_cdf, normal_cdf, normal_pdf
 from dae_theory.checks import check_data, check_level
-from dae_theory.model import ReluDae
+from dae_theory.model import Dae, preactivations
 from dae_theory.precision import full_precision
 from dae_theory.relu_gaussian import angle, standardize
 from dae_theory.risk import code_moments
@@ -60,9 +60,9 @@ class SpikinessMoments(NamedTuple):
 
 
 class LocalLinear(NamedTuple):
-    """The linear map that equals the network wherever the gates are those at a given point; a pytree.
+    """The linear map of the network wherever the gates are those at a given point; a pytree.
 
-    ``f(z) = Σ_j s_j (v_j · z) u_j`` for all z with the same gates.
+    ``f(z) = Σ_j s_j (v_j · z) u_j`` for all z with the same gates, plus a constant if the network has biases.
     """
 
     gates: Bool[Array, " p"]
@@ -88,7 +88,7 @@ class LocalLinear(NamedTuple):
 
 
 @full_precision
-def gate_probabilities(dae: ReluDae, x: Float[Array, " d"], sigma: Scalar) -> Float[Array, " p"]:
+def gate_probabilities(dae: Dae, x: Float[Array, " d"], sigma: Scalar) -> Float[Array, " p"]:
     r"""Probability that each gate is on (derived here).
 
     .. math:: P(u_j > 0) = \Phi(a_j)
@@ -100,7 +100,7 @@ def gate_probabilities(dae: ReluDae, x: Float[Array, " d"], sigma: Scalar) -> Fl
 
 
 @full_precision
-def joint_gate_probabilities(dae: ReluDae, x: Float[Array, " d"], sigma: Scalar) -> Float[Array, "p p"]:
+def joint_gate_probabilities(dae: Dae, x: Float[Array, " d"], sigma: Scalar) -> Float[Array, "p p"]:
     r"""Probability that two gates are on together (derived here).
 
     .. math:: P(u_j > 0, u_k > 0) = \Phi_2(a_j, a_k; r_{jk}), \quad r_{jk} = \cos(w_j, w_k)
@@ -117,7 +117,7 @@ def joint_gate_probabilities(dae: ReluDae, x: Float[Array, " d"], sigma: Scalar)
 
 
 @full_precision
-def active_set(dae: ReluDae, x: Float[Array, " d"], sigma: Scalar, gates: Bool[Array, " p"]) -> ActiveSet:
+def active_set(dae: Dae, x: Float[Array, " d"], sigma: Scalar, gates: Bool[Array, " p"]) -> ActiveSet:
     r"""Bounds on the probability that exactly the gates in ``gates`` are on (derived here).
 
     An orthant probability has no closed form beyond p = 2, but with ``F_j`` the event that gate j fails,
@@ -144,7 +144,7 @@ def active_set(dae: ReluDae, x: Float[Array, " d"], sigma: Scalar, gates: Bool[A
 
 
 @full_precision
-def spikiness_moments(dae: ReluDae, x: Float[Array, " d"], sigma: Scalar) -> SpikinessMoments:
+def spikiness_moments(dae: Dae, x: Float[Array, " d"], sigma: Scalar) -> SpikinessMoments:
     r"""Expected powers of the norms of the code, in closed form (derived here).
 
     .. math:: E[u]_+^4 = s^4 \left[(a^4 + 6a^2 + 3)\,\Phi(a) + (a^3 + 5a)\,\phi(a)\right], \qquad
@@ -163,7 +163,7 @@ def spikiness_moments(dae: ReluDae, x: Float[Array, " d"], sigma: Scalar) -> Spi
 
 
 @full_precision
-def mean_jacobian(dae: ReluDae, x: Float[Array, " d"], sigma: Scalar) -> Float[Array, "d d"]:
+def mean_jacobian(dae: Dae, x: Float[Array, " d"], sigma: Scalar) -> Float[Array, "d d"]:
     r"""Jacobian of the network, averaged over the noise (derived here); ``Cov(f(y), y)/σ²`` by Stein's lemma.
 
     .. math:: E\,J = W_2\, \mathrm{diag}(\Phi(a))\, W_1^\top
@@ -174,7 +174,7 @@ def mean_jacobian(dae: ReluDae, x: Float[Array, " d"], sigma: Scalar) -> Float[A
 
 
 @full_precision
-def jacobian_energy(dae: ReluDae, x: Float[Array, " d"], sigma: Scalar) -> Float[Array, ""]:
+def jacobian_energy(dae: Dae, x: Float[Array, " d"], sigma: Scalar) -> Float[Array, ""]:
     r"""Mean squared Frobenius norm of the Jacobian over the noise (derived here).
 
     .. math:: E\|J\|_F^2 = \sum_{jk} (w_{1j} \cdot w_{1k}) (w_{2j} \cdot w_{2k})\, P(u_j > 0, u_k > 0)
@@ -186,17 +186,17 @@ def jacobian_energy(dae: ReluDae, x: Float[Array, " d"], sigma: Scalar) -> Float
 
 
 @full_precision
-def local_linear(dae: ReluDae, y: Float[Array, " d"]) -> LocalLinear:
+def local_linear(dae: Dae, y: Float[Array, " d"]) -> LocalLinear:
     r"""Singular value decomposition of the Jacobian at ``y``, from the (p, p) product of two triangular factors.
 
     .. math:: J(y) = W_2\, \mathrm{diag}(1[W_1^\top y > 0])\, W_1^\top = U \,\mathrm{diag}(s)\, V^\top
 
-    Since the network has no biases, ``f(y) = J(y) y``: the linear map is the denoiser itself near ``y``. At a block of
+    Without biases ``f(y) = J(y) y``: the linear map is the denoiser itself near ``y``. At a block of
     the closed forms the nonzero ``s`` are the gains q_j: one of them at a memorized sample, p_k at a generalized one
     :cite:`zhang26`. Raises ``ValueError`` for non-finite ``y``.
     """
     check_data(y[None])
-    gates = y @ dae.w1 > 0
+    gates = preactivations(dae, y) > 0
     q1, r1 = jnp.linalg.qr(dae.w1 * gates[None, :].astype(y.dtype))
     q2, r2 = jnp.linalg.qr(dae.w2)
     left, s, right = jnp.linalg.svd(r2 @ r1.T, full_matrices=False)
@@ -204,14 +204,14 @@ def local_linear(dae: ReluDae, y: Float[Array, " d"]) -> LocalLinear:
 
 
 def _preactivations(
-    dae: ReluDae, x: Float[Array, " d"], sigma: Scalar
+    dae: Dae, x: Float[Array, " d"], sigma: Scalar
 ) -> tuple[Float[Array, " p"], Float[Array, " p"], Float[Array, "p p"]]:
-    """Mean, standard deviation and covariance of ``W₁ᵀ(x + σε)``."""
+    """Mean, standard deviation and covariance of ``W₁ᵀ(x + σε) + b₁``."""
     check_data(x[None])
     check_level("sigma", sigma, zero=False)
     sigma = jnp.asarray(sigma, x.dtype)
     gram = dae.w1.T @ dae.w1
-    return x @ dae.w1, sigma * column_norms(dae.w1), sigma * sigma * gram
+    return preactivations(dae, x), sigma * column_norms(dae.w1), sigma * sigma * gram
 
 
 def _fourth_moment(mean: Float[Array, " p"], std: Float[Array, " p"]) -> Float[Array, " p"]:

@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from dae_theory.lanczos import lanczos
-from dae_theory.model import ReluDae
+from dae_theory.model import Dae
 from dae_theory.risk import exact_objective
 from dae_theory.types import Scalar
 
@@ -35,9 +35,9 @@ class Curvature(NamedTuple):
 
 
 def dense_curvature(matrix: Float[Array, "m m"], tangents: Array, rotations: Array) -> Curvature:
-    """Curvatures from the whole Hessian ``matrix`` over the m coordinates of W₁ and W₂.
+    """Curvatures from the whole Hessian ``matrix`` over the m coordinates of weights and biases.
 
-    ``tangents`` and ``rotations`` are orthonormal tangents of all symmetries and of rotations alone, (k, 2, d, p).
+    ``tangents`` and ``rotations`` are orthonormal tangents of all symmetries and of rotations alone, k of each.
     """
     tangents = tangents.reshape(len(tangents), len(matrix))
     complement = jnp.linalg.qr(tangents.T, mode="complete")[0][:, len(tangents) :]
@@ -47,7 +47,7 @@ def dense_curvature(matrix: Float[Array, "m m"], tangents: Array, rotations: Arr
 
 
 def lanczos_curvature(
-    dae: ReluDae, rows: Array, sigma: Scalar, penalty: Scalar, tangents: Array, rotations: Array
+    dae: Dae, rows: Array, sigma: Scalar, penalty: Scalar, tangents: Array, rotations: Array
 ) -> Curvature:
     """Curvatures by Lanczos' method, from products with the Hessian of the exact objective at ``dae``.
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from dae_theory.checks import check_data, check_integer, check_level, is_concrete
 from dae_theory.minimizers import shrinkage, threshold
 from dae_theory.mixture import GaussianMixture
-from dae_theory.model import ReluDae
+from dae_theory.model import AffineDae, Dae
 from dae_theory.precision import full_precision
 from dae_theory.spectra import Labels, Ranks, Spectra, check_ranks, empirical_spectra, partition, population_spectra
 from dae_theory.types import Scalar
@@ -160,11 +160,11 @@ def best_energy(spectra: Spectra, sigma: Scalar, penalty: Scalar, width: ArrayLi
 
 
 @full_precision
-def main_term(dae: ReluDae, data: Float[Array, "n d"], sigma: Scalar, penalty: Scalar) -> Energy:
+def main_term(dae: Dae, data: Float[Array, "n d"], sigma: Scalar, penalty: Scalar) -> Energy:
     r"""The objective of any autoencoder with its gates frozen at those of the clean samples.
 
-    .. math:: \frac1n \sum_i \|Q_i x_i - x_i\|^2 + \sigma^2 \|Q_i\|_F^2, \quad
-              Q_i = W_2 \, \mathrm{diag}(1[W_1^\top x_i > 0]) \, W_1^\top
+    .. math:: \frac1n \sum_i \|f(x_i) - x_i\|^2 + \sigma^2 \|Q_i\|_F^2, \quad
+              Q_i = W_2 \, \mathrm{diag}(1[W_1^\top x_i + b_1 > 0]) \, W_1^\top
 
     plus ``λ(‖W₁‖² + ‖W₂‖²)``. It differs from the exact objective by the noise that crosses gates.
     """
@@ -172,8 +172,12 @@ def main_term(dae: ReluDae, data: Float[Array, "n d"], sigma: Scalar, penalty: S
     _check(sigma, penalty)
     gram = (dae.w1.T @ dae.w1) * (dae.w2.T @ dae.w2)
     pre = data @ dae.w1
+    if isinstance(dae, AffineDae):
+        pre = pre + dae.b1[None, :]
     open_gates = (pre > 0).astype(data.dtype)
     residual = (open_gates * pre) @ dae.w2.T - data
+    if isinstance(dae, AffineDae):
+        residual = residual + dae.b2[None, :]
     spread = jnp.sum((open_gates @ gram) * open_gates, axis=-1)
     risk = jnp.mean(jnp.sum(jnp.square(residual), axis=-1) + sigma * sigma * spread)
     return Energy(risk, penalty * (jnp.sum(jnp.square(dae.w1)) + jnp.sum(jnp.square(dae.w2))))

@@ -19,7 +19,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from dae_theory.checks import check_data, check_level, is_concrete
-from dae_theory.model import ReluDae
+from dae_theory.model import AffineDae, Dae, ReluDae
 from dae_theory.newton import lbfgs, newton, preconditioned_lbfgs
 from dae_theory.precision import full_precision
 from dae_theory.risk import exact_objective
@@ -32,11 +32,11 @@ __all__ = ["Trained", "from_span", "minimize_exact_objective", "span_basis", "to
 class Trained(NamedTuple):
     """Result of :func:`minimize_exact_objective`; a pytree."""
 
-    dae: ReluDae
+    dae: Dae
     """The last iterate, converged or not."""
     objective: Float[Array, ""]
     gradient_norm: Float[Array, ""]
-    """Norm of the gradient in (W₁, W₂) together."""
+    """Norm of the gradient in all weights and biases together."""
     iterations: Int[Array, " 2"]
     """L-BFGS iterations, then Newton steps or (dense method) rounds, each with a new Hessian."""
     converged: Bool[Array, ""]
@@ -50,7 +50,7 @@ DENSE_SIZE = 4096
 
 
 def minimize_exact_objective(
-    dae: ReluDae,
+    dae: Dae,
     data: Float[Array, "n d"],
     sigma: Scalar,
     penalty: Scalar,
@@ -76,7 +76,7 @@ def minimize_exact_objective(
     rejects.
 
     Args:
-        dae: Weights to start from, two arrays of shape (d, p).
+        dae: Weights to start from, two arrays of shape (d, p); biases are trained if it has any.
         data: Clean samples as rows, shape (n, d).
         sigma: Noise level σ >= 0, in the units of the data; > 0 for ``"dense"``.
         penalty: λ >= 0, the weight of ``‖W₁‖² + ‖W₂‖²``.
@@ -150,24 +150,30 @@ def _orthogonal_unit_vector(basis: Float[np.ndarray, "d r"]) -> Float[np.ndarray
 
 
 @full_precision
-def to_span(dae: ReluDae, data: Float[Array, "n d"], basis: Float[Array, "d r"]) -> tuple[ReluDae, Float[Array, "n r"]]:
+def to_span(dae: Dae, data: Float[Array, "n d"], basis: Float[Array, "d r"]) -> tuple[Dae, Float[Array, "n r"]]:
     """Coordinates ``Qᵀ W`` and ``X Q`` in the basis: a problem of dimension r with the same objective.
 
-    Exact if the columns of W lie in the span; components outside it are dropped.
+    Exact if the columns of W, and b₂, lie in the span; components outside it are dropped.
     """
-    return ReluDae(basis.T @ dae.w1, basis.T @ dae.w2), data @ basis
+    return _in_other_basis(dae, basis.T), data @ basis
 
 
 @full_precision
-def from_span(dae: ReluDae, basis: Float[Array, "d r"]) -> ReluDae:
+def from_span(dae: Dae, basis: Float[Array, "d r"]) -> Dae:
     """The network of dimension d: columns ``Q w``."""
-    return ReluDae(basis @ dae.w1, basis @ dae.w2)
+    return _in_other_basis(dae, basis)
+
+
+def _in_other_basis(dae: Dae, map: Float[Array, "s t"]) -> Dae:
+    if isinstance(dae, AffineDae):
+        return AffineDae(map @ dae.w1, dae.b1, map @ dae.w2, map @ dae.b2)
+    return ReluDae(map @ dae.w1, map @ dae.w2)
 
 
 @functools.partial(jax.jit, static_argnums=(6, 7, 8, 9, 10))
 @full_precision
 def _minimize(
-    dae: ReluDae,
+    dae: Dae,
     data: Float[Array, "n d"],
     sigma: Float[Array, ""],
     penalty: Float[Array, ""],
@@ -189,7 +195,14 @@ def _minimize(
     start, unravel = ravel_pytree(dae)
     zero = (jnp.sum(jnp.square(dae.w1), axis=0) == 0) & (jnp.sum(jnp.square(dae.w2), axis=0) == 0)
     # There is no Hessian at a zero unit: such units are frozen.
-    free = ravel_pytree(jax.tree.map(lambda w: jnp.broadcast_to(~zero, w.shape).astype(w.dtype), dae))[0]
+    free = ravel_pytree(
+        type(dae)(
+            **{
+                name: jnp.ones_like(part) if name == "b2" else jnp.broadcast_to(~zero, part.shape).astype(part.dtype)
+                for name, part in dae._asdict().items()
+            }
+        )
+    )[0]
 
     def objective(x):
         return exact_objective(unravel(x * free), data, sigma, penalty, chunk_size=chunk_size)
@@ -218,12 +231,15 @@ def _minimize(
 
 def _freeze(hessian: ObjectiveHessian, frozen: Bool[Array, " p"]) -> ObjectiveHessian:
     """Replace the Hessian by the identity for frozen units, and by zero between them and the others."""
-    p, d = hessian.inner.shape[:2]
+    p, coordinates = hessian.inner.shape[:2]
+    # The last decoder column of a network with biases is b₂, which is free.
+    columns = jnp.pad(frozen, (0, hessian.outer.shape[0] - p))
     is_frozen = frozen[:, None, None, None] | frozen[None, None, :, None]
-    identity = jnp.eye(p * d, dtype=hessian.inner.dtype).reshape(p, d, p, d)
-    small = jnp.eye(p, dtype=hessian.outer.dtype)
+    cross_is_frozen = frozen[:, None, None, None] | columns[None, None, :, None]
+    identity = jnp.eye(p * coordinates, dtype=hessian.inner.dtype).reshape(p, coordinates, p, coordinates)
+    small = jnp.eye(len(columns), dtype=hessian.outer.dtype)
     return ObjectiveHessian(
         jnp.where(is_frozen, identity, hessian.inner),
-        jnp.where(is_frozen, 0.0, hessian.cross),
-        jnp.where(frozen[:, None] | frozen[None, :], small, hessian.outer),
+        jnp.where(cross_is_frozen, 0.0, hessian.cross),
+        jnp.where(columns[:, None] | columns[None, :], small, hessian.outer),
     )

@@ -25,7 +25,7 @@ from dae_theory.checks import check_data, check_integer, check_level, is_concret
 from dae_theory.jackknife import jackknife_error, jackknife_reach
 from dae_theory.minimizers import block_minimizer, generalizing_minimizer
 from dae_theory.mixture import GaussianMixture, check_mixture, covariance_roots
-from dae_theory.model import ReluDae
+from dae_theory.model import Dae, decode, preactivations
 from dae_theory.precision import full_precision
 from dae_theory.relu_gaussian import relu_covariance, relu_mean, standardize
 from dae_theory.risk import exact_risk
@@ -76,10 +76,10 @@ class Rate(NamedTuple):
 
 
 @full_precision
-def population_risk(dae: ReluDae, mixture: GaussianMixture, sigma: Scalar) -> Float[Array, ""]:
+def population_risk(dae: Dae, mixture: GaussianMixture, sigma: Scalar) -> Float[Array, ""]:
     r"""Risk over noise and data, ``E‖f(x + σε) − x‖²``, in closed form (derived here).
 
-    .. math:: \sum_k \rho_k \Big[ \|W_2 E h - \mu_k\|^2 + \mathrm{tr}(W_2^\top W_2\, \mathrm{Cov}\, h)
+    .. math:: \sum_k \rho_k \Big[ \|W_2 E h + b_2 - \mu_k\|^2 + \mathrm{tr}(W_2^\top W_2\, \mathrm{Cov}\, h)
        - 2 \sum_j \Phi(a_j)\, w_{2j}^\top \Sigma_k w_{1j} + \mathrm{tr}\, \Sigma_k \Big]
 
     with moments of ``h`` in mode k. Jittable and differentiable; the cost is K evaluations of p² pairs. Raises
@@ -97,13 +97,13 @@ def population_risk(dae: ReluDae, mixture: GaussianMixture, sigma: Scalar) -> Fl
 
     def risk_in_mode(mode):
         mu, mode_covariance = mode
-        mean, cov = mu @ dae.w1, dae.w1.T @ (mode_covariance + sigma * sigma * identity) @ dae.w1
+        mean, cov = preactivations(dae, mu), dae.w1.T @ (mode_covariance + sigma * sigma * identity) @ dae.w1
         var = jnp.maximum(jnp.diagonal(cov), 0.0)
         std = jnp.where(var > 0, jnp.sqrt(jnp.where(var > 0, var, 1.0)), 0.0)
         covariance = jax.vmap(jax.vmap(relu_covariance, (None, 0, None, 0, 0)), (0, None, 0, None, 0))(
             mean, mean, std, std, cov
         )
-        bias = dae.w2 @ relu_mean(mean, std) - mu
+        bias = decode(dae, relu_mean(mean, std)) - mu
         cross = normal_cdf(standardize(mean, std)) * jnp.sum(dae.w2 * (mode_covariance @ dae.w1), axis=0)
         variance = jnp.sum((dae.w2.T @ dae.w2) * covariance) - 2.0 * jnp.sum(cross) + jnp.trace(mode_covariance)
         return bias @ bias + variance
@@ -111,7 +111,7 @@ def population_risk(dae: ReluDae, mixture: GaussianMixture, sigma: Scalar) -> Fl
     return mixture.weights @ jax.lax.map(risk_in_mode, (mixture.means, mixture.covariances))
 
 
-def population_objective(dae: ReluDae, mixture: GaussianMixture, sigma: Scalar, penalty: Scalar) -> Float[Array, ""]:
+def population_objective(dae: Dae, mixture: GaussianMixture, sigma: Scalar, penalty: Scalar) -> Float[Array, ""]:
     """:func:`population_risk` plus ``λ(‖W₁‖² + ‖W₂‖²)``: the training objective for infinitely many samples."""
     check_level("penalty", penalty)
     return population_risk(dae, mixture, sigma) + penalty * (jnp.sum(jnp.square(dae.w1)) + jnp.sum(jnp.square(dae.w2)))

@@ -4,8 +4,9 @@ The risk of a sample ``x`` is ``E‖f(x + σε) − x‖²`` with ``ε ~ N(0, I)
 
 .. math:: L = \frac1n \sum_i E \|f(x_i + \sigma\varepsilon) - x_i\|^2 + \lambda (\|W_1\|_F^2 + \|W_2\|_F^2).
 
-Given ``x``, the preactivations ``W₁ᵀ(x + σε)`` are jointly Gaussian, so the average is a finite sum over pairs of units
-(derived here). Exact and Monte Carlo functions share one signature; neither silently falls back on the other.
+Given ``x``, the preactivations ``W₁ᵀ(x + σε) + b₁`` are jointly Gaussian, so the average is a finite sum over pairs of
+units (derived here). Biases move the mean of the preactivations by b₁ and replace the target x by x − b₂, and nothing
+else: every function takes networks without and with them. Exact and Monte Carlo functions share one signature; neither silently falls back on the other.
 
 Samples are rows. ``chunk_size`` bounds the memory of values and gradients: at most this many samples (exact) or noisy
 samples (Monte Carlo) are processed at a time, and the result changes by rounding only. Data and weights must share one
@@ -30,7 +31,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dae_theory.checks import check_data, check_finite, check_integer, check_level
-from dae_theory.model import ReluDae, denoise
+from dae_theory.model import AffineDae, Dae, denoise, preactivations
 from dae_theory.precision import full_precision
 from dae_theory.relu_gaussian import relu_covariance, relu_mean
 from dae_theory.types import PRNGKey, Scalar
@@ -87,15 +88,15 @@ class Noise(NamedTuple):
 
 
 @full_precision
-def code_moments(dae: ReluDae, x: Float[Array, " d"], sigma: Scalar) -> CodeMoments:
+def code_moments(dae: Dae, x: Float[Array, " d"], sigma: Scalar) -> CodeMoments:
     r"""Mean and covariance of the code over the noise, in closed form (derived here); one example.
 
-    .. math:: h = [u]_+, \quad u \sim N(W_1^\top x,\; \sigma^2 W_1^\top W_1)
+    .. math:: h = [u]_+, \quad u \sim N(W_1^\top x + b_1,\; \sigma^2 W_1^\top W_1)
 
     ``sigma >= 0``. Raises ``ValueError`` for a negative ``sigma``, a non-finite ``x`` or dimensions that disagree.
     """
     sigma = _checked(dae, x[None], sigma)
-    mean, covariance = _pair_moments(_noise(dae.w1, sigma), dae.w1, x)
+    mean, covariance = _pair_moments(_noise(dae.w1, sigma), preactivations(dae, x))
     j, k = np.triu_indices(mean.size)
     pair_of = np.zeros((mean.size, mean.size), int)
     pair_of[j, k] = pair_of[k, j] = np.arange(j.size)
@@ -103,10 +104,10 @@ def code_moments(dae: ReluDae, x: Float[Array, " d"], sigma: Scalar) -> CodeMome
 
 
 @full_precision
-def exact_risk_at(dae: ReluDae, x: Float[Array, " d"], sigma: Scalar) -> Float[Array, ""]:
+def exact_risk_at(dae: Dae, x: Float[Array, " d"], sigma: Scalar) -> Float[Array, ""]:
     r"""Exact risk of one example: squared bias plus variance (derived here).
 
-    .. math:: E\|f(x + \sigma\varepsilon) - x\|^2 = \|W_2 E[h] - x\|^2 + \mathrm{tr}(W_2^\top W_2\, \mathrm{Cov}(h))
+    .. math:: E\|f(x + \sigma\varepsilon) - x\|^2 = \|W_2 E[h] + b_2 - x\|^2 + \mathrm{tr}(W_2^\top W_2\, \mathrm{Cov}(h))
 
     ``sigma >= 0``. Raises ``ValueError`` for a negative ``sigma``, a non-finite ``x`` or dimensions that disagree.
     """
@@ -116,7 +117,7 @@ def exact_risk_at(dae: ReluDae, x: Float[Array, " d"], sigma: Scalar) -> Float[A
 
 @full_precision
 def exact_risk(
-    dae: ReluDae, data: Float[Array, "n d"], sigma: Scalar, *, chunk_size: int | None = None
+    dae: Dae, data: Float[Array, "n d"], sigma: Scalar, *, chunk_size: int | None = None
 ) -> Float[Array, ""]:
     """Mean of :func:`exact_risk_at` over the rows of ``data``.
 
@@ -135,7 +136,7 @@ def exact_risk(
 
 
 def exact_objective(
-    dae: ReluDae, data: Float[Array, "n d"], sigma: Scalar, penalty: Scalar, *, chunk_size: int | None = None
+    dae: Dae, data: Float[Array, "n d"], sigma: Scalar, penalty: Scalar, *, chunk_size: int | None = None
 ) -> Float[Array, ""]:
     """The training objective :cite:`zhang26`, eq. (6), averaged over the noise exactly; ``penalty`` is λ >= 0.
 
@@ -152,7 +153,7 @@ def exact_objective(
 
 def monte_carlo_risk(
     key: PRNGKey,
-    dae: ReluDae,
+    dae: Dae,
     data: Float[Array, "n d"],
     sigma: Scalar,
     *,
@@ -166,7 +167,7 @@ def monte_carlo_risk(
 
     Args:
         key: One typed PRNG key.
-        dae: Weights, two arrays of shape (d, p).
+        dae: Weights, two arrays of shape (d, p), and biases if it has any.
         data: Clean samples as rows, shape (n, d).
         sigma: Noise level σ >= 0, in the units of the data.
         num_draws: Noise draws per sample, at least 1.
@@ -183,7 +184,7 @@ def monte_carlo_risk(
 
 def monte_carlo_objective(
     key: PRNGKey,
-    dae: ReluDae,
+    dae: Dae,
     data: Float[Array, "n d"],
     sigma: Scalar,
     penalty: Scalar,
@@ -211,7 +212,7 @@ def monte_carlo_objective(
 
 def gram_monte_carlo_risk(
     key: PRNGKey,
-    dae: ReluDae,
+    dae: Dae,
     data: Float[Array, "n d"],
     sigma: Scalar,
     *,
@@ -239,7 +240,7 @@ def gram_monte_carlo_risk(
 
 def monte_carlo_estimate(
     key: PRNGKey,
-    dae: ReluDae,
+    dae: Dae,
     data: Float[Array, "n d"],
     sigma: Scalar,
     *,
@@ -258,7 +259,7 @@ def monte_carlo_estimate(
     return _estimate(key, dae, data, sigma, num_draws, chunk_size, gram=gram)
 
 
-def _checked(dae: ReluDae, data: Array, sigma: Scalar) -> Float[Array, ""]:
+def _checked(dae: Dae, data: Array, sigma: Scalar) -> Float[Array, ""]:
     check_data(data)
     check_level("sigma", sigma)
     shape, dtype = jnp.shape(dae.w1), jnp.result_type(dae.w1)
@@ -266,10 +267,15 @@ def _checked(dae: ReluDae, data: Array, sigma: Scalar) -> Float[Array, ""]:
         raise ValueError(f"w1 and w2 must have the same shape (d, p), got {shape} and {jnp.shape(dae.w2)}.")
     if shape[0] != data.shape[1]:
         raise ValueError(f"data has {data.shape[1]} columns but the weights have {shape[0]} rows; both must be d.")
-    if not dtype == jnp.result_type(dae.w2) == data.dtype:
+    if isinstance(dae, AffineDae) and (jnp.shape(dae.b1), jnp.shape(dae.b2)) != (shape[1:], shape[:1]):
+        raise ValueError(
+            f"b1 and b2 must have shapes {shape[1:]} and {shape[:1]}, as w1 has {shape}; got {jnp.shape(dae.b1)} and "
+            f"{jnp.shape(dae.b2)}."
+        )
+    if any(jnp.result_type(part) != data.dtype for part in dae):
         raise ValueError(f"data is {data.dtype} but the weights are {dtype}, {jnp.result_type(dae.w2)}; cast one.")
-    check_finite("w1", dae.w1)
-    check_finite("w2", dae.w2)
+    for name, part in zip(dae._fields, dae, strict=True):
+        check_finite(name, part)
     return jnp.asarray(sigma, dtype)
 
 
@@ -285,9 +291,9 @@ def _noise(w1: Float[Array, "d p"], sigma: Float[Array, ""]) -> Noise:
 
 
 def _pair_moments(
-    noise: Noise, w1: Float[Array, "d p"], x: Float[Array, " d"]
+    noise: Noise, mean: Float[Array, " p"]
 ) -> tuple[Float[Array, " p"], Float[Array, " pairs"]]:
-    mean, (j, k) = x @ w1, np.triu_indices(w1.shape[1])
+    j, k = np.triu_indices(mean.size)
     covariance = relu_covariance(mean[j], mean[k], noise.std[j], noise.std[k], noise.cov)
     return relu_mean(mean, noise.std), covariance
 
@@ -298,14 +304,19 @@ def _pair_weights(w2: Float[Array, "d p"]) -> Float[Array, " pairs"]:
     return (w2.T @ w2)[j, k] * np.where(j == k, 1.0, 2.0).astype(w2.dtype)
 
 
-def _risk_at(dae: ReluDae, noise: Noise, weights: Float[Array, " pairs"], x: Float[Array, " d"]) -> Float[Array, ""]:
-    mean, covariance = _pair_moments(noise, dae.w1, x)
-    return jnp.sum(jnp.square(dae.w2 @ mean - x)) + weights @ covariance
+def _risk_at(dae: Dae, noise: Noise, weights: Float[Array, " pairs"], x: Float[Array, " d"]) -> Float[Array, ""]:
+    mean, covariance = _pair_moments(noise, preactivations(dae, x))
+    return jnp.sum(jnp.square(dae.w2 @ mean - _target(dae, x))) + weights @ covariance
+
+
+def _target(dae: Dae, x: Float[Array, " d"]) -> Float[Array, " d"]:
+    """What the units of the network have to add up to."""
+    return x - dae.b2 if isinstance(dae, AffineDae) else x
 
 
 # Jitted here: an eager call would dispatch about a hundred elementwise operations one by one.
 @functools.partial(jax.jit, static_argnames="chunk_size")
-def _exact_risk(dae: ReluDae, data: Float[Array, "n d"], sigma: Float[Array, ""], chunk_size: int) -> Float[Array, ""]:
+def _exact_risk(dae: Dae, data: Float[Array, "n d"], sigma: Float[Array, ""], chunk_size: int) -> Float[Array, ""]:
     noise, weights = _noise(dae.w1, sigma), _pair_weights(dae.w2)
     return _sum_over(lambda x: _risk_at(dae, noise, weights, x), data, chunk_size) / len(data)
 
@@ -334,7 +345,7 @@ def _add_chunk(function: Callable[[Any], Array], total: Array, chunk: tuple[Any,
     return total + jnp.tensordot(is_real.astype(values.dtype), values, axes=1), None
 
 
-def _weight_term(dae: ReluDae, penalty: Scalar) -> Float[Array, ""]:
+def _weight_term(dae: Dae, penalty: Scalar) -> Float[Array, ""]:
     check_level("penalty", penalty)
     return jnp.asarray(penalty, dae.w1.dtype) * (jnp.sum(jnp.square(dae.w1)) + jnp.sum(jnp.square(dae.w2)))
 
@@ -342,7 +353,7 @@ def _weight_term(dae: ReluDae, penalty: Scalar) -> Float[Array, ""]:
 @full_precision
 def _estimate(
     key: PRNGKey,
-    dae: ReluDae,
+    dae: Dae,
     data: Float[Array, "n d"],
     sigma: Scalar,
     num_draws: int,
@@ -359,7 +370,7 @@ def _estimate(
 @functools.partial(jax.jit, static_argnames=("num_draws", "chunk_size", "gram"))
 def _sampled(
     key: PRNGKey,
-    dae: ReluDae,
+    dae: Dae,
     data: Float[Array, "n d"],
     sigma: Float[Array, ""],
     num_draws: int,
@@ -386,7 +397,7 @@ def _sampled(
     return Estimate(mean, jnp.sqrt(jnp.maximum(variance, 0.0) / len(data)))
 
 
-def _direct_losses(dae: ReluDae, sigma: Float[Array, ""]) -> Callable[[Float[Array, " d"]], Loss]:
+def _direct_losses(dae: Dae, sigma: Float[Array, ""]) -> Callable[[Float[Array, " d"]], Loss]:
     def losses(x):
         def loss(key):
             epsilon = jax.random.normal(key, x.shape, x.dtype)
@@ -397,14 +408,14 @@ def _direct_losses(dae: ReluDae, sigma: Float[Array, ""]) -> Callable[[Float[Arr
     return losses
 
 
-def _gram_losses(dae: ReluDae, sigma: Float[Array, ""]) -> Callable[[Float[Array, " d"]], Loss]:
+def _gram_losses(dae: Dae, sigma: Float[Array, ""]) -> Callable[[Float[Array, " d"]], Loss]:
     q = jax.lax.stop_gradient(jnp.linalg.qr(dae.w1)[0])
     w1_q, w2_w2 = dae.w1.T @ q, dae.w2.T @ dae.w2
 
     def losses(x):
-        m = x @ dae.w1
+        m = preactivations(dae, x)
         h0 = jax.nn.relu(m)
-        e0 = dae.w2 @ h0 - x
+        e0 = dae.w2 @ h0 - _target(dae, x)
         constant, slope = e0 @ e0, e0 @ dae.w2
 
         def loss(key):

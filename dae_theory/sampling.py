@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dae_theory.checks import check_data, check_integer, check_level, check_nonnegative, check_positive, is_concrete
-from dae_theory.model import ReluDae, denoise
+from dae_theory.model import Dae, denoise
 from dae_theory.precision import full_precision
 from dae_theory.types import Denoiser, PRNGKey, Scalar
 
@@ -264,7 +264,7 @@ def gaussian_flow(
     return mean + vectors @ (scale * ((y - mean) @ vectors))
 
 
-def closed_form_denoiser(minimizer: Callable[[Scalar], ReluDae]) -> Denoiser:
+def closed_form_denoiser(minimizer: Callable[[Scalar], Dae]) -> Denoiser:
     r"""The denoiser ``D(y, σ) = f_σ(y)`` with its own network ``minimizer(σ)`` at every noise level.
 
     ``minimizer`` is, for example, ``functools.partial(generalizing_minimizer, mixture, penalty=..., ranks=...)``.
@@ -285,12 +285,12 @@ def closed_form_denoiser(minimizer: Callable[[Scalar], ReluDae]) -> Denoiser:
 
 
 def _denoise_by_minimizer(
-    minimizer: Callable[[Scalar], ReluDae], y: Float[Array, " d"], sigma: Scalar, /
+    minimizer: Callable[[Scalar], Dae], y: Float[Array, " d"], sigma: Scalar, /
 ) -> Float[Array, " d"]:
     return denoise(minimizer(sigma), y)
 
 
-def nearest_level_denoiser(daes: ReluDae, levels: Float[Array, " L"]) -> Denoiser:
+def nearest_level_denoiser(daes: Dae, levels: Float[Array, " L"]) -> Denoiser:
     r"""The denoiser that applies, out of one network per noise level, the one whose level is nearest in ``log σ``.
 
     ``daes`` holds weights of shape (L, d, p), ``levels`` > 0 their noise levels in any order. Sampling at exactly these
@@ -307,10 +307,10 @@ def nearest_level_denoiser(daes: ReluDae, levels: Float[Array, " L"]) -> Denoise
 
 
 def _denoise_by_nearest(
-    daes: ReluDae, levels: Float[Array, " L"], y: Float[Array, " d"], sigma: Scalar, /
+    daes: Dae, levels: Float[Array, " L"], y: Float[Array, " d"], sigma: Scalar, /
 ) -> Float[Array, " d"]:
     nearest = jnp.argmin(jnp.abs(jnp.log(levels / sigma)))
-    return denoise(ReluDae(daes.w1[nearest], daes.w2[nearest]), y)
+    return denoise(jax.tree.map(lambda part: part[nearest], daes), y)
 
 
 def _ends(

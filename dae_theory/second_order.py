@@ -14,6 +14,11 @@ that share one evaluation of the bivariate distribution. It costs about as much 
 
 In W₂ the objective is quadratic with a (p, p) matrix: :func:`factorize` uses it to eliminate W₂, and factors a (dp, dp)
 matrix for the rest.
+
+Biases fit in (derived here). The encoder's are one more coordinate, of an input (x, 1) that carries no noise; the
+decoder's are the column of one more unit whose code is always 1. So with biases encoder columns have D = d + 1
+coordinates and there are P = p + 1 decoder columns, without penalty on those of the biases; without biases D = d and
+P = p.
 """
 
 from __future__ import annotations
@@ -28,38 +33,49 @@ from jaxtyping import Array, Float
 
 from dae_theory.bivariate_normal import gate_covariance, normal_cdf, normal_pdf, wedge
 from dae_theory.checks import check_data, check_level
-from dae_theory.model import ReluDae
+from dae_theory.model import AffineDae, Dae, augmented, from_augmented
 from dae_theory.precision import full_precision
 from dae_theory.relu_gaussian import angle, relu_mean, relu_second_moment, standardize
 from dae_theory.types import Scalar
 
-__all__ = ["Factors", "ObjectiveHessian", "factorize", "forward_root", "inverse_root", "objective_hessian", "to_matrix"]
+__all__ = [
+    "Factors",
+    "ObjectiveHessian",
+    "factorize",
+    "forward_root",
+    "inverse_root",
+    "objective_hessian",
+    "to_matrix",
+]
 
 # Samples times pairs of units processed at a time, each with some thirty numbers.
 PAIRS_PER_CHUNK = 2**14
 
 
 class ObjectiveHessian(NamedTuple):
-    """Blocks of the Hessian of the exact objective, indexed by unit and coordinate (j, a), (k, b); a pytree."""
+    """Blocks of the Hessian of the exact objective, indexed by unit and coordinate (j, a), (k, b); a pytree.
 
-    inner: Float[Array, "p d p d"]
-    """Second derivatives with respect to W₁."""
-    cross: Float[Array, "p d p d"]
-    """Mixed derivatives: the first index pair is of W₁, the second of W₂."""
-    outer: Float[Array, "p p"]
-    """Second derivatives with respect to W₂: this matrix for each coordinate, zero between different coordinates."""
+    D = d and P = p; with biases D = d + 1, the last coordinate being b₁, and P = p + 1, the last unit being b₂.
+    """
+
+    inner: Float[Array, "p D p D"]
+    """Second derivatives with respect to W₁ and b₁."""
+    cross: Float[Array, "p D P d"]
+    """Mixed derivatives: the first index pair is of W₁ and b₁, the second of W₂ and b₂."""
+    outer: Float[Array, "P P"]
+    """Second derivatives with respect to W₂ and b₂: this matrix for each coordinate, zero between different ones."""
 
 
 class _Jet(NamedTuple):
     """Value, gradient and Hessian of ``Σ_i E[u_j]₊[u_k]₊`` in the two columns of W₁."""
 
     value: Float[Array, ""]
-    gradient: Float[Array, "2 d"]
-    hessian: Float[Array, "2 d 2 d"]
+    gradient: Float[Array, "2 D"]
+    hessian: Float[Array, "2 D 2 D"]
 
 
-def objective_hessian(dae: ReluDae, data: Float[Array, "n d"], sigma: Scalar, penalty: Scalar) -> ObjectiveHessian:
-    r"""Blocks of the Hessian of :func:`dae_theory.risk.exact_objective` in (W₁, W₂), for ``sigma > 0``.
+def objective_hessian(dae: Dae, data: Float[Array, "n d"], sigma: Scalar, penalty: Scalar) -> ObjectiveHessian:
+    r"""Blocks of the Hessian of :func:`dae_theory.risk.exact_objective` in weights and biases, for ``sigma > 0``.
 
     With :math:`K_{jk} = \sum_i E[u_{ij}]_+[u_{ik}]_+` and :math:`\nabla_1` its gradient in the first column,
 
@@ -68,7 +84,7 @@ def objective_hessian(dae: ReluDae, data: Float[Array, "n d"], sigma: Scalar, pe
        + \delta_{jk} \sum_l \nabla_1 K_{jl} \otimes w_{2l} - \delta_{jk} \sum_i \nabla E[u_{ij}]_+ \otimes x_i \Big]
 
     The blocks of a zero column of W₁ are NaN, because the objective has a kink there and no Hessian. Needs memory for
-    ``2 (dp)²`` numbers. Raises ``ValueError`` for ``sigma <= 0``, a negative ``penalty``, shapes that disagree and
+    ``2 (DP)²`` numbers. Raises ``ValueError`` for ``sigma <= 0``, a negative ``penalty``, shapes that disagree and
     non-finite data.
     """
     check_data(data)
@@ -82,25 +98,33 @@ def objective_hessian(dae: ReluDae, data: Float[Array, "n d"], sigma: Scalar, pe
 @jax.jit
 @full_precision
 def _objective_hessian(
-    dae: ReluDae, data: Float[Array, "n d"], sigma: Float[Array, ""], penalty: Float[Array, ""]
+    dae: Dae, data: Float[Array, "n d"], sigma: Float[Array, ""], penalty: Float[Array, ""]
 ) -> ObjectiveHessian:
     (n, d), p = data.shape, dae.w1.shape[1]
     dead = jnp.sum(jnp.square(dae.w1), axis=0) == 0
     # Zero columns are replaced by ones, to avoid NaN in between, and their results discarded.
     dae = dae._replace(w1=jnp.where(dead[None, :], 1.0, dae.w1))
-    w1, w2 = dae.w1.T, dae.w2.T
+    encoder, decoder = (w.T for w in augmented(dae))
+    coordinates, units = encoder.shape[1], jnp.arange(p)
+    biased = isinstance(dae, AffineDae)
+    inputs = jnp.concatenate([data, jnp.ones((n, 1), data.dtype)], axis=1) if biased else data
+    # Coordinates of the encoder that noise enters by, and that are penalized; decoder columns that are penalized.
+    noisy, decaying = np.arange(coordinates) < d, np.arange(len(decoder)) < p
+    w1, w2 = jnp.where(noisy[None, :], encoder, 0.0) if biased else encoder, decoder[:p]
+    plane = jnp.diag(jnp.asarray(noisy, data.dtype))
     weights = w2 @ w2.T
-    means = data @ dae.w1
-    singles, means_gradient = jax.lax.map(
-        lambda unit: _single(unit[0], unit[1], unit[2], unit[3], data, sigma),
-        (w1, w2, means.T, jnp.diagonal(weights)),
+    means = inputs @ encoder.T
+    # With biases the units add up to x − b₂.
+    targets = jnp.concatenate([w2, -(w2 @ decoder[p])[:, None]], axis=1) if biased else w2
+    singles, means_gradient, totals = jax.lax.map(
+        lambda unit: _single(unit[0], unit[1], unit[2], unit[3], inputs, sigma, plane),
+        (w1, targets, means.T, jnp.diagonal(weights)),
         batch_size=8,
     )
 
-    units = jnp.arange(p)
-    inner = jnp.zeros((p, d, p, d), data.dtype).at[units, :, units, :].set(singles.hessian)
+    inner = jnp.zeros((p, coordinates, p, coordinates), data.dtype).at[units, :, units, :].set(singles.hessian)
     # ∇₁ of K_jj is half of the gradient of the second moment of one unit.
-    slopes = jnp.zeros((p, p, d), data.dtype).at[units, units].set(0.5 * singles.gradient)
+    slopes = jnp.zeros((p, p, coordinates), data.dtype).at[units, units].set(0.5 * singles.gradient)
     moments = jnp.diag(singles.value)
 
     j, k, is_real, batch = _pair_batches(n, p)
@@ -108,7 +132,7 @@ def _objective_hessian(
     def add(carry, pairs):
         inner, slopes, moments = carry
         j, k, real = pairs
-        jets = jax.vmap(lambda j, k: _pair(w1[j], w1[k], means[:, j], means[:, k], data, sigma))(j, k)
+        jets = jax.vmap(lambda j, k: _pair(w1[j], w1[k], means[:, j], means[:, k], inputs, sigma, plane))(j, k)
         # The moments of a zero unit with other units are zero.
         real = real & ~dead[j] & ~dead[k]
         jets = jax.tree.map(lambda a: jnp.where(real.reshape(-1, *[1] * (a.ndim - 1)), a, 0.0), jets)
@@ -121,27 +145,36 @@ def _objective_hessian(
 
     if batch:
         (inner, slopes, moments), _ = jax.lax.scan(add, (inner, slopes, moments), (j, k, is_real))
-    decay = 2.0 * penalty
     moments = jnp.where(dead[:, None] | dead[None, :], 0.0, moments)
-    diagonal = jnp.arange(p)[:, None], jnp.arange(d)[None, :]
-    inner = (inner / n).at[diagonal[0], diagonal[1], diagonal[0], diagonal[1]].add(decay)
-    same_unit = jnp.einsum("jla,lb->jab", slopes, w2) - means_gradient
+    if biased:
+        # The code of the last unit is 1: its moments are sums of means.
+        slopes = jnp.concatenate([slopes, means_gradient[:, None, :, d]], axis=1)
+        totals = jnp.where(dead, 0.0, totals)
+        moments = jnp.block([[moments, totals[:, None]], [totals[None, :], jnp.full((1, 1), n, data.dtype)]])
+    decay = 2.0 * penalty
+    inner_decay, outer_decay = (decay * jnp.asarray(kept, data.dtype) for kept in (noisy, decaying))
+    diagonal = jnp.arange(p)[:, None], jnp.arange(coordinates)[None, :]
+    inner = (inner / n).at[diagonal[0], diagonal[1], diagonal[0], diagonal[1]].add(inner_decay[None, :])
+    same_unit = jnp.einsum("jla,lb->jab", slopes, decoder) - means_gradient[:, :, :d]
     cross = jnp.einsum("jka,jb->jakb", slopes, w2).at[units, :, units, :].add(same_unit) * (2.0 / n)
-    outer = moments * (2.0 / n) + decay * jnp.eye(p, dtype=data.dtype)
+    outer = moments * (2.0 / n) + jnp.diag(outer_decay)
     undefined = dead[:, None, None, None] | dead[None, None, :, None]
-    return ObjectiveHessian(jnp.where(undefined, jnp.nan, inner), jnp.where(undefined, jnp.nan, cross), outer)
+    cross_undefined = jnp.pad(undefined, ((0, 0), (0, 0), (0, len(decoder) - p), (0, 0))) | dead[:, None, None, None]
+    return ObjectiveHessian(jnp.where(undefined, jnp.nan, inner), jnp.where(cross_undefined, jnp.nan, cross), outer)
 
 
 def to_matrix(hessian: ObjectiveHessian) -> Float[Array, "m m"]:
-    """The full matrix, m = 2dp, in the order of ``ravel_pytree`` of a :class:`dae_theory.model.ReluDae`."""
-    p, d = hessian.inner.shape[:2]
+    """The full matrix, m = 2dp or 2dp + p + d, in the order of ``ravel_pytree`` of the network."""
+    (p, coordinates), (units, d) = hessian.inner.shape[:2], hessian.cross.shape[2:]
     outer = hessian.outer[:, None, :, None] * jnp.eye(d, dtype=hessian.outer.dtype)[None, :, None, :]
-
-    def flat(block):
-        return jnp.transpose(block, (1, 0, 3, 2)).reshape(p * d, p * d)
-
-    cross = flat(hessian.cross)
-    return jnp.block([[flat(hessian.inner), cross], [cross.T, flat(outer)]])
+    inner = jnp.transpose(hessian.inner, (1, 0, 3, 2)).reshape(p * coordinates, p * coordinates)
+    cross = jnp.transpose(hessian.cross, (1, 0, 3, 2)).reshape(p * coordinates, units * d)
+    outer = jnp.transpose(outer, (1, 0, 3, 2)).reshape(units * d, units * d)
+    if units > p:
+        number = np.arange(units * d).reshape(d, units)
+        order = np.concatenate([number[:, :p].ravel(), number[:, p]])
+        cross, outer = cross[:, order], outer[order][:, order]
+    return jnp.block([[inner, cross], [cross.T, outer]])
 
 
 class Factors(NamedTuple):
@@ -153,46 +186,46 @@ class Factors(NamedTuple):
     for inner, cross and outer blocks A, C, B: W₂ is eliminated first, with its small matrix.
     """
 
-    inner: Float[Array, "dp dp"]
+    inner: Float[Array, "pD pD"]
     """F."""
-    cross: Float[Array, "dp dp"]
+    cross: Float[Array, "pD Pd"]
     """G."""
-    outer: Float[Array, "p p"]
+    outer: Float[Array, "P P"]
     """L."""
 
 
 @full_precision
 def factorize(hessian: ObjectiveHessian, shift: Scalar) -> Factors:
     """Factors of ``H + μI``, with μ = ``shift``."""
-    p, d = hessian.inner.shape[:2]
-    size, dtype = p * d, hessian.inner.dtype
+    (p, coordinates), (units, d) = hessian.inner.shape[:2], hessian.cross.shape[2:]
+    size, dtype = p * coordinates, hessian.inner.dtype
     shift = jnp.asarray(shift, dtype)
-    root = jnp.linalg.cholesky(hessian.outer + shift * jnp.eye(p, dtype=dtype))
-    cross = solve_triangular(root, jnp.moveaxis(hessian.cross, 2, 0).reshape(p, -1), lower=True)
-    cross = jnp.transpose(cross.reshape(p, size, d), (1, 0, 2)).reshape(size, size)
+    root = jnp.linalg.cholesky(hessian.outer + shift * jnp.eye(units, dtype=dtype))
+    cross = solve_triangular(root, jnp.moveaxis(hessian.cross, 2, 0).reshape(units, -1), lower=True)
+    cross = jnp.transpose(cross.reshape(units, size, d), (1, 0, 2)).reshape(size, units * d)
     reduced = hessian.inner.reshape(size, size) - cross @ cross.T + shift * jnp.eye(size, dtype=dtype)
     return Factors(jnp.linalg.cholesky(reduced, symmetrize_input=False), cross, root)
 
 
 @full_precision
-def inverse_root(factors: Factors, z: ReluDae) -> ReluDae:
+def inverse_root(factors: Factors, z: Dae) -> Dae:
     r"""``M^{-\top} z``, a root of the inverse: with its transpose, :math:`M^{-\top} M^{-1} = (H + \mu I)^{-1}`.
 
     .. math:: s_1 = F^{-\top} z_1, \qquad s_2 = L^{-\top} (z_2 - G^\top s_1)
     """
-    d, p = z.w1.shape
-    s1 = solve_triangular(factors.inner, z.w1.T.reshape(-1), lower=True, trans="T")
-    rest = z.w2.T - (s1 @ factors.cross).reshape(p, d)
+    z1, z2 = (part.T for part in augmented(z))
+    s1 = solve_triangular(factors.inner, z1.reshape(-1), lower=True, trans="T")
+    rest = z2 - (s1 @ factors.cross).reshape(z2.shape)
     s2 = solve_triangular(factors.outer, rest, lower=True, trans="T")
-    return ReluDae(s1.reshape(p, d).T, s2.T)
+    return from_augmented(s1.reshape(z1.shape).T, s2.T)
 
 
 @full_precision
-def forward_root(factors: Factors, z: ReluDae) -> ReluDae:
+def forward_root(factors: Factors, z: Dae) -> Dae:
     """``M z``, the inverse transpose of :func:`inverse_root`: maps a gradient in z to the gradient in the weights."""
-    d, p = z.w1.shape
-    s1 = factors.inner @ z.w1.T.reshape(-1) + factors.cross @ z.w2.T.reshape(-1)
-    return ReluDae(s1.reshape(p, d).T, (factors.outer @ z.w2.T).T)
+    z1, z2 = (part.T for part in augmented(z))
+    s1 = factors.inner @ z1.reshape(-1) + factors.cross @ z2.reshape(-1)
+    return from_augmented(s1.reshape(z1.shape).T, (factors.outer @ z2).T)
 
 
 def _pair_batches(n: int, p: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
@@ -208,26 +241,28 @@ def _pair_batches(n: int, p: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, i
 
 
 def _single(
-    w1: Float[Array, " d"],
-    w2: Float[Array, " d"],
+    w1: Float[Array, " D"],
+    w2: Float[Array, " D"],
     mean: Float[Array, " n"],
     weight: Float[Array, ""],
-    data: Float[Array, "n d"],
+    inputs: Float[Array, "n D"],
     sigma: Float[Array, ""],
-) -> tuple[_Jet, Float[Array, "d d"]]:
+    plane: Float[Array, "D D"],
+) -> tuple[_Jet, Float[Array, "D D"], Float[Array, ""]]:
     """The terms of one unit, summed over samples.
 
     Args:
-        w1: Encoder column.
-        w2: Decoder column.
+        w1: Encoder column, without its bias.
+        w2: Decoder column; its product with an input is that with the target of the units.
         mean: Mean preactivation of each sample.
         weight: ``‖w₂‖²``.
-        data: Clean samples as rows.
+        inputs: Clean samples as rows; with biases, and a last coordinate of 1.
         sigma: Noise level σ > 0.
+        plane: The identity, without the coordinate of the bias.
 
     Returns:
         Value and gradient of ``Σ E[u]₊²``, with the Hessian of all terms of the objective that contain no other unit;
-        and ``Σ ∇E[u]₊ ⊗ x``.
+        ``Σ ∇E[u]₊ ⊗ x``; and ``Σ E[u]₊``.
     """
     var = sigma * sigma
     std = sigma * jnp.linalg.norm(w1)
@@ -236,35 +271,35 @@ def _single(
     # Derivatives of E[u]₊ and of E[u]₊² with respect to the mean, of orders 1 to 4.
     first = (gate, density, -a * density / std, (a * a - 1.0) * density / std / std)
     second = (2.0 * relu_mean(mean, jnp.broadcast_to(std, mean.shape)), *(2.0 * term for term in first[:3]))
-    pull = data @ w2
+    pull = inputs @ w2
     curve = [weight * s - 2.0 * pull * f for s, f in zip(second[1:], first[1:], strict=True)]
     shape = 2.0 * w1
-    mixed = jnp.outer(0.5 * var * (curve[1] @ data), shape)
-    hessian = (data * curve[0][:, None]).T @ data + mixed + mixed.T
+    mixed = jnp.outer(0.5 * var * (curve[1] @ inputs), shape)
+    hessian = (inputs * curve[0][:, None]).T @ inputs + mixed + mixed.T
     hessian = hessian + 0.25 * var * var * jnp.sum(curve[2]) * jnp.outer(shape, shape)
-    hessian = hessian + var * jnp.sum(curve[0]) * jnp.eye(w1.size, dtype=w1.dtype)
+    hessian = hessian + var * jnp.sum(curve[0]) * plane
 
     value = jnp.sum(relu_second_moment(mean, jnp.broadcast_to(std, mean.shape)))
-    gradient = second[0] @ data + 0.5 * var * jnp.sum(second[1]) * shape
-    means_gradient = (data * first[0][:, None]).T @ data + 0.5 * var * jnp.outer(shape, first[1] @ data)
-    return _Jet(value, gradient, hessian), means_gradient
+    gradient = second[0] @ inputs + 0.5 * var * jnp.sum(second[1]) * shape
+    means_gradient = (inputs * first[0][:, None]).T @ inputs + 0.5 * var * jnp.outer(shape, first[1] @ inputs)
+    return _Jet(value, gradient, hessian), means_gradient, 0.5 * jnp.sum(second[0])
 
 
 def _pair(
-    w_j: Float[Array, " d"],
-    w_k: Float[Array, " d"],
+    w_j: Float[Array, " D"],
+    w_k: Float[Array, " D"],
     mean_j: Float[Array, " n"],
     mean_k: Float[Array, " n"],
-    data: Float[Array, "n d"],
+    inputs: Float[Array, "n D"],
     sigma: Float[Array, ""],
+    plane: Float[Array, "D D"],
 ) -> _Jet:
     """The jet of a pair of units.
 
     Args:
-        w_j, w_k: Encoder columns.
+        w_j, w_k: Encoder columns, without their biases.
         mean_j, mean_k: Mean preactivations of each sample.
-        data: Clean samples as rows.
-        sigma: Noise level σ > 0.
+        inputs, sigma, plane: As for :func:`_single`.
     """
     var = sigma * sigma
     std_j, std_k, cov = sigma * jnp.linalg.norm(w_j), sigma * jnp.linalg.norm(w_k), var * (w_j @ w_k)
@@ -308,10 +343,10 @@ def _pair(
     zero = jnp.zeros_like(w_j)
     by_column = jnp.stack([jnp.stack([2.0 * w_j, zero]), jnp.stack([zero, 2.0 * w_k]), jnp.stack([w_k, w_j])])
 
-    gradient = jnp.stack([k10, k01]) @ data + jnp.einsum("g,gad->ad", g_shared, by_column)
-    mixed = jnp.einsum("agd,gbe->adbe", h_mixed @ data, by_column)
-    hessian = jnp.einsum("abn,nd,ne->adbe", h_means, data, data) + mixed + jnp.transpose(mixed, (2, 3, 0, 1))
+    gradient = jnp.stack([k10, k01]) @ inputs + jnp.einsum("g,gad->ad", g_shared, by_column)
+    mixed = jnp.einsum("agd,gbe->adbe", h_mixed @ inputs, by_column)
+    hessian = jnp.einsum("abn,nd,ne->adbe", h_means, inputs, inputs) + mixed + jnp.transpose(mixed, (2, 3, 0, 1))
     hessian = hessian + jnp.einsum("gh,gad,hbe->adbe", h_shared, by_column, by_column)
     bend = jnp.stack([jnp.stack([2.0 * g_shared[0], g_shared[2]]), jnp.stack([g_shared[2], 2.0 * g_shared[1]])])
-    hessian = hessian + bend[:, None, :, None] * jnp.eye(w_j.size, dtype=w_j.dtype)[None, :, None, :]
+    hessian = hessian + bend[:, None, :, None] * plane[None, :, None, :]
     return _Jet(value, gradient, hessian)

@@ -5,11 +5,16 @@ symmetries remain: permutation of the units; rescaling, ``(c w₁, w₂/c)``, wh
 since the two units ``(c₁ w₁, c₁ w₂), (c₂ w₁, c₂ w₂)`` with ``c₁² + c₂² = 1`` have the same function and penalty as one.
 Optimizers make use of all three: count and compare units only after :func:`canonicalize`. Weights have shape (d, p),
 one column per unit; batch with ``jax.vmap``.
+
+With biases a unit is ``‖w₁‖ w₂ [ŵ₁ᵀ y + t]₊``, where ``t = b₁/‖w₁‖`` is the offset of its gate, and the symmetries act
+on b₁ as on w₁. Units are parallel if their gates are the same hyperplane: then t must agree too, which is measured in
+the largest \|t\| of the network. A unit with w₁ = 0 adds a constant, as b₂ does.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TypeAlias
@@ -21,7 +26,16 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from dae_theory.checks import check_data, is_concrete
-from dae_theory.model import ReluDae, live_columns
+from dae_theory.model import (
+    AffineDae,
+    Dae,
+    ReluDae,
+    augmented,
+    by_unit,
+    live_columns,
+    preactivations,
+    with_biases,
+)
 from dae_theory.precision import full_precision
 from dae_theory.types import Scalar
 
@@ -43,7 +57,7 @@ __all__ = [
 # Jitted, because an eager scan compiles on every call.
 @jax.jit
 @full_precision
-def parallel_groups(dae: ReluDae, *, tolerance: Scalar = 1e-3) -> Int[Array, " p"]:
+def parallel_groups(dae: Dae, *, tolerance: Scalar = 1e-3) -> Int[Array, " p"]:
     r"""Group units whose encoder directions agree up to ``tolerance``: for each unit, the index of its group's first.
 
     Unit j joins the group of the first representative r < j with
@@ -51,9 +65,24 @@ def parallel_groups(dae: ReluDae, *, tolerance: Scalar = 1e-3) -> Int[Array, " p
     .. math:: 1 - \cos(w_{1j}, w_{1r}) = \tfrac12 \|\hat w_{1j} - \hat w_{1r}\|^2 \le \text{tolerance};
 
     a representative is a unit that joined no earlier one. The right side is computed from the difference, so tolerances
-    down to the square of the rounding unit are meaningful. Units with ``w₁ = 0`` compute nothing and form one group.
+    down to the square of the rounding unit are meaningful. Units with ``w₁ = 0`` respond to nothing and form one group.
+    With biases the difference of the gates' offsets, squared and halved, is added.
     """
+    return _groups(_gates(dae), tolerance)
+
+
+def _gates(dae: Dae) -> Float[Array, "D p"]:
+    """One column per unit, the direction and (with biases) the relative offset of its gate; zero where w₁ is."""
     units = unit_columns(dae.w1)
+    if not isinstance(dae, AffineDae):
+        return units
+    norms = column_norms(dae.w1)
+    offsets = jnp.where(norms > 0, dae.b1 / jnp.where(norms > 0, norms, 1.0), 0.0)
+    largest = jnp.max(jnp.abs(offsets), initial=0.0)
+    return jnp.concatenate([units, offsets[None, :] / jnp.where(largest > 0, largest, 1.0)])
+
+
+def _groups(units: Float[Array, "D p"], tolerance: Scalar) -> Int[Array, " p"]:
     is_zero = jnp.all(units == 0, axis=0)
 
     def join(is_representative, j):
@@ -67,13 +96,14 @@ def parallel_groups(dae: ReluDae, *, tolerance: Scalar = 1e-3) -> Int[Array, " p
 
 
 @full_precision
-def merge_parallel_columns(dae: ReluDae, *, tolerance: Scalar = 1e-3) -> ReluDae:
+def merge_parallel_columns(dae: Dae, *, tolerance: Scalar = 1e-3) -> Dae:
     r"""Merge each group of :func:`parallel_groups` into one balanced unit; the other members become zero columns.
 
     .. math:: w_1 = \sqrt{\|v\|}\, \hat u, \quad w_2 = v/\sqrt{\|v\|}, \quad
               v = \sum_{j \in G} \|w_{1j}\| w_{2j}, \quad u = \sum_{j \in G} \|w_{2j}\| w_{1j}
 
-    The merged unit takes the place of the group's first member. The function is unchanged if the group is exactly
+    With biases, u has the coordinate b₁ too, and units with w₁ = 0 are added to b₂. The merged unit takes the place of
+    the group's first member. The function is unchanged if the group is exactly
     parallel, and the penalty does not increase.
 
     Example:
@@ -83,16 +113,35 @@ def merge_parallel_columns(dae: ReluDae, *, tolerance: Scalar = 1e-3) -> ReluDae
         [[2.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
     """
     groups = parallel_groups(dae, tolerance=tolerance)
+    if isinstance(dae, AffineDae):
+        return _merge_with_biases(dae, groups)
     v = _sum_columns(dae.w2 * column_norms(dae.w1)[None, :], groups)
     # A mean weighted by what each member contributes: the first member's direction would ignore the others.
     u = unit_columns(_sum_columns(dae.w1 * column_norms(dae.w2)[None, :], groups))
     size = column_norms(v)
-    root = jnp.where(size > 0, jnp.sqrt(jnp.where(size > 0, size, 1.0)), 0.0)
+    root = _root(size)
     return ReluDae(u * root[None, :], unit_columns(v) * root[None, :])
 
 
+def _merge_with_biases(dae: AffineDae, groups: Int[Array, " p"]) -> AffineDae:
+    constant = jnp.all(dae.w1 == 0, axis=0)
+    shift = dae.w2 @ jnp.where(constant, jax.nn.relu(dae.b1), 0.0)
+    v = _sum_columns(dae.w2 * column_norms(dae.w1)[None, :], groups)
+    share = column_norms(dae.w2)[None, :]
+    total = _sum_columns(dae.w1 * share, groups)
+    bias = _sum_columns(dae.b1[None, :] * share, groups)[0]
+    norms, size = column_norms(total), column_norms(v)
+    root = _root(size)
+    b1 = jnp.where(norms > 0, bias / jnp.where(norms > 0, norms, 1.0), 0.0) * root
+    return AffineDae(unit_columns(total) * root[None, :], b1, unit_columns(v) * root[None, :], dae.b2 + shift)
+
+
+def _root(size: Float[Array, " p"]) -> Float[Array, " p"]:
+    return jnp.where(size > 0, jnp.sqrt(jnp.where(size > 0, size, 1.0)), 0.0)
+
+
 @full_precision
-def canonicalize(dae: ReluDae, *, tolerance: Scalar = 1e-3) -> ReluDae:
+def canonicalize(dae: Dae, *, tolerance: Scalar = 1e-3) -> Dae:
     """A canonical form, the same for all networks that differ by order, scale or splitting of their units.
 
     Parallel units are merged and balanced (:func:`merge_parallel_columns`), units that are dead by :func:`live_columns`
@@ -108,47 +157,54 @@ def canonicalize(dae: ReluDae, *, tolerance: Scalar = 1e-3) -> ReluDae:
     """
     merged = merge_parallel_columns(dae, tolerance=tolerance)
     live = live_columns(merged, tolerance=tolerance)
-    w1, w2 = (jnp.where(live[None, :], w, 0.0) for w in merged)
-    order = _canonical_order(w1)
-    return ReluDae(w1[:, order], w2[:, order])
+    kept = by_unit(merged, lambda w: jnp.where(live if w.ndim == 1 else live[None, :], w, 0.0))
+    order = _canonical_order(kept)
+    return by_unit(kept, lambda w: w[..., order])
 
 
 @jax.jit
 @full_precision
-def match_columns(dae_a: ReluDae, dae_b: ReluDae) -> Int[Array, " p"]:
+def match_columns(dae_a: Dae, dae_b: Dae) -> Int[Array, " p"]:
     r"""The permutation of b's columns that is closest to a's; both networks have the same shape.
 
     .. math:: \arg\min_\pi \sum_j \|w_{1j}^a - w_{1\pi(j)}^b\|^2 + \|w_{2j}^a - w_{2\pi(j)}^b\|^2
 
-    Exact, by the Hungarian algorithm in O(p³). Raises ``ValueError`` if the shapes differ.
+    and the squared differences of b₁ where both have biases. Exact, by the Hungarian algorithm in O(p³). Raises ``ValueError`` if the shapes differ.
     """
     if dae_a.w1.shape != dae_b.w1.shape:
         raise ValueError(f"networks must have the same shape to be matched, got {dae_a.w1.shape} and {dae_b.w1.shape}.")
     # The squared norms are the same for every assignment and are left out.
     cost = -(dae_b.w1.T @ dae_a.w1 + dae_b.w2.T @ dae_a.w2)
+    if isinstance(dae_a, AffineDae) and isinstance(dae_b, AffineDae):
+        cost -= dae_b.b1[:, None] * dae_a.b1[None, :]
     # An assignment has no derivative, nor its loops a reverse mode; optax creates arrays of the default dtype.
     unit_of_b, unit_of_a = optax.assignment.hungarian_algorithm(jax.lax.stop_gradient(cost).astype(float))
     return unit_of_b[jnp.argsort(unit_of_a)]
 
 
 @full_precision
-def weight_distance_sq(dae_a: ReluDae, dae_b: ReluDae, *, tolerance: Scalar = 1e-3) -> Float[Array, ""]:
+def weight_distance_sq(dae_a: Dae, dae_b: Dae, *, tolerance: Scalar = 1e-3) -> Float[Array, ""]:
     r"""Squared distance of the weights modulo order, scale and splitting of units.
 
     .. math:: \min_\pi \|\bar W_1^a - \bar W_1^b \pi\|_F^2 + \|\bar W_2^a - \bar W_2^b \pi\|_F^2
 
     over permutations, where bars denote :func:`canonicalize` at ``tolerance`` and the narrower network is padded with
-    zero columns. Its square root is a metric on canonical forms; it is discontinuous where two units cross the
+    zero columns. If one of them has biases, they count, and those of the other are zero. The square root of the result is a metric on canonical forms; it is discontinuous where two units cross the
     tolerance. Raises ``ValueError`` if the dimensions d differ.
     """
     width = max(dae_a.w1.shape[1], dae_b.w1.shape[1])
+    if isinstance(dae_a, AffineDae) or isinstance(dae_b, AffineDae):
+        dae_a, dae_b = with_biases(dae_a), with_biases(dae_b)
     a, b = (canonicalize(pad_columns(dae, width), tolerance=tolerance) for dae in (dae_a, dae_b))
     order = match_columns(a, b)
-    return jnp.sum(jnp.square(a.w1 - b.w1[:, order])) + jnp.sum(jnp.square(a.w2 - b.w2[:, order]))
+    weights = jnp.sum(jnp.square(a.w1 - b.w1[:, order])) + jnp.sum(jnp.square(a.w2 - b.w2[:, order]))
+    if isinstance(a, AffineDae) and isinstance(b, AffineDae):
+        weights += jnp.sum(jnp.square(a.b1 - b.b1[order])) + jnp.sum(jnp.square(a.b2 - b.b2))
+    return weights
 
 
 @full_precision
-def group_sums(dae: ReluDae, data: Float[Array, "n d"], *, tolerance: Scalar = 1e-3) -> Float[Array, " n"]:
+def group_sums(dae: Dae, data: Float[Array, "n d"], *, tolerance: Scalar = 1e-3) -> Float[Array, " n"]:
     r"""Total squared length of the units aligned with each row :cite:`zhang26`, Corollary 3.2.
 
     .. math:: Q_i = \sum_{j \,\parallel\, x_i} \|w_{1j}\| \|w_{2j}\|
@@ -156,26 +212,35 @@ def group_sums(dae: ReluDae, data: Float[Array, "n d"], *, tolerance: Scalar = 1
     over units whose encoder and decoder both have ``1 − cos(w, xᵢ) <= tolerance``. At the memorizing minimizer
     ``Q_i = q_i = (‖xᵢ‖² − nλ)₊/(‖xᵢ‖² + σ²)``, which is :func:`dae_theory.minimizers.shrinkage` of ``‖xᵢ‖²`` and 1/n
     (m/n for a row repeated m times), no matter how units are split and scaled. Raises ``ValueError`` for bad data.
+
+    With biases a unit belongs to the rows for which it is on and its decoder is aligned with ``xᵢ − b₂``; at the
+    memorizing minimizer ``Q_i`` is the gain of :func:`dae_theory.convexity.memorizing_gain`.
     """
     check_data(data)
+    if isinstance(dae, AffineDae):
+        towards = unit_columns((data - dae.b2[None, :]).T)
+        on = jax.vmap(lambda x: preactivations(dae, x))(data) > 0
+        owned = on & (1.0 - towards.T @ unit_columns(dae.w2) <= tolerance)
+        return jnp.sum(jnp.where(owned, _sizes(dae)[None, :], 0.0), axis=1)
     rows = unit_columns(data.T)
     aligned = jnp.ones((data.shape[0], dae.w1.shape[1]), bool)
-    for w in dae:
+    for w in (dae.w1, dae.w2):
         aligned &= 1.0 - rows.T @ unit_columns(w) <= tolerance
     return jnp.sum(jnp.where(aligned, _sizes(dae)[None, :], 0.0), axis=1)
 
 
 def symmetry_tangents(
-    dae: ReluDae,
+    dae: Dae,
     *,
     families: Sequence[str] = ("rescaling", "splitting"),
     data: Float[Array, "m d"] | None = None,
     tolerance: Scalar = 1e-3,
-) -> Float[Array, "k 2 d p"]:
+) -> Float[Array, "k 2 d p"] | Float[Array, "k m"]:
     r"""Orthonormal basis of the directions in the space of weights that leave the objective stationary by symmetry.
 
     Entry [i, 0] moves W₁ and [i, 1] moves W₂; rows are orthonormal over all 2dp coordinates, and k >= 0 is the
-    dimension of the span. Each family acts from the right, ``(W₁ B, W₂ B')``:
+    dimension of the span. With biases the result is a matrix of m = 2dp + p + d columns, in the order of
+    ``ravel_pytree``. Each family acts from the right, ``(W₁ B, b₁ B, W₂ B')``:
 
     * ``"rescaling"``, one per live unit: ``B = −B' = E_jj``. The function is unchanged; the penalty is unchanged to
       first order if the unit is balanced, with curvature 4λ.
@@ -198,22 +263,32 @@ def symmetry_tangents(
     unknown = sorted(set(families) - set(_FAMILIES))
     if unknown:
         raise ValueError(f"unknown families {unknown}; choose among {sorted(_FAMILIES)}.")
-    d, p = dae.w1.shape
+    shape = (2, *dae.w1.shape) if isinstance(dae, ReluDae) else (sum(part.size for part in dae),)
     actions = [action for family in families for action in _FAMILIES[family](dae, data, tolerance)]
     if not actions:
-        return jnp.zeros((0, 2, d, p), dae.w1.dtype)
-    w1, w2 = (np.asarray(w, np.float64) for w in dae)
-    moves = np.stack([np.stack([w1 @ b1, w2 @ b2]) for b1, b2 in actions]).reshape(len(actions), -1)
+        return jnp.zeros((0, *shape), dae.w1.dtype)
+    moves = np.stack([_moved(dae, b1, b2) for b1, b2 in actions])
     moves /= np.linalg.norm(moves, axis=1, keepdims=True)
     _, singular_values, basis = np.linalg.svd(moves, full_matrices=False)
     in_span = singular_values > np.finfo(moves.dtype).eps * max(moves.shape) * singular_values[0]
-    return jnp.asarray(basis[in_span].reshape(-1, 2, d, p), dae.w1.dtype)
+    return jnp.asarray(basis[in_span].reshape(-1, *shape), dae.w1.dtype)
 
 
-def rotation_pairs(dae: ReluDae, data: Float[Array, "m d"], *, tolerance: Scalar = 1e-3) -> list[tuple[int, int]]:
+def _moved(dae: Dae, encoder_action: np.ndarray, decoder_action: np.ndarray) -> Float[np.ndarray, " m"]:
+    """The parts of the network times an action each, in the order of ``ravel_pytree``; b₂ does not move."""
+    actions = {"w1": encoder_action, "b1": encoder_action, "w2": decoder_action}
+    parts = {name: np.asarray(part, np.float64) for name, part in dae._asdict().items()}
+    moves = [part @ actions[name] if name in actions else np.zeros_like(part) for name, part in parts.items()]
+    return np.concatenate([move.ravel() for move in moves])
+
+
+def rotation_pairs(dae: Dae, data: Float[Array, "m d"], *, tolerance: Scalar = 1e-3) -> list[tuple[int, int]]:
     """Pairs of live units with the same gates on all rows of ``data``, not all off: the planes of the rotations."""
     check_data(data)
-    gates = np.asarray(data) @ np.asarray(dae.w1) > 0
+    gates = np.asarray(data) @ np.asarray(dae.w1)
+    if isinstance(dae, AffineDae):
+        gates = gates + np.asarray(dae.b1)
+    gates = gates > 0
     _, patterns = np.unique(gates, axis=1, return_inverse=True)
     eligible = np.asarray(live_columns(dae, tolerance=tolerance)) & gates.any(axis=0)
     groups = _alike(patterns, eligible)
@@ -232,44 +307,45 @@ def unit_columns(w: Float[Array, "d p"]) -> Float[Array, "d p"]:
     return w / jnp.where(norms > 0, norms, 1.0)[None, :]
 
 
-def pad_columns(dae: ReluDae, width: int) -> ReluDae:
+def pad_columns(dae: Dae, width: int) -> Dae:
     """Append zero columns up to ``width``."""
-    return ReluDae(*(jnp.pad(w, ((0, 0), (0, width - w.shape[1]))) for w in dae))
+    return by_unit(dae, lambda w: jnp.pad(w, [(0, 0)] * (w.ndim - 1) + [(0, width - w.shape[-1])]))
 
 
 def _sum_columns(w: Float[Array, "d p"], groups: Int[Array, " p"]) -> Float[Array, "d p"]:
     return jax.ops.segment_sum(w.T, groups, num_segments=groups.size).T
 
 
-def _canonical_order(w1: Float[Array, "d p"]) -> Int[Array, " p"]:
-    norms = column_norms(w1)
+def _canonical_order(dae: Dae) -> Int[Array, " p"]:
+    norms = column_norms(dae.w1)
     falling = jnp.argsort(-norms)
     # Norms that are equal in theory differ by rounding: a new rank starts only at a gap that exceeds it.
     gaps = -jnp.diff(norms[falling]) > jnp.sqrt(jnp.finfo(norms.dtype).eps) * jnp.max(norms, initial=0.0)
     ranks = jnp.cumsum(jnp.pad(gaps, (1, 0)).astype(int))
     rank = jnp.zeros_like(ranks).at[falling].set(ranks)
-    probe = jnp.cos(jnp.arange(1, w1.shape[0] + 1, dtype=w1.dtype)) @ w1
+    encoder = augmented(dae)[0]
+    probe = jnp.cos(jnp.arange(1, encoder.shape[0] + 1, dtype=encoder.dtype)) @ encoder
     return jnp.lexsort((-probe, rank))
 
 
-def _sizes(dae: ReluDae) -> Float[Array, " p"]:
+def _sizes(dae: Dae) -> Float[Array, " p"]:
     return column_norms(dae.w1) * column_norms(dae.w2)
 
 
 _Actions: TypeAlias = Iterator[tuple[np.ndarray, np.ndarray]]
 
 
-def _rescalings(dae: ReluDae, data: Array | None, tolerance: Scalar) -> _Actions:
+def _rescalings(dae: Dae, data: Array | None, tolerance: Scalar) -> _Actions:
     del data
     for j in np.flatnonzero(live_columns(dae, tolerance=tolerance)):
         stretch = _elementary(dae, (j, j, 1.0))
         yield stretch, -stretch
 
 
-def _splittings(dae: ReluDae, data: Array | None, tolerance: Scalar) -> _Actions:
+def _splittings(dae: Dae, data: Array | None, tolerance: Scalar) -> _Actions:
     del data
-    stacked = jnp.concatenate([unit_columns(w) for w in dae])
-    groups = np.asarray(parallel_groups(ReluDae(stacked, stacked), tolerance=tolerance))
+    stacked = jnp.concatenate([_gates(dae), unit_columns(dae.w2)])
+    groups = np.asarray(jax.jit(_groups)(stacked / math.sqrt(2.0), tolerance))
     alpha = np.sqrt(np.asarray(_sizes(dae)))
     for members in _alike(groups, np.asarray(live_columns(dae, tolerance=tolerance))):
         r = members[0]
@@ -279,7 +355,7 @@ def _splittings(dae: ReluDae, data: Array | None, tolerance: Scalar) -> _Actions
             yield share, share
 
 
-def _rotations(dae: ReluDae, data: Array | None, tolerance: Scalar) -> _Actions:
+def _rotations(dae: Dae, data: Array | None, tolerance: Scalar) -> _Actions:
     if data is None:
         raise ValueError('the family "rotation" needs data, on whose rows units must have the same gates.')
     for i, j in rotation_pairs(dae, data, tolerance=tolerance):
@@ -292,13 +368,13 @@ def _alike(labels: np.ndarray, eligible: np.ndarray) -> Iterator[np.ndarray]:
         yield np.flatnonzero(eligible & (labels == label))
 
 
-def _elementary(dae: ReluDae, *entries: tuple[int | np.intp, int | np.intp, float]) -> np.ndarray:
+def _elementary(dae: Dae, *entries: tuple[int | np.intp, int | np.intp, float]) -> np.ndarray:
     action = np.zeros((dae.w1.shape[1],) * 2)
     for i, j, value in entries:
         action[i, j] = value
     return action
 
 
-_FAMILIES: Mapping[str, Callable[[ReluDae, Array | None, Scalar], _Actions]] = MappingProxyType(
+_FAMILIES: Mapping[str, Callable[[Dae, Array | None, Scalar], _Actions]] = MappingProxyType(
     {"rescaling": _rescalings, "splitting": _splittings, "rotation": _rotations}
 )

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dae_theory.checks import is_concrete
-from dae_theory.model import ReluDae
+from dae_theory.model import Dae, by_unit
 from dae_theory.precision import full_precision
 from dae_theory.risk import exact_objective
 from dae_theory.symmetry import rotation_pairs
@@ -37,10 +37,10 @@ class Turn(NamedTuple):
     """The angle; 0 if there is no turn."""
 
 
-def lowest_turn(dae: ReluDae, data: Float[Array, "n d"], sigma: Scalar, penalty: Scalar) -> Turn:
+def lowest_turn(dae: Dae, data: Float[Array, "n d"], sigma: Scalar, penalty: Scalar) -> Turn:
     r"""The finite turn of a block's orthogonal factor that lowers the exact objective most (derived here).
 
-    A turn mixes two units with the same gates on all rows, in W₁ and W₂ alike,
+    A turn mixes two units with the same gates on all rows, in W₁, b₁ and W₂ alike,
     ``(w_i, w_j) → (w_i cos θ + w_j sin θ, w_j cos θ − w_i sin θ)``. It leaves the block's linear map and the penalty
     unchanged, so the objective changes only by noise that crosses gates, until a gate fails on a sample. Tried are the
     angles ``TURN_DEGREES`` in both directions, for at most ``MAX_TURN_PAIRS`` pairs of units spread over all: a search,
@@ -63,7 +63,7 @@ def lowest_turn(dae: ReluDae, data: Float[Array, "n d"], sigma: Scalar, penalty:
 @jax.jit
 @full_precision
 def _turn_changes(
-    dae: ReluDae,
+    dae: Dae,
     rows: Float[Array, "n d"],
     sigma: Scalar,
     penalty: Scalar,
@@ -75,8 +75,9 @@ def _turn_changes(
     def objective(turn):
         (i, j), angle = turn
         c, s = jnp.cos(jnp.deg2rad(angle)), jnp.sin(jnp.deg2rad(angle))
-        turned = ReluDae(
-            *(w.at[:, i].set(c * w[:, i] + s * w[:, j]).at[:, j].set(c * w[:, j] - s * w[:, i]) for w in dae)
+        turned = by_unit(
+            dae,
+            lambda w: w.at[..., i].set(c * w[..., i] + s * w[..., j]).at[..., j].set(c * w[..., j] - s * w[..., i]),
         )
         return exact_objective(turned, rows, sigma, penalty)
 
