@@ -1,5 +1,6 @@
 __version__: str
 
+from . import affine_minimizers as affine_minimizers
 from . import bivariate_normal as bivariate_normal
 from . import boundary as boundary
 from . import certificate as certificate

@@ -290,9 +290,7 @@ def _noise(w1: Float[Array, "d p"], sigma: Float[Array, ""]) -> Noise:
     return Noise(sigma * norm, sigma * sigma * gram[np.triu_indices(sq_norm.size)])
 
 
-def _pair_moments(
-    noise: Noise, mean: Float[Array, " p"]
-) -> tuple[Float[Array, " p"], Float[Array, " pairs"]]:
+def _pair_moments(noise: Noise, mean: Float[Array, " p"]) -> tuple[Float[Array, " p"], Float[Array, " pairs"]]:
     j, k = np.triu_indices(mean.size)
     covariance = relu_covariance(mean[j], mean[k], noise.std[j], noise.std[k], noise.cov)
     return relu_mean(mean, noise.std), covariance

@@ -1,0 +1,451 @@
+r"""Closed-form minimizers of the two-layer DAE with biases, ``f(y) = W₂ [W₁ᵀ y + b₁]₊ + b₂``; derived here.
+
+Where the gates are certain, f is affine on each cluster k. The free biases center it: a kept direction u_j of the
+cluster's covariance, with energy s_j, has the gain :math:`q_j = (s_j - l_k)_+/(s_j + \sigma^2)`,
+:math:`l_k = n\lambda/n_k`, as in :cite:`zhang26`, eq. (8), with the covariance in place of the second moment. The mean
+itself is carried by one gate, at a distance κ_k along its unit normal v_k,
+
+.. math:: f(y) = b_2 + \alpha_k \hat z_k \left[\kappa_k + v_k^\top (y - \bar x_k)\right]
+          + \sum_j q_j u_j u_j^\top (y - \bar x_k), \qquad z_k = \bar x_k - b_2, \quad
+          \alpha_k = \frac{(\kappa_k \|z_k\| - l_k)_+}{\kappa_k^2 + \sigma^2}
+
+for v_k and z_k orthogonal to the kept u_j. A single sample has no u_j: it is memorized, by the one unit
+:math:`\|w_1\|^2 = \|w_2\|^2 = \alpha`, at a gate that cuts it off from the hull of the others
+(:mod:`dae_theory.convexity`). Where b₁ = b₂ = 0, κ = ‖x‖ these are the paper's Corollary 3.2.
+
+One cluster of all samples needs no gate for its mean, since b₂ is the mean: its units are on everywhere, and the
+network is affine (:func:`affine_generalizing_minimizer`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+from scipy import special
+
+from dae_theory.checks import check_data, check_integer, check_level
+from dae_theory.convexity import Hulls, memorizing_cost, memorizing_gain, project_on_hulls
+from dae_theory.minimizers import orthogonal_factor
+from dae_theory.model import AffineDae, Dae, preactivations
+from dae_theory.spectra import Labels, Ranks, check_ranks, partition
+from dae_theory.types import Scalar
+
+__all__ = [
+    "Cells",
+    "Memorized",
+    "affine_block_cost",
+    "affine_block_minimizer",
+    "affine_cells",
+    "affine_generalizing_cost",
+    "affine_generalizing_minimizer",
+    "affine_memorizing_minimizer",
+    "memorize",
+]
+
+ROUNDS = 50
+"""Of the alternation between gates and offset, which agree to ``AGREE`` after about ten."""
+AGREE = 1e-7
+"""Largest change of a gate and of the offset, in units of their size, at which they count as found."""
+GRID = 48
+"""Gates tried for each sample, before the best one is refined."""
+GOLDEN = 36
+"""Steps of that refinement, each of which leaves .618 of the interval: 3e-8 of two gates' distance."""
+NEIGHBORS = 48
+"""Other samples, those nearest to the gate, whose noise is taken to leak through it."""
+RATIO = (5**0.5 - 1) / 2
+BEYOND = 10.0
+"""How far beyond all samples the gates of units that are always on lie, in the samples' largest distance and in σ."""
+
+
+class Memorized(NamedTuple):
+    """One unit per sample, each with its gate; from :func:`memorize`. All float64."""
+
+    offset: Float[np.ndarray, " d"]
+    """b₂, the output where all units are off."""
+    lengths: Float[np.ndarray, " n"]
+    """``L_i = ‖x_i − b₂‖``."""
+    hulls: Float[np.ndarray, " n"]
+    """``D_i``, the distance to the convex hull of the other samples."""
+    normals: Float[np.ndarray, "n d"]
+    """v_i, the unit normal of the gate: from the hull to the sample; zero where D_i is."""
+    gates: Float[np.ndarray, " n"]
+    """``κ_i < D_i``, the distance from the sample to its gate; 0 where there is no unit."""
+    gains: Float[np.ndarray, " n"]
+    """``α_i``, 0 where there is no unit: D_i is 0, or the penalty exceeds what the unit saves."""
+    costs: Float[np.ndarray, " n"]
+    """What each sample contributes to n times the objective, its penalty included; ``L_i²`` without a unit."""
+
+    @property
+    def objective(self) -> float:
+        """The main term of the objective :cite:`zhang26`, eq. (6): the mean of the costs."""
+        return float(np.mean(self.costs))
+
+
+def memorize(
+    data: Float[np.ndarray, "n d"], sigma: Scalar, penalty: Scalar, *, hulls: Hulls | None = None
+) -> Memorized:
+    r"""Gates, gains and the shared offset of the network that memorizes every sample it can.
+
+    The gate's normal points from the hull of the other samples to the sample, which leaves the others as far behind it
+    as possible. Its distance minimizes the main term and what the noise of other samples leaks through it
+    (:func:`dae_theory.convexity.gate_distance` says how much, on a sphere). The offset is the weighted mean of the samples
+
+    .. math:: b_2 = \frac{\sum_i c_i x_i}{\sum_i c_i}, \qquad
+              c_i = \frac{\sigma^2 + n\lambda\,\kappa_i/\|z_i\|}{\kappa_i^2 + \sigma^2}
+
+    with c = 1 for samples without a unit. Gates and offset are alternated until they agree.
+
+    Args:
+        data: two samples or more, as rows.
+        sigma: noise level > 0.
+        penalty: λ >= 0.
+        hulls: those of ``data``, where they are at hand.
+
+    ``ValueError`` for one sample, values that are not finite, and a noise level of 0. Samples inside the hull of the
+    others, and repeats, have no unit; this is no error.
+
+    Example:
+        >>> turns = 2 * np.pi * np.arange(5) / 5
+        >>> circle = 3 * np.stack([np.cos(turns), np.sin(turns)], axis=1)
+        >>> found = memorize(circle, 0.1, 1e-3)
+        >>> round(float(found.gates[0]), 4), round(float(found.gains[0]), 4)
+        (1.9175, 1.5589)
+    """
+    rows = np.asarray(data, np.float64)
+    check_level("sigma", sigma, zero=False)
+    check_level("penalty", penalty)
+    hulls = project_on_hulls(rows) if hulls is None else hulls
+    sigma, decay = float(sigma), len(rows) * float(penalty)
+    distances = hulls.distances
+    apart = rows - hulls.nearest
+    normals = np.where(distances[:, None] > 0, apart / np.where(distances > 0, distances, 1.0)[:, None], 0.0)
+    depths = np.sum(normals * rows, axis=1)[:, None] - normals @ rows.T
+    np.fill_diagonal(depths, np.inf)
+    others = np.argpartition(depths, min(NEIGHBORS, len(rows) - 1) - 1, axis=1)[:, :NEIGHBORS]
+    others = others[:, : len(rows) - 1]
+    depths = np.take_along_axis(depths, others, axis=1)
+    between = np.einsum("id,ijd->ij", normals, normals[others])
+
+    offset, gates, gains = rows.mean(axis=0), 0.9 * distances, np.zeros(len(rows))
+    for _ in range(ROUNDS):
+        z = rows - offset
+        lengths = np.linalg.norm(z, axis=1)
+        units = z / np.where(lengths > 0, lengths, 1.0)[:, None]
+        cosines = np.einsum("id,ijd->ij", units, units[others])
+        gains = _gains(lengths, gates, sigma, decay)
+        before, old = offset, gates
+        gates = _best_gates(_Leaks(others, depths, cosines, between), lengths, distances, gates, gains, sigma, decay)
+        gains = _gains(lengths, gates, sigma, decay)
+        pull = (sigma**2 + decay * gates / np.where(lengths > 0, lengths, 1.0)) / (gates**2 + sigma**2)
+        weights = np.where(gains > 0, pull, 1.0)
+        offset = weights @ rows / weights.sum()
+        settled = np.max(np.abs(gates - old) - AGREE * distances) <= 0
+        if settled and np.linalg.norm(offset - before) <= AGREE * np.max(lengths, initial=0.0):
+            break
+    lengths = np.linalg.norm(rows - offset, axis=1)
+    gains = _gains(lengths, gates, sigma, decay)
+    gates = np.where(gains > 0, gates, 0.0)
+    return Memorized(offset, lengths, distances, normals, gates, gains, _costs(lengths, gates, sigma, decay))
+
+
+class _Leaks(NamedTuple):
+    """The samples whose noise may leak through each gate, m of them."""
+
+    others: np.ndarray
+    """Their numbers j, shape (n, m)."""
+    depths: Float[np.ndarray, "n m"]
+    """``v_i·(x_i − x_j)``, at least D_i."""
+    cosines: Float[np.ndarray, "n m"]
+    """``ẑ_i·ẑ_j``."""
+    normals: Float[np.ndarray, "n m"]
+    """``v_i·v_j``."""
+
+
+def _best_gates(
+    leaks: _Leaks,
+    lengths: Float[np.ndarray, " n"],
+    hulls: Float[np.ndarray, " n"],
+    gates: Float[np.ndarray, " n"],
+    gains: Float[np.ndarray, " n"],
+    sigma: float,
+    decay: float,
+) -> Float[np.ndarray, " n"]:
+    r"""The κ of every sample that minimizes its main term and the leakage that depends on it, given all others.
+
+    :func:`dae_theory.convexity.gate_distance` without its sphere: another sample j lies
+    :math:`a = (v_i \cdot (x_i - x_j) - \kappa_i)/\sigma` standard deviations behind the gate of unit i. That unit then
+    adds to n times the objective
+
+    .. math:: \alpha_i^2 \sigma^2 \left[(1 + a^2)\,\Phi(-a) - a\,\varphi(a)\right] + 2 \alpha_i\, \hat z_i \cdot \hat z_j
+              \left\{\alpha_j \sigma^2\, (v_i \cdot v_j)\, \Phi(-a)
+              - (\|z_j\| - \alpha_j \kappa_j)\,\sigma \left[\varphi(a) - a\,\Phi(-a)\right]\right\}
+
+    and κ_i occurs in the second part both where unit i is on at other samples, and where other units are on at i.
+
+    Args:
+        leaks: what leaks through which gate.
+        lengths: ``‖z_i‖``.
+        hulls: ``D_i``, the largest distances of the gates; where 0 so is the result.
+        gates, gains: those of the last round.
+        sigma: noise level > 0.
+        decay: ``n λ >= 0``.
+    """
+    others = leaks.others
+    residuals = (lengths - gains * gates)[others]
+    # What other units let through of sample i's noise, per unit of α_i and of ‖z_i‖ − α_i κ_i.
+    a = (leaks.depths - gates[:, None]) / sigma
+    through = gains[:, None] * leaks.cosines * special.ndtr(-a)
+    moved, missed = np.zeros_like(lengths), np.zeros_like(lengths)
+    np.add.at(moved, others, through * leaks.normals)
+    np.add.at(missed, others, gains[:, None] * leaks.cosines * _density(a) - a * through)
+
+    def cost(gate: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+        gain = _gains(lengths, gate, sigma, decay)
+        a = (leaks.depths - gate[:, None]) / sigma
+        beyond, density = special.ndtr(-a), _density(a)
+        square = gain[:, None] * sigma**2 * ((1 + a * a) * beyond - a * density)
+        cross = gains[others] * sigma**2 * leaks.normals * beyond - residuals * sigma * (density - a * beyond)
+        out = gain * np.sum(square + 2 * leaks.cosines * cross, axis=1)
+        into = 2 * sigma * (gain * sigma * moved - (lengths - gain * gate) * missed)
+        return _costs(lengths, gate, sigma, decay) + out + into
+
+    tried = np.linspace(0.02, 1.0, GRID)
+    best = np.argmin([cost(share * hulls) for share in tried], axis=0)
+    low = tried[np.maximum(best - 1, 0)] * hulls
+    high = tried[np.minimum(best + 1, GRID - 1)] * hulls
+    for _ in range(GOLDEN):
+        left, right = high - RATIO * (high - low), low + RATIO * (high - low)
+        falls = cost(left) < cost(right)
+        low, high = np.where(falls, low, left), np.where(falls, right, high)
+    return (low + high) / 2
+
+
+def _density(a: Float[np.ndarray, "n m"]) -> Float[np.ndarray, "n m"]:
+    return np.exp(-a * a / 2) / np.sqrt(2 * np.pi)
+
+
+def _costs(
+    lengths: Float[np.ndarray, " n"], gates: Float[np.ndarray, " n"], sigma: float, decay: float
+) -> Float[np.ndarray, " n"]:
+    return lengths**2 - np.maximum(gates * lengths - decay, 0.0) ** 2 / (gates**2 + sigma**2)
+
+
+def _gains(
+    lengths: Float[np.ndarray, " n"], gates: Float[np.ndarray, " n"], sigma: float, decay: float
+) -> Float[np.ndarray, " n"]:
+    return np.maximum(gates * lengths - decay, 0.0) / (gates**2 + sigma**2)
+
+
+def affine_memorizing_minimizer(
+    data: Float[Array, "n d"],
+    sigma: Scalar,
+    penalty: Scalar,
+    *,
+    width: int | None = None,
+    memorized: Memorized | None = None,
+) -> AffineDae:
+    r"""The network that memorizes every sample it can, one unit each, then zero columns.
+
+    .. math:: w_{2i} = \sqrt{\alpha_i}\, \hat z_i, \quad w_{1i} = \sqrt{\alpha_i}\, v_i, \quad
+              b_{1i} = \sqrt{\alpha_i}\,(\kappa_i - v_i^\top x_i)
+
+    with gates, gains and b₂ of :func:`memorize`, which may be passed. The column of a sample inside the hull of the
+    others is zero. Where its gates are certain, f returns the training rows themselves up to a share λ and σ² of them,
+    not multiples: at x_i the code is one-hot with the value :math:`\sqrt{\alpha_i} \kappa_i`.
+
+    ``ValueError`` for what :func:`memorize` refuses, traced data, and a ``width`` below n.
+    """
+    check_data(data)
+    rows = np.asarray(data)
+    found = memorize(rows.astype(np.float64), sigma, penalty) if memorized is None else memorized
+    width = len(rows) if width is None else check_integer("width", width, minimum=len(rows))
+    root = np.sqrt(found.gains)
+    z = rows - found.offset
+    w1 = (root[:, None] * found.normals).T
+    w2 = (root[:, None] * z / np.where(found.lengths > 0, found.lengths, 1.0)[:, None]).T
+    b1 = root * (found.gates - np.sum(found.normals * rows, axis=1))
+    spare = width - len(rows)
+    parts = np.pad(w1, ((0, 0), (0, spare))), np.pad(b1, (0, spare)), np.pad(w2, ((0, 0), (0, spare))), found.offset
+    return AffineDae(*(jnp.asarray(part, data.dtype) for part in parts))
+
+
+def affine_generalizing_minimizer(
+    data: Float[Array, "n d"], sigma: Scalar, penalty: Scalar, rank: int, *, width: int | None = None
+) -> AffineDae:
+    r"""The affine network that shrinks towards the mean along ``rank`` principal directions; its units are always on.
+
+    .. math:: f(y) = \bar x + \sum_{j \le r} q_j u_j u_j^\top (y - \bar x), \qquad
+              q_j = \frac{(s_j - \lambda)_+}{s_j + \sigma^2}
+
+    with the eigenpairs s_j, u_j of the covariance (with 1/n). Biases are free, so gates lie ``BEYOND`` all samples and
+    their noise. Its objective, which is exact up to rounding, is :func:`affine_generalizing_cost`.
+
+    Args:
+        data: samples as rows.
+        sigma: noise level >= 0.
+        penalty: λ >= 0.
+        rank: number of units r, from 0 to d.
+        width: number of columns after padding with zero columns; ``rank`` by default.
+    """
+    rows, moments, axes = _spectrum(data, sigma, penalty)
+    rank = _rank(rank, rows.shape[1])
+    width = rank if width is None else check_integer("width", width, minimum=max(rank, 1))
+    mean = rows.mean(axis=0)
+    q = np.maximum(moments[:rank] - float(penalty), 0.0) / np.maximum(moments[:rank] + float(sigma) ** 2, 1e-300)
+    w = axes[:, :rank] * np.sqrt(q)
+    reach = BEYOND * (np.linalg.norm(rows - mean, axis=1).max() + float(sigma))
+    b1 = np.linalg.norm(w, axis=0) * reach - mean @ w
+    b2 = mean - w @ (mean @ w + b1)
+    spare = width - rank
+    parts = np.pad(w, ((0, 0), (0, spare))), np.pad(b1, (0, spare)), np.pad(w, ((0, 0), (0, spare))), b2
+    return AffineDae(*(jnp.asarray(part, data.dtype) for part in parts))
+
+
+def affine_generalizing_cost(data: Float[Array, "n d"], sigma: Scalar, penalty: Scalar, rank: int) -> float:
+    r"""The objective of :func:`affine_generalizing_minimizer`: variance less what each direction gains.
+
+    .. math:: \mathrm{tr}\, \Sigma - \sum_{j \le r} \frac{(s_j - \lambda)_+^2}{s_j + \sigma^2}
+    """
+    rows, moments, _ = _spectrum(data, sigma, penalty)
+    kept = moments[: _rank(rank, rows.shape[1])]
+    return float(moments.sum() - np.sum(np.maximum(kept - float(penalty), 0.0) ** 2 / (kept + float(sigma) ** 2)))
+
+
+def affine_block_minimizer(
+    data: Float[Array, "n d"],
+    labels: Labels,
+    sigma: Scalar,
+    penalty: Scalar,
+    ranks: Ranks,
+    *,
+    gates: Float[np.ndarray, " K"],
+    normals: Float[np.ndarray, "K d"],
+    offset: Float[np.ndarray, " d"],
+) -> AffineDae:
+    r"""One block of units per cluster, with given gates: the form at the top of this module.
+
+    The units of block k share the gate as they share the leading direction in
+    :func:`dae_theory.minimizers.block_minimizer`: unit i has the encoder
+    :math:`O_{i0} \sqrt{\alpha}\, v + \sum_j O_{ij} \sqrt{q_j}\, u_j`, the decoder with ẑ in place of v, and the bias
+    that puts κ and the cluster's mean in place. It is exact where v_k and z_k are orthogonal to the kept u_j, and units
+    on for their own cluster only (:func:`affine_cells` tells).
+
+    Args:
+        data: samples as rows.
+        labels: one integer per row; rows with the same label form a cluster.
+        sigma: noise level >= 0.
+        penalty: λ >= 0.
+        ranks: units of each cluster, in order of label, at least 1: one for the mean, one for each kept direction.
+        gates: κ_k > 0, distance from the cluster's mean to the gate.
+        normals: v_k, unit vectors.
+        offset: b₂.
+    """
+    check_data(data)
+    check_level("sigma", sigma)
+    check_level("penalty", penalty)
+    rows = np.asarray(data, np.float64)
+    blocks = partition(labels, len(rows))
+    units = check_ranks(ranks, np.minimum(blocks.counts, rows.shape[1]) + 1)
+    if min(units) < 1:
+        raise ValueError("ranks must be at least 1: each cluster needs a unit for its mean.")
+    columns: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    for k, rank in enumerate(units):
+        points = rows[blocks.members == k]
+        mean, decay = points.mean(axis=0), len(rows) / len(points) * float(penalty)
+        _, singular, right = np.linalg.svd(points - mean, full_matrices=True)
+        moments = np.zeros(rows.shape[1])
+        moments[: len(singular)] = singular**2 / len(points)
+        u, s = right[: rank - 1].T, moments[: rank - 1]
+        q = np.maximum(s - decay, 0.0) / np.maximum(s + float(sigma) ** 2, 1e-300)
+        z = mean - offset
+        length = float(np.linalg.norm(z))
+        gain = memorizing_gain(length, float(gates[k]), sigma, decay)
+        factor = orthogonal_factor(rank)
+        left = np.column_stack([np.sqrt(gain) * normals[k], u * np.sqrt(q)])
+        out = np.column_stack([np.sqrt(gain) * z / length, u * np.sqrt(q)])
+        constant = np.append(np.sqrt(gain) * gates[k], np.zeros(rank - 1)) - mean @ left
+        columns.append((left @ factor.T, constant @ factor.T, out @ factor.T))
+    w1, b1, w2 = (np.concatenate(parts, axis=-1) for parts in zip(*columns, strict=True))
+    return AffineDae(*(jnp.asarray(part, data.dtype) for part in (w1, b1, w2, np.asarray(offset))))
+
+
+def affine_block_cost(
+    data: Float[Array, "n d"],
+    labels: Labels,
+    sigma: Scalar,
+    penalty: Scalar,
+    ranks: Ranks,
+    *,
+    gates: Float[np.ndarray, " K"],
+    offset: Float[np.ndarray, " d"],
+) -> float:
+    r"""Main term of the objective of :func:`affine_block_minimizer`, up to the noise that crosses gates.
+
+    .. math:: \sum_k \rho_k \Big[ \|z_k\|^2 - \frac{(\kappa_k \|z_k\| - l_k)_+^2}{\kappa_k^2 + \sigma^2}
+              + \mathrm{tr}\, \Sigma_k - \sum_j \frac{(s_j - l_k)_+^2}{s_j + \sigma^2} \Big]
+    """
+    rows = np.asarray(data, np.float64)
+    blocks = partition(labels, len(rows))
+    total = 0.0
+    for k, rank in enumerate(check_ranks(ranks, np.minimum(blocks.counts, rows.shape[1]) + 1)):
+        points = rows[blocks.members == k]
+        decay = len(rows) / len(points) * float(penalty)
+        length = float(np.linalg.norm(points.mean(axis=0) - offset))
+        inside = affine_generalizing_cost(jnp.asarray(points), sigma, decay, rank - 1)
+        total += len(points) / len(rows) * (memorizing_cost(length, float(gates[k]), sigma, decay) + inside)
+    return total
+
+
+class Cells(NamedTuple):
+    """Which samples each unit is on for, and by what margin; from :func:`affine_cells`."""
+
+    on: Bool[np.ndarray, "n p"]
+    """Whether unit j is on at sample i."""
+    margins: Float[np.ndarray, " p"]
+    """Distance of the nearest sample from each unit's gate, in the units of the data; infinite for zero columns."""
+    alone: Bool[np.ndarray, " n"]
+    """Whether exactly one unit is on at the sample, and that unit at no other sample: it is memorized."""
+
+    @property
+    def margin(self) -> float:
+        """The smallest of the margins, which must be well above σ for the closed forms."""
+        return float(np.min(self.margins, initial=np.inf))
+
+
+def affine_cells(dae: Dae, data: Float[Array, "n d"]) -> Cells:
+    """The cells of a network among the samples: conditions by hyperplanes, of which β < 0 is a special case.
+
+    Zero columns, and with biases columns of W₁ that are zero, count as on nowhere.
+    """
+    check_data(data)
+    size = np.linalg.norm(np.asarray(dae.w1), axis=0)
+    live = (size > 0) & (np.linalg.norm(np.asarray(dae.w2), axis=0) > 0)
+    values = np.stack([np.asarray(preactivations(dae, x)) for x in data])
+    on = (values > 0) & live[None, :]
+    distances = np.abs(values) / np.where(live, size, 1.0)[None, :]
+    margins = np.where(live, distances.min(axis=0), np.inf)
+    alone = (on.sum(axis=1) == 1) & np.any(on & (on.sum(axis=0) == 1)[None, :], axis=1)
+    return Cells(on, margins, alone)
+
+
+def _spectrum(
+    data: Float[Array, "n d"], sigma: Scalar, penalty: Scalar
+) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, " d"], Float[np.ndarray, "d d"]]:
+    check_data(data)
+    check_level("sigma", sigma)
+    check_level("penalty", penalty)
+    rows = np.asarray(data, np.float64)
+    _, singular, right = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=True)
+    moments = np.zeros(rows.shape[1])
+    moments[: len(singular)] = singular**2 / len(rows)
+    return rows, moments, right.T
+
+
+def _rank(rank: int, dim: int) -> int:
+    rank = check_integer("rank", rank, minimum=0)
+    if rank > dim:
+        raise ValueError(f"rank = {rank} is more than the {dim} dimensions of the data.")
+    return rank
