@@ -43,6 +43,7 @@ __all__ = [
     "affine_generalizing_minimizer",
     "affine_memorizing_minimizer",
     "memorize",
+    "memorizing_parts",
 ]
 
 ROUNDS = 50
@@ -91,7 +92,7 @@ def memorize(
 
     The gate's normal points from the hull of the other samples to the sample, which leaves the others as far behind it
     as possible. Its distance minimizes the main term and what the noise of other samples leaks through it
-    (:func:`dae_theory.convexity.gate_distance` says how much, on a sphere). The offset is the weighted mean of the samples
+    (:func:`dae_theory.convexity.gate_distance` says how much, on a sphere). The offset is the weighted mean
 
     .. math:: b_2 = \frac{\sum_i c_i x_i}{\sum_i c_i}, \qquad
               c_i = \frac{\sigma^2 + n\lambda\,\kappa_i/\|z_i\|}{\kappa_i^2 + \sigma^2}
@@ -179,8 +180,8 @@ def _best_gates(
     :math:`a = (v_i \cdot (x_i - x_j) - \kappa_i)/\sigma` standard deviations behind the gate of unit i. That unit then
     adds to n times the objective
 
-    .. math:: \alpha_i^2 \sigma^2 \left[(1 + a^2)\,\Phi(-a) - a\,\varphi(a)\right] + 2 \alpha_i\, \hat z_i \cdot \hat z_j
-              \left\{\alpha_j \sigma^2\, (v_i \cdot v_j)\, \Phi(-a)
+    .. math:: \alpha_i^2 \sigma^2 \left[(1 + a^2)\,\Phi(-a) - a\,\varphi(a)\right]
+              + 2 \alpha_i\, \hat z_i \cdot \hat z_j \left\{\alpha_j \sigma^2\, (v_i \cdot v_j)\, \Phi(-a)
               - (\|z_j\| - \alpha_j \kappa_j)\,\sigma \left[\varphi(a) - a\,\Phi(-a)\right]\right\}
 
     and κ_i occurs in the second part both where unit i is on at other samples, and where other units are on at i.
@@ -262,14 +263,20 @@ def affine_memorizing_minimizer(
     rows = np.asarray(data)
     found = memorize(rows.astype(np.float64), sigma, penalty) if memorized is None else memorized
     width = len(rows) if width is None else check_integer("width", width, minimum=len(rows))
-    root = np.sqrt(found.gains)
-    z = rows - found.offset
-    w1 = (root[:, None] * found.normals).T
-    w2 = (root[:, None] * z / np.where(found.lengths > 0, found.lengths, 1.0)[:, None]).T
-    b1 = root * (found.gates - np.sum(found.normals * rows, axis=1))
     spare = width - len(rows)
-    parts = np.pad(w1, ((0, 0), (0, spare))), np.pad(b1, (0, spare)), np.pad(w2, ((0, 0), (0, spare))), found.offset
+    w1, b1, w2, b2 = memorizing_parts(rows, found)
+    parts = np.pad(w1, ((0, 0), (0, spare))), np.pad(b1, (0, spare)), np.pad(w2, ((0, 0), (0, spare))), b2
     return AffineDae(*(jnp.asarray(part, data.dtype) for part in parts))
+
+
+def memorizing_parts(
+    rows: Float[np.ndarray, "n d"], memorized: Memorized
+) -> tuple[Float[np.ndarray, "d n"], Float[np.ndarray, " n"], Float[np.ndarray, "d n"], Float[np.ndarray, " d"]]:
+    """W₁, b₁, W₂ and b₂ of :func:`affine_memorizing_minimizer`, in NumPy alone."""
+    root = np.sqrt(memorized.gains)
+    units = (rows - memorized.offset) / np.where(memorized.lengths > 0, memorized.lengths, 1.0)[:, None]
+    b1 = root * (memorized.gates - np.sum(memorized.normals * rows, axis=1))
+    return (root[:, None] * memorized.normals).T, b1, (root[:, None] * units).T, memorized.offset
 
 
 def affine_generalizing_minimizer(

@@ -100,13 +100,14 @@ class Certificate(NamedTuple):
     """Smallest of ``curvatures``. At a minimum with balanced live columns it is at most 4λ, the curvature along their
     rescaling."""
     min_curvature_modulo_symmetry: Float[Array, ""]
-    """Smallest curvature over directions orthogonal to rescalings, splittings and rotations."""
+    """Smallest curvature over directions orthogonal to rescalings, splittings, rotations and, with biases, offsets of
+    units that are always on."""
     curvature_error: Float[Array, ""]
     """Some eigenvalue lies within this distance of ``min_curvature_modulo_symmetry``. Nonzero only for Lanczos."""
     num_live: Int[Array, ""]
     """Number of columns that are not zero."""
     num_symmetries: Int[Array, ""]
-    """Dimension of the span of rescalings, splittings and rotations within blocks."""
+    """Dimension of the span of rescalings, splittings, rotations within blocks, and offsets."""
     num_rotations: Int[Array, ""]
     """Dimension of the rotations alone: changes of a block's orthogonal factor O. The objective is flat along them up
     to the noise that crosses the block's gates."""
@@ -202,7 +203,7 @@ def certify(
     coordinates = sum(part.size for part in start)
     told(f"refining {live.size} live columns by Newton's method ({coordinates} coordinates)")
     end = minimize_exact_objective(start, rows, sigma, penalty, method="products", tolerance=tolerance, max_rough=0)
-    tangents = symmetry_tangents(end.dae, families=("rescaling", "splitting", "rotation"), data=rows)
+    tangents = symmetry_tangents(end.dae, families=("rescaling", "splitting", "rotation", "offset"), data=rows)
     rotations = symmetry_tangents(end.dae, families=("rotation",), data=rows)
     told(f"curvature by {'the method of Lanczos' if coordinates > max_size else 'diagonalization'}")
     if coordinates > max_size:

@@ -1,9 +1,10 @@
 r"""The representation under noise: distribution of the code ``h(x + σε)`` and of the Jacobian, in closed form.
 
 Given ``x``, the preactivations ``u = W₁ᵀ(x + σε) + b₁`` are Gaussian with mean ``m = W₁ᵀx + b₁`` and covariance
-``σ² W₁ᵀW₁``; ``a_j = m_j/(σ‖w_j‖)``. Gate probabilities and moments of the code and of the Jacobian are averages over one or two of
-them. Mean and covariance of the code are :func:`dae_theory.risk.code_moments`. At a memorized sample about one gate is
-on, at a generalized one those of its block :cite:`zhang26`; the functions here compute with what probability.
+``σ² W₁ᵀW₁``; ``a_j = m_j/(σ‖w_j‖)``. Gate probabilities and moments of the code and of the Jacobian are averages over
+one or two of them. Mean and covariance of the code are :func:`dae_theory.risk.code_moments`. At a memorized sample
+about one gate is on, at a generalized one those of its block :cite:`zhang26`; the functions here compute with what
+probability.
 
 Functions take one example; batch with ``jax.vmap``. ``σ > 0``; weights and data share one floating dtype, which the
 result has too. The gate of a zero column is on with probability one half, and contributes nothing to code and Jacobian.

@@ -6,7 +6,8 @@ The risk of a sample ``x`` is ``E‖f(x + σε) − x‖²`` with ``ε ~ N(0, I)
 
 Given ``x``, the preactivations ``W₁ᵀ(x + σε) + b₁`` are jointly Gaussian, so the average is a finite sum over pairs of
 units (derived here). Biases move the mean of the preactivations by b₁ and replace the target x by x − b₂, and nothing
-else: every function takes networks without and with them. Exact and Monte Carlo functions share one signature; neither silently falls back on the other.
+else: every function takes networks without and with them. Exact and Monte Carlo functions share one signature; neither
+silently falls back on the other.
 
 Samples are rows. ``chunk_size`` bounds the memory of values and gradients: at most this many samples (exact) or noisy
 samples (Monte Carlo) are processed at a time, and the result changes by rounding only. Data and weights must share one
@@ -107,7 +108,8 @@ def code_moments(dae: Dae, x: Float[Array, " d"], sigma: Scalar) -> CodeMoments:
 def exact_risk_at(dae: Dae, x: Float[Array, " d"], sigma: Scalar) -> Float[Array, ""]:
     r"""Exact risk of one example: squared bias plus variance (derived here).
 
-    .. math:: E\|f(x + \sigma\varepsilon) - x\|^2 = \|W_2 E[h] + b_2 - x\|^2 + \mathrm{tr}(W_2^\top W_2\, \mathrm{Cov}(h))
+    .. math:: E\|f(x + \sigma\varepsilon) - x\|^2 = \|W_2 E[h] + b_2 - x\|^2
+              + \mathrm{tr}(W_2^\top W_2\, \mathrm{Cov}(h))
 
     ``sigma >= 0``. Raises ``ValueError`` for a negative ``sigma``, a non-finite ``x`` or dimensions that disagree.
     """

@@ -169,7 +169,8 @@ def match_columns(dae_a: Dae, dae_b: Dae) -> Int[Array, " p"]:
 
     .. math:: \arg\min_\pi \sum_j \|w_{1j}^a - w_{1\pi(j)}^b\|^2 + \|w_{2j}^a - w_{2\pi(j)}^b\|^2
 
-    and the squared differences of b₁ where both have biases. Exact, by the Hungarian algorithm in O(p³). Raises ``ValueError`` if the shapes differ.
+    and the squared differences of b₁ where both have biases. Exact, by the Hungarian algorithm in O(p³). Raises
+    ``ValueError`` if the shapes differ.
     """
     if dae_a.w1.shape != dae_b.w1.shape:
         raise ValueError(f"networks must have the same shape to be matched, got {dae_a.w1.shape} and {dae_b.w1.shape}.")
@@ -189,8 +190,9 @@ def weight_distance_sq(dae_a: Dae, dae_b: Dae, *, tolerance: Scalar = 1e-3) -> F
     .. math:: \min_\pi \|\bar W_1^a - \bar W_1^b \pi\|_F^2 + \|\bar W_2^a - \bar W_2^b \pi\|_F^2
 
     over permutations, where bars denote :func:`canonicalize` at ``tolerance`` and the narrower network is padded with
-    zero columns. If one of them has biases, they count, and those of the other are zero. The square root of the result is a metric on canonical forms; it is discontinuous where two units cross the
-    tolerance. Raises ``ValueError`` if the dimensions d differ.
+    zero columns. If one of them has biases, they count, and those of the other are zero. The square root of the result
+    is a metric on canonical forms; it is discontinuous where two units cross the tolerance. Raises ``ValueError`` if
+    the dimensions d differ.
     """
     width = max(dae_a.w1.shape[1], dae_b.w1.shape[1])
     if isinstance(dae_a, AffineDae) or isinstance(dae_b, AffineDae):
@@ -235,11 +237,11 @@ def symmetry_tangents(
     families: Sequence[str] = ("rescaling", "splitting"),
     data: Float[Array, "m d"] | None = None,
     tolerance: Scalar = 1e-3,
-) -> Float[Array, "k 2 d p"] | Float[Array, "k m"]:
+) -> Float[Array, "k 2 d p"] | Float[Array, "k coordinates"]:
     r"""Orthonormal basis of the directions in the space of weights that leave the objective stationary by symmetry.
 
     Entry [i, 0] moves W₁ and [i, 1] moves W₂; rows are orthonormal over all 2dp coordinates, and k >= 0 is the
-    dimension of the span. With biases the result is a matrix of m = 2dp + p + d columns, in the order of
+    dimension of the span. With biases the result is a matrix of 2dp + p + d columns, in the order of
     ``ravel_pytree``. Each family acts from the right, ``(W₁ B, b₁ B, W₂ B')``:
 
     * ``"rescaling"``, one per live unit: ``B = −B' = E_jj``. The function is unchanged; the penalty is unchanged to
@@ -252,6 +254,9 @@ def symmetry_tangents(
       ``B = B' = E_ij − E_ji``. The block's linear map ``W₂ W₁ᵀ`` and the penalty are unchanged, hence the main term of
       the risk; the gates move, so the objective is flat only up to exponentially small terms. Rotations of a block span
       the splittings of its units.
+    * ``"offset"``, with biases, one for each live unit that is on for all rows of ``data``: b₁ of the unit grows and b₂
+      gives way, by w₂. The output is unchanged wherever the unit is on, so the objective is flat up to the noise that
+      switches it off.
 
     Live units and parallel groups are those of :func:`live_columns` and :func:`parallel_groups`. Not jittable, because
     k is a shape. Raises ``ValueError`` for traced weights, an unknown family, and rotations without data.
@@ -260,14 +265,18 @@ def symmetry_tangents(
         raise ValueError(
             "weights and data must be concrete, because the number of tangents is a shape; call it outside jit."
         )
-    unknown = sorted(set(families) - set(_FAMILIES))
+    known = {*_FAMILIES, "offset"}
+    unknown = sorted(set(families) - known)
     if unknown:
-        raise ValueError(f"unknown families {unknown}; choose among {sorted(_FAMILIES)}.")
+        raise ValueError(f"unknown families {unknown}; choose among {sorted(known)}.")
     shape = (2, *dae.w1.shape) if isinstance(dae, ReluDae) else (sum(part.size for part in dae),)
-    actions = [action for family in families for action in _FAMILIES[family](dae, data, tolerance)]
-    if not actions:
+    actions = [action for name in families if name != "offset" for action in _FAMILIES[name](dae, data, tolerance)]
+    found = [_moved(dae, b1, b2) for b1, b2 in actions]
+    if "offset" in families and isinstance(dae, AffineDae):
+        found += list(_offsets(dae, data, tolerance))
+    if not found:
         return jnp.zeros((0, *shape), dae.w1.dtype)
-    moves = np.stack([_moved(dae, b1, b2) for b1, b2 in actions])
+    moves = np.stack(found)
     moves /= np.linalg.norm(moves, axis=1, keepdims=True)
     _, singular_values, basis = np.linalg.svd(moves, full_matrices=False)
     in_span = singular_values > np.finfo(moves.dtype).eps * max(moves.shape) * singular_values[0]
@@ -280,6 +289,18 @@ def _moved(dae: Dae, encoder_action: np.ndarray, decoder_action: np.ndarray) -> 
     parts = {name: np.asarray(part, np.float64) for name, part in dae._asdict().items()}
     moves = [part @ actions[name] if name in actions else np.zeros_like(part) for name, part in parts.items()]
     return np.concatenate([move.ravel() for move in moves])
+
+
+def _offsets(dae: AffineDae, data: Array | None, tolerance: Scalar) -> Iterator[Float[np.ndarray, " m"]]:
+    """Moves of b₁ and b₂ in the order of ``ravel_pytree``, for units that are on everywhere."""
+    if data is None:
+        raise ValueError('the family "offset" needs data, on all rows of which units must be on.')
+    always = np.all(np.asarray(data) @ np.asarray(dae.w1) + np.asarray(dae.b1) > 0, axis=0)
+    for j in np.flatnonzero(always & np.asarray(live_columns(dae, tolerance=tolerance))):
+        moves = {name: np.zeros(part.shape) for name, part in dae._asdict().items()}
+        moves["b1"][j] = 1.0
+        moves["b2"] = -np.asarray(dae.w2[:, j], np.float64)
+        yield np.concatenate([move.ravel() for move in moves.values()])
 
 
 def rotation_pairs(dae: Dae, data: Float[Array, "m d"], *, tolerance: Scalar = 1e-3) -> list[tuple[int, int]]:

@@ -14,6 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from dae_theory import conditions
+from dae_theory.affine_minimizers import (
+    Memorized,
+    affine_cells,
+    affine_generalizing_cost,
+    affine_generalizing_minimizer,
+    affine_memorizing_minimizer,
+    memorize,
+)
 from dae_theory.certificate import certify
 from dae_theory.minimizers import block_minimizer
 from dae_theory.model import live_columns
@@ -25,6 +33,9 @@ from sims.sweeps.spec import Spec
 
 __all__ = ["as_text", "certification", "regime"]
 
+CLEAR = 3.0
+"""Standard deviations of the noise that a margin must exceed: less than one draw in seven hundred crosses it."""
+
 
 def certification(spec: Spec, *, max_size: int = 1500, told: Callable[[str], None] | None = None) -> dict[str, Any]:
     """Conditions, predicted regime and certificate for the data of ``spec`` at each of its σ, as JSON values.
@@ -33,8 +44,11 @@ def certification(spec: Spec, *, max_size: int = 1500, told: Callable[[str], Non
     classes. If no unit is live, the reason replaces the certificate. The Hessian is diagonalized if it has at most
     ``max_size`` rows. ``told`` is called with a line before whatever may take long. ``ValueError`` for more than one n,
     width or penalty, and for errors of the data set.
+
+    With ``biases`` the candidates are those of :mod:`dae_theory.affine_minimizers`: the network that memorizes every
+    row it can, if there are two rows and as many units as rows, and the affine one.
     """
-    for name in ("dataset", "separation", "duplicates", "num_samples", "width", "penalty"):
+    for name in ("dataset", "separation", "duplicates", "num_samples", "width", "penalty", "biases"):
         if len(getattr(spec, name)) > 1:
             raise ValueError(
                 f"{name} has {len(getattr(spec, name))} values: certify one at a time; only sigma may vary."
@@ -52,8 +66,14 @@ def certification(spec: Spec, *, max_size: int = 1500, told: Callable[[str], Non
         dtype=np.float64,
     )
     rows, width, penalty = jnp.asarray(data.train), spec.width[0], spec.penalty[0]
-    entries = [_at(rows, data.train_labels, sigma, penalty, width, max_size, told or _silent) for sigma in spec.sigma]
     facts = datasets.describe(data) | {"width": width, "penalty": penalty}
+    if spec.biases[0]:
+        facts |= {"biases": True}
+        entries = [_with_biases(rows, sigma, penalty, width, max_size, told or _silent) for sigma in spec.sigma]
+    else:
+        entries = [
+            _at(rows, data.train_labels, sigma, penalty, width, max_size, told or _silent) for sigma in spec.sigma
+        ]
     return {"data": facts, "certificates": entries}
 
 
@@ -73,7 +93,7 @@ def as_text(result: dict[str, Any]) -> str:
         "# Certificate",
         "",
         f"{data['num_samples']} rows of {data['name']} in dimension {data['dim']}, width {data['width']}, "
-        f"penalty {data['penalty']:g}.",
+        f"penalty {data['penalty']:g}{', with biases' if data.get('biases') else ''}.",
     ]
     for entry in result["certificates"]:
         lines += ["", f"## sigma = {entry['sigma']:g}: {_heading(entry)}", "", entry["search"].capitalize() + ".", ""]
@@ -136,6 +156,76 @@ def _at(
     dae = block_minimizer(rows, best.labels, sigma, penalty, ranks, width=width)
     checks = [row._asdict() | {"slack": _finite(row.slack)} for row in conditions.rows(checked)]
     return entry | {"conditions": checks, "certificate": _certificate(dae, rows, sigma, penalty, max_size, told)}
+
+
+def _with_biases(
+    rows: Any, sigma: float, penalty: float, width: int, max_size: int, told: Callable[[str], None]
+) -> dict[str, Any]:
+    """The entry of one noise level, for networks with biases."""
+    told(f"sigma = {sigma:g}: comparing structures of {len(rows)} rows, with biases")
+    n, rank = len(rows), min(width, rows.shape[1])
+    affine = affine_generalizing_minimizer(rows, sigma, penalty, rank, width=width)
+    energy = affine_generalizing_cost(rows, sigma, penalty, rank)
+    candidates = [("one affine map, gates beyond all rows", "generalizing", affine, energy)]
+    checks: list[dict[str, Any]] = []
+    if 2 <= n <= width:
+        found = memorize(np.asarray(rows), sigma, penalty)
+        memorizing = affine_memorizing_minimizer(rows, sigma, penalty, width=width, memorized=found)
+        candidates.append(("every row its own unit", "memorizing", memorizing, found.objective))
+        checks = _hull_conditions(found, sigma)
+    else:
+        reason = "one row needs no gate" if n < 2 else f"{n} rows need as many units; there are {width}"
+        checks = [{"name": "units", "holds": False, "slack": float(width - n), "explanation": reason}]
+    candidates.sort(key=lambda candidate: candidate[3])
+    structures = []
+    for name, kind, dae, objective in candidates:
+        cells = affine_cells(dae, rows)
+        live = int(np.sum(live_columns(dae, tolerance=1e-12)))
+        structures.append(
+            {
+                "name": name,
+                "regime": kind if live else "empty",
+                "objective": objective,
+                "units": live,
+                "margin": _finite(cells.margin),
+                "holds": cells.margin > CLEAR * sigma,
+            }
+        )
+    best = candidates[0][2]
+    entry = {
+        "sigma": sigma,
+        "regime": structures[0]["regime"],
+        "search": f"best of the {len(candidates)} closed forms with biases: {structures[0]['name']}",
+        "structures": structures,
+        "conditions": checks,
+    }
+    return entry | {"certificate": _certificate(best, rows, sigma, penalty, max_size, told)}
+
+
+def _hull_conditions(found: Memorized, sigma: float) -> list[dict[str, Any]]:
+    """What takes the place of the theorem's inequalities: every row outside the hull of the others, by enough."""
+    inside = int(np.sum(found.hulls == 0))
+    kept = int(np.sum(found.gains > 0))
+    return [
+        {
+            "name": "convex_position",
+            "holds": inside == 0,
+            "slack": float(found.hulls.min()),
+            "explanation": f"every row outside the hull of the others; {inside} of {len(found.hulls)} are inside",
+        },
+        {
+            "name": "hull_distance",
+            "holds": bool(found.hulls.min() > CLEAR * sigma),
+            "slack": float(found.hulls.min() - CLEAR * sigma),
+            "explanation": f"distance from that hull above {CLEAR:g} sigma, so that noise seldom crosses a gate",
+        },
+        {
+            "name": "penalty",
+            "holds": kept == len(found.gains),
+            "slack": float(found.gains.min()),
+            "explanation": f"the penalty leaves every row a unit; {kept} of {len(found.gains)} have one",
+        },
+    ]
 
 
 def _certificate(

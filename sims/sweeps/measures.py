@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from dae_theory import (
+    AffineDae,
+    Dae,
     GaussianMixture,
-    ReluDae,
     block_minimizer,
     denoise,
     empirical_denoiser,
@@ -30,6 +31,7 @@ from dae_theory import (
     mixture_denoiser,
     spikiness,
 )
+from dae_theory.affine_minimizers import memorize, memorizing_parts
 from dae_theory.conditions import Checks, check_conditions
 from dae_theory.model import live_columns
 from dae_theory.types import PRNGKey, Scalar
@@ -60,7 +62,7 @@ class CellSpec(NamedTuple):
     """For each training row the index of the distinct row that it repeats."""
 
 
-Measure: TypeAlias = Callable[[ReluDae, CellData, CellSpec], Array]
+Measure: TypeAlias = Callable[[Dae, CellData, CellSpec], Array]
 """The signature of a measure."""
 
 
@@ -87,28 +89,28 @@ def noisy_pairs(
     return clean, clean + spec.sigma * jax.vmap(eps)(jnp.arange(clean.shape[0]))
 
 
-def objective(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
+def objective(params: Dae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
     """Monte Carlo estimate of the paper's objective, eq. (6), on training rows."""
     decay = jnp.sum(jnp.square(params.w1)) + jnp.sum(jnp.square(params.w2))
     return train_error(params, data, spec) + spec.penalty * decay
 
 
-def diverged(params: ReluDae, data: CellData, spec: CellSpec) -> Bool[Array, ""]:
+def diverged(params: Dae, data: CellData, spec: CellSpec) -> Bool[Array, ""]:
     """Whether training has diverged: the objective on training rows is NaN or infinite. Every sweep records it."""
     return ~jnp.isfinite(objective(params, data, spec))
 
 
-def train_error(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
+def train_error(params: Dae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
     """E‖f(y) − x‖² on training rows; σ²d for a network that returns its input."""
     return _mean_square(params, data.train, data, spec, lambda clean, noisy: clean)
 
 
-def held_out_error(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
+def held_out_error(params: Dae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
     """E‖f(y) − x‖² on rows never trained on."""
     return _mean_square(params, data.held_out, data, spec, lambda clean, noisy: clean)
 
 
-def gap(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
+def gap(params: Dae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
     """Generalization gap, 1 − train error/held-out error: 0 for generalization, near 1 for memorization.
 
     NaN where the held-out error is not finite: the training has diverged.
@@ -117,34 +119,38 @@ def gap(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
     return jnp.where(jnp.isfinite(held_out), 1.0 - train_error(params, data, spec) / held_out, jnp.nan)
 
 
-def distance_to_empirical_train(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
+def distance_to_empirical_train(params: Dae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
     """E‖f(y) − f_emp(y)‖² near training rows: the memorizing optimum, eq. (3)."""
     return _mean_square(params, data.train, data, spec, _empirical(data, spec))
 
 
-def distance_to_empirical_held_out(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
+def distance_to_empirical_held_out(params: Dae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
     """E‖f(y) − f_emp(y)‖² near held-out rows."""
     return _mean_square(params, data.held_out, data, spec, _empirical(data, spec))
 
 
-def distance_to_population_train(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
+def distance_to_population_train(params: Dae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
     """E‖f(y) − f_gt(y)‖² near training rows: the population's mixture optimum."""
     return _mean_square(params, data.train, data, spec, _population(data, spec))
 
 
-def distance_to_population_held_out(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
+def distance_to_population_held_out(params: Dae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
     """E‖f(y) − f_gt(y)‖² near held-out rows."""
     return _mean_square(params, data.held_out, data, spec, _population(data, spec))
 
 
-def distance_to_closed_form(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
+def distance_to_closed_form(params: Dae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
     """E‖f(y) − f*(y)‖²/E‖f*(y)‖² near training rows, f* the memorizing closed form (Corollaries 3.2, 3.4).
 
     In function space, so it does not depend on symmetries of the weights. NaN if the closed form does not exist: more
-    distinct rows than units, or a penalty that clips all of it to zero.
+    distinct rows than units, or a penalty that clips all of it to zero. For networks with biases it is that of
+    :func:`dae_theory.affine_minimizers.affine_memorizing_minimizer` on the distinct rows, computed on the host, and NaN
+    for a single row, where no gate is needed, and for repeated ones, whose larger weight it does not know.
     """
     if max(spec.identity) + 1 > params.w1.shape[1]:
         return jnp.full((), jnp.nan, data.train.dtype)
+    if isinstance(params, AffineDae):
+        return _distance_to_affine_closed_form(params, data, spec)
     closed = block_minimizer(data.train, np.asarray(spec.identity), spec.sigma, spec.penalty, 1)
     _, noisy = noisy_pairs(data.train, data, spec)
     target = jax.vmap(functools.partial(denoise, closed))(noisy)
@@ -152,14 +158,39 @@ def distance_to_closed_form(params: ReluDae, data: CellData, spec: CellSpec) -> 
     return jnp.sum(jnp.square(ours - target)) / jnp.sum(jnp.square(target))
 
 
-def conditions_hold(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, " c"]:
+def _distance_to_affine_closed_form(params: AffineDae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
+    n, d = data.train.shape
+    if n < 2 or max(spec.identity) + 1 < n:
+        return jnp.full((), jnp.nan, data.train.dtype)
+
+    def shaped(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, data.train.dtype)
+
+    shapes = AffineDae(shaped(d, n), shaped(n), shaped(d, n), shaped(d))
+    closed = jax.pure_callback(
+        _affine_closed_form, shapes, data.train, spec.sigma, spec.penalty, vmap_method="sequential"
+    )
+    _, noisy = noisy_pairs(data.train, data, spec)
+    target = jax.vmap(functools.partial(denoise, closed))(noisy)
+    ours = jax.vmap(functools.partial(denoise, params))(noisy)
+    return jnp.sum(jnp.square(ours - target)) / jnp.sum(jnp.square(target))
+
+
+def _affine_closed_form(rows: np.ndarray, sigma: np.ndarray, penalty: np.ndarray) -> AffineDae:
+    """On the host, in NumPy alone: a callback must not start computations of JAX."""
+    rows = np.asarray(rows)
+    parts = memorizing_parts(rows, memorize(rows.astype(np.float64), float(sigma), float(penalty)))
+    return AffineDae(*(part.astype(rows.dtype) for part in parts))
+
+
+def conditions_hold(params: Dae, data: CellData, spec: CellSpec) -> Float[Array, " c"]:
     """1 or 0 for each inequality of Theorem 3.1 with every distinct row a cluster: whether it predicts memorization.
 
     In the order of :class:`dae_theory.conditions.Checks`; units beyond one per distinct row count as zero columns. NaN
-    if there are more distinct rows than units.
+    if there are more distinct rows than units, and for networks with biases, which the theorem is not about.
     """
     names = Checks._fields
-    if max(spec.identity) + 1 > params.w1.shape[1]:
+    if max(spec.identity) + 1 > params.w1.shape[1] or isinstance(params, AffineDae):
         return jnp.full(len(names), jnp.nan, data.train.dtype)
     width = params.w1.shape[1]
     conditions = check_conditions(data.train, np.asarray(spec.identity), spec.sigma, spec.penalty, 1, width=width)
@@ -169,19 +200,25 @@ def conditions_hold(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Ar
 conditions_hold.labels = {"condition": Checks._fields}  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def num_live_columns(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
+def num_live_columns(params: Dae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
     """Number of live units, after merging parallel ones (cosine above 0.99)."""
     del spec
     merged = merge_parallel_columns(params, tolerance=0.01)
     return jnp.sum(live_columns(merged, tolerance=0.03)).astype(data.train.dtype)
 
 
-def num_aligned_columns(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
-    """Number of merged live units whose encoder column has cosine above 0.95 with a training row: stored images."""
+def num_aligned_columns(params: Dae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
+    """Number of merged live units whose encoder column has cosine above 0.95 with a training row: stored images.
+
+    With biases it is the decoder column, and the rows are seen from b₂.
+    """
     del spec
     merged = merge_parallel_columns(params, tolerance=0.01)
-    unit = merged.w1 / jnp.maximum(jnp.linalg.norm(merged.w1, axis=0), jnp.finfo(data.train.dtype).tiny)[None, :]
-    rows = data.train / jnp.maximum(jnp.linalg.norm(data.train, axis=1), jnp.finfo(data.train.dtype).tiny)[:, None]
+    biased = isinstance(merged, AffineDae)
+    columns, rows = (merged.w2, data.train - merged.b2[None, :]) if biased else (merged.w1, data.train)
+    tiny = jnp.finfo(data.train.dtype).tiny
+    unit = columns / jnp.maximum(jnp.linalg.norm(columns, axis=0), tiny)[None, :]
+    rows = rows / jnp.maximum(jnp.linalg.norm(rows, axis=1), tiny)[:, None]
     aligned = jnp.any(rows @ unit > 0.95, axis=0)
     return jnp.sum(aligned & live_columns(merged, tolerance=0.03)).astype(data.train.dtype)
 
@@ -193,7 +230,7 @@ def code_measure(name: str, rows: str) -> Measure:
     """
     of_code = spikiness.MEASURES[name]
 
-    def measure(params: ReluDae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
+    def measure(params: Dae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
         _, noisy = noisy_pairs(getattr(data, rows), data, spec)
         return jnp.mean(jax.vmap(lambda y: of_code(encode(params, y)))(noisy))
 
@@ -227,7 +264,7 @@ MEASURES: Mapping[str, Measure] = MappingProxyType(
 
 
 def _mean_square(
-    params: ReluDae,
+    params: Dae,
     rows: Float[Array, "n d"],
     data: CellData,
     spec: CellSpec,

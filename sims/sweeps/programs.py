@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Int, UInt
 
-from dae_theory import ReluDae
+from dae_theory import Dae
 from dae_theory.types import PRNGKey
 from sims.sweeps.measures import CellData, CellSpec, Measure
 from sims.sweeps.spec import LOOP_AXES, VALUE_AXES, Spec
@@ -79,6 +79,7 @@ class TrainingSet(NamedTuple):
     optimizer: str
     batch_size: int
     tied: bool
+    biases: bool
     num_samples: int
     width: int
     seed: int
@@ -148,6 +149,7 @@ def recipe_of(spec: Spec, unit: TrainingSet) -> Recipe:
         steps=spec.steps,
         batch_size=unit.batch_size,
         tied=unit.tied,
+        biases=unit.biases,
         weight_decay=float(spec.weight_decay),
     )
 
@@ -181,7 +183,7 @@ def fit_cell(
     program: Program,
     segments: Int[Array | np.ndarray, " r"],
     measures: Mapping[str, Measure],
-) -> tuple[ReluDae, dict[str, Array]]:
+) -> tuple[Dae, dict[str, Array]]:
     """Train one network and take ``measures`` at every record; a pure function, which sweeps map over cells.
 
     Args:
@@ -377,7 +379,7 @@ def group_function(program: Program, measures: Mapping[str, Measure]) -> Callabl
     return run
 
 
-def _taken(name: str, measure: Measure, dae: ReluDae, data: CellData, cell: CellSpec) -> Array:
+def _taken(name: str, measure: Measure, dae: Dae, data: CellData, cell: CellSpec) -> Array:
     try:
         return jnp.asarray(measure(dae, data, cell))
     # A user's function may raise anything; the message names it.

@@ -1,8 +1,8 @@
 """One network, trained with checkpoints: its weights, and its measures during training.
 
 ``OUT/state.safetensors`` is the complete training state at the last recorded step, from which a killed run resumes with
-bitwise equal results; ``OUT/weights.safetensors`` has W₁ (``w1``) and W₂ (``w2``) after the last step,
-``OUT/course.json`` the measures at every recorded step, and ``OUT/spec.json`` the spec.
+bitwise equal results; ``OUT/weights.safetensors`` has W₁ (``w1``) and W₂ (``w2``) after the last step, and b₁ and b₂ if
+there are any; ``OUT/course.json`` the measures at every recorded step, and ``OUT/spec.json`` the spec.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import Array, Int
 
-from dae_theory import ReluDae
+from dae_theory import AffineDae, Dae, ReluDae
 from sims import store
 from sims.store.files import own_folder, read_json, replace_file, write_text
 from sims.store.provenance import environment
@@ -90,22 +90,27 @@ def run(
     return course
 
 
-def save_dae(path: pathlib.Path, dae: ReluDae) -> None:
-    """Write a network as safetensors with the tensors ``w1`` and ``w2``, each (d, p)."""
-    tensors = {"w1": np.ascontiguousarray(dae.w1), "w2": np.ascontiguousarray(dae.w2)}
+def save_dae(path: pathlib.Path, dae: Dae) -> None:
+    """Write a network as safetensors, with the tensors ``w1`` and ``w2``, each (d, p), and ``b1`` and ``b2`` if any."""
+    tensors = {name: np.ascontiguousarray(part) for name, part in dae._asdict().items()}
     replace_file(path, lambda partial: safetensors.numpy.save_file(tensors, partial))
 
 
-def load_dae(path: str | pathlib.Path) -> ReluDae:
+def load_dae(path: str | pathlib.Path) -> Dae:
     """Read a network written by :func:`save_dae`; ``ValueError`` if the file is not one."""
     try:
         tensors = safetensors.numpy.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"cannot read {path} as safetensors ({error}); it should be a run's weights.") from error
-    if set(tensors) != {"w1", "w2"} or tensors["w1"].ndim != 2 or tensors["w1"].shape != tensors["w2"].shape:
-        shapes = {name: value.shape for name, value in tensors.items()}
-        raise ValueError(f"{path} should hold w1 and w2 of one shape (d, p), but holds {shapes}.")
-    return ReluDae(jnp.asarray(tensors["w1"]), jnp.asarray(tensors["w2"]))
+    shapes = {name: value.shape for name, value in tensors.items()}
+    shape = shapes.get("w1", ())
+    expected = {"w1": shape, "w2": shape}
+    kind = AffineDae if "b1" in shapes else ReluDae
+    if kind is AffineDae:
+        expected |= {"b1": shape[1:], "b2": shape[:1]}
+    if shapes != expected or len(shape) != 2:
+        raise ValueError(f"{path} should hold w1 and w2 of one shape (d, p), and may hold biases; it holds {shapes}.")
+    return kind(**{name: jnp.asarray(part) for name, part in tensors.items()})
 
 
 def _claim(out: pathlib.Path, identity: dict[str, Any], facts: list[dict[str, Any]]) -> None:

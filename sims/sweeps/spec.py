@@ -33,7 +33,10 @@ FORMAT = 3
 """Version of the serialized form; a newer one is refused. Version 1 had fewer axes, one value for each other field;
 before version 3, measures of fewer rows than ``eval_samples`` took ``eval_draws`` draws of each row."""
 
-OPTIONAL_AXES = ("dataset", "separation", "duplicates", "optimizer", "batch_size", "tied")
+LATER = ("biases",)
+"""Fields that came after version 3, left out where they have their defaults: such specs are the same as before."""
+
+OPTIONAL_AXES = ("dataset", "separation", "duplicates", "optimizer", "batch_size", "tied", "biases")
 """Axes that are dimensions of the results only where they have more than one value."""
 
 LOOP_AXES = (*OPTIONAL_AXES, "num_samples", "width")
@@ -186,6 +189,15 @@ class Spec:
         const=(True,),
         metavar="false,true",
     )
+    biases: Switches = flag(
+        (False,),
+        "whether the network has biases, which are not penalized, an axis; the option alone means true",
+        group=DATA_FLAGS,
+        type=parse_bools,
+        nargs="?",
+        const=(True,),
+        metavar="false,true",
+    )
     weight_decay: Number = flag(
         0.0,
         "decoupled weight decay >= 0 of adamw, which does not minimize the paper's objective; coupled decay is penalty",
@@ -236,9 +248,10 @@ class Spec:
             check_seed(name, getattr(self, name))
         for value in self.batch_size:
             check_integer("batch_size", value, minimum=0, maximum=LARGEST)
-        for value in self.tied:
-            if not isinstance(value, bool):
-                raise ValueError(f"tied must be true or false, got {value!r}.")
+        for name in ("tied", "biases"):
+            for value in getattr(self, name):
+                if not isinstance(value, bool):
+                    raise ValueError(f"{name} must be true or false, got {value!r}.")
         for value in self.optimizer:
             _check_choice("optimizer", value, OPTIMIZERS)
         _check_choice("schedule", self.schedule, SCHEDULES)
@@ -348,6 +361,9 @@ class Spec:
     def to_dict(self) -> dict[str, Any]:
         """The spec as JSON-able values, with its format number."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        for field in dataclasses.fields(self):
+            if field.name in LATER and getattr(self, field.name) == field.default:
+                del values[field.name]
         return {"format": FORMAT, **values}
 
     @classmethod

@@ -11,21 +11,24 @@ Numbers (σ, λ, learning rate) are traced; names and sizes are static.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from dae_theory import ReluDae
+from dae_theory import AffineDae, Dae, ReluDae
 from dae_theory import model as dae_model
 from dae_theory.checks import check_data, check_integer, check_nonnegative, check_positive
+from dae_theory.model import with_biases
 from dae_theory.types import PRNGKey, Scalar
 from sims.sweeps.spec import OPTIMIZERS, SCHEDULES
 
 __all__ = [
+    "Parameters",
     "Recipe",
+    "Tied",
     "TrainState",
     "advance",
     "as_dae",
@@ -48,27 +51,42 @@ class Recipe(NamedTuple):
     batch_size: int = 0
     """Rows of a step, drawn with replacement; 0, or at least n, is the full batch."""
     tied: bool = False
+    biases: bool = False
     weight_decay: float = 0.0
-    """Decoupled weight decay, for adamw only."""
+    """Decoupled weight decay, for adamw only; of biases too."""
+
+
+class Tied(NamedTuple):
+    """The parameters of a tied network with biases, W₁ = W₂; a pytree."""
+
+    w: Float[Array, "d p"]
+    b1: Float[Array, " p"]
+    b2: Float[Array, " d"]
+
+
+Parameters: TypeAlias = ReluDae | AffineDae | Tied | Float[Array, "d p"]
+"""What is trained: a network, or one matrix, and biases, if W₁ = W₂."""
 
 
 class TrainState(NamedTuple):
     """The state of a training run between steps; a pytree."""
 
-    params: ReluDae | Float[Array, "d p"]
-    """The weights; one matrix if tied."""
+    params: Parameters
+    """The weights and biases; one matrix if tied without biases."""
     opt_state: Any
     step: Int[Array, ""]
 
     @property
-    def dae(self) -> ReluDae:
+    def dae(self) -> Dae:
         """The network, tied or not."""
         return as_dae(self.params)
 
 
-def as_dae(params: ReluDae | Float[Array, "d p"]) -> ReluDae:
+def as_dae(params: Parameters) -> Dae:
     """The network of free or tied parameters."""
-    return params if isinstance(params, ReluDae) else ReluDae(params, params)
+    if isinstance(params, Tied):
+        return AffineDae(params.w, params.b1, params.w, params.b2)
+    return params if isinstance(params, (ReluDae, AffineDae)) else ReluDae(params, params)
 
 
 def penalty_from_weight_decay(weight_decay: Scalar, dim: int, *, parameters: str = "free") -> Scalar:
@@ -113,7 +131,7 @@ def optimizer(recipe: Recipe, learning_rate: Scalar) -> optax.GradientTransforma
 def start(
     key: PRNGKey, dim: int, recipe: Recipe, *, learning_rate: Scalar, init_scale: Scalar, dtype: Any = jnp.float32
 ) -> TrainState:
-    """State before the first step: columns of norm about ``init_scale``, W₁ = W₂.
+    """State before the first step: columns of norm about ``init_scale``, W₁ = W₂, biases of zero.
 
     Args:
         key: of the weights.
@@ -129,7 +147,10 @@ def start(
     check_positive("init_scale", init_scale)
     dae = dae_model.init(key, dim, recipe.width, scale=init_scale, dtype=dtype)
     # Two buffers: donating a state with one buffer twice is an error.
-    params = dae.w1 if recipe.tied else ReluDae(dae.w1, jnp.copy(dae.w2))
+    params: Parameters = dae.w1 if recipe.tied else ReluDae(dae.w1, jnp.copy(dae.w2))
+    if recipe.biases:
+        _, b1, _, b2 = with_biases(dae)
+        params = Tied(dae.w1, b1, b2) if recipe.tied else AffineDae(dae.w1, b1, jnp.copy(dae.w2), b2)
     # Python scalars inside optax mix types, which strict promotion would refuse.
     with jax.numpy_dtype_promotion("standard"):
         opt_state = optimizer(recipe, learning_rate).init(params)
@@ -137,7 +158,7 @@ def start(
 
 
 def noisy_objective(
-    params: ReluDae | Float[Array, "d p"],
+    params: Parameters,
     batch: Float[Array, "b d"],
     eps: Float[Array, "b d"],
     sigma: Scalar,
@@ -149,7 +170,11 @@ def noisy_objective(
     code.
     """
     dae = as_dae(params)
-    residual = jax.nn.relu((batch + sigma * eps) @ dae.w1) @ dae.w2.T - batch
+    preactivations = (batch + sigma * eps) @ dae.w1
+    if isinstance(dae, AffineDae):
+        residual = jax.nn.relu(preactivations + dae.b1[None, :]) @ dae.w2.T - (batch - dae.b2[None, :])
+    else:
+        residual = jax.nn.relu(preactivations) @ dae.w2.T - batch
     decay = jnp.sum(jnp.square(dae.w1)) + jnp.sum(jnp.square(dae.w2))
     return jnp.mean(jnp.sum(jnp.square(residual), axis=-1)) + penalty * decay
 
