@@ -21,6 +21,7 @@ from . import model as model
 from . import newton as newton
 from . import population as population
 from . import precision as precision
+from . import price as price
 from . import relu_gaussian as relu_gaussian
 from . import risk as risk
 from . import sampling as sampling

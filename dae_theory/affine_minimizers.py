@@ -42,21 +42,25 @@ __all__ = [
     "affine_generalizing_cost",
     "affine_generalizing_minimizer",
     "affine_memorizing_minimizer",
+    "linear_cost",
     "memorize",
+    "memorizing_costs",
     "memorizing_parts",
 ]
 
 ROUNDS = 50
 """Of the alternation between gates and offset, which agree to ``AGREE`` after about ten."""
-AGREE = 1e-7
+AGREE = 1e-6
 """Largest change of a gate and of the offset, in units of their size, at which they count as found."""
 GRID = 48
 """Gates tried for each sample, before the best one is refined."""
 GOLDEN = 36
-"""Steps of that refinement, each of which leaves .618 of the interval: 3e-8 of two gates' distance."""
+"""Steps of that refinement, each of which leaves .618 of the interval: 3e-8 of the distance between two."""
 NEIGHBORS = 48
 """Other samples, those nearest to the gate, whose noise is taken to leak through it."""
 RATIO = (5**0.5 - 1) / 2
+TINY = 1e-300
+"""In place of a denominator of 0, over which the numerator is 0 too."""
 BEYOND = 10.0
 """How far beyond all samples the gates of units that are always on lie, in the samples' largest distance and in σ."""
 
@@ -75,13 +79,15 @@ class Memorized(NamedTuple):
     gates: Float[np.ndarray, " n"]
     """``κ_i < D_i``, the distance from the sample to its gate; 0 where there is no unit."""
     gains: Float[np.ndarray, " n"]
-    """``α_i``, 0 where there is no unit: D_i is 0, or the penalty exceeds what the unit saves."""
+    """``α_i``, 0 where there is no unit: D_i is 0, no gate before the hull is best, or the penalty exceeds what the
+    unit saves."""
     costs: Float[np.ndarray, " n"]
-    """What each sample contributes to n times the objective, its penalty included; ``L_i²`` without a unit."""
+    """What each sample contributes to n times the objective, its penalty and what its unit leaks included; ``L_i²``
+    without a unit."""
 
     @property
     def objective(self) -> float:
-        """The main term of the objective :cite:`zhang26`, eq. (6): the mean of the costs."""
+        """The objective :cite:`zhang26`, eq. (6), to first order in the leakage: the mean of the costs."""
         return float(np.mean(self.costs))
 
 
@@ -105,8 +111,10 @@ def memorize(
         penalty: λ >= 0.
         hulls: those of ``data``, where they are at hand.
 
-    ``ValueError`` for one sample, values that are not finite, and a noise level of 0. Samples inside the hull of the
-    others, and repeats, have no unit; this is no error.
+    ``ValueError`` for one sample, repeated samples, values that are not finite, and a noise level of 0. Samples inside
+    the hull of the others have no unit; this is no error. Nor have samples whose objective falls all the way to the hull:
+    there the noise of others is so large that units would share them, which is not memorizing, and which first order
+    does not describe.
 
     Example:
         >>> turns = 2 * np.pi * np.arange(5) / 5
@@ -119,6 +127,13 @@ def memorize(
     check_level("sigma", sigma, zero=False)
     check_level("penalty", penalty)
     hulls = project_on_hulls(rows) if hulls is None else hulls
+    _, first, counts = np.unique(rows, axis=0, return_index=True, return_counts=True)
+    if counts.max() > 1:
+        example = np.flatnonzero(np.all(rows == rows[first[np.argmax(counts)]], axis=1))[:2]
+        raise ValueError(
+            f"{len(rows) - len(counts)} samples repeat an earlier one, such as rows {example[0]} and {example[1]}, which "
+            "no gate separates: pass distinct rows."
+        )
     sigma, decay = float(sigma), len(rows) * float(penalty)
     distances = hulls.distances
     apart = rows - hulls.nearest
@@ -128,17 +143,19 @@ def memorize(
     others = np.argpartition(depths, min(NEIGHBORS, len(rows) - 1) - 1, axis=1)[:, :NEIGHBORS]
     others = others[:, : len(rows) - 1]
     depths = np.take_along_axis(depths, others, axis=1)
-    between = np.einsum("id,ijd->ij", normals, normals[others])
+    between = np.take_along_axis(normals @ normals.T, others, axis=1)
 
     offset, gates, gains = rows.mean(axis=0), 0.9 * distances, np.zeros(len(rows))
+    leaks = _Leaks(others, depths, between, between)
     for _ in range(ROUNDS):
         z = rows - offset
         lengths = np.linalg.norm(z, axis=1)
         units = z / np.where(lengths > 0, lengths, 1.0)[:, None]
-        cosines = np.einsum("id,ijd->ij", units, units[others])
+        cosines = np.take_along_axis(units @ units.T, others, axis=1)
         gains = _gains(lengths, gates, sigma, decay)
         before, old = offset, gates
-        gates = _best_gates(_Leaks(others, depths, cosines, between), lengths, distances, gates, gains, sigma, decay)
+        leaks = _Leaks(others, depths, cosines, between)
+        gates = _best_gates(leaks, lengths, distances, gates, gains, sigma, decay)
         gains = _gains(lengths, gates, sigma, decay)
         pull = (sigma**2 + decay * gates / np.where(lengths > 0, lengths, 1.0)) / (gates**2 + sigma**2)
         weights = np.where(gains > 0, pull, 1.0)
@@ -149,7 +166,9 @@ def memorize(
     lengths = np.linalg.norm(rows - offset, axis=1)
     gains = _gains(lengths, gates, sigma, decay)
     gates = np.where(gains > 0, gates, 0.0)
-    return Memorized(offset, lengths, distances, normals, gates, gains, _costs(lengths, gates, sigma, decay))
+    costs = memorizing_costs(lengths, gates, sigma, decay)
+    costs += _leakage(leaks, gates, gains, (lengths - gains * gates)[others], gains[others], sigma)
+    return Memorized(offset, lengths, distances, normals, gates, gains, costs)
 
 
 class _Leaks(NamedTuple):
@@ -205,32 +224,47 @@ def _best_gates(
 
     def cost(gate: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
         gain = _gains(lengths, gate, sigma, decay)
-        a = (leaks.depths - gate[:, None]) / sigma
-        beyond, density = special.ndtr(-a), _density(a)
-        square = gain[:, None] * sigma**2 * ((1 + a * a) * beyond - a * density)
-        cross = gains[others] * sigma**2 * leaks.normals * beyond - residuals * sigma * (density - a * beyond)
-        out = gain * np.sum(square + 2 * leaks.cosines * cross, axis=1)
+        out = _leakage(leaks, gate, gain, residuals, gains[others], sigma)
         into = 2 * sigma * (gain * sigma * moved - (lengths - gain * gate) * missed)
-        return _costs(lengths, gate, sigma, decay) + out + into
+        return memorizing_costs(lengths, gate, sigma, decay) + out + into
 
     tried = np.linspace(0.02, 1.0, GRID)
     best = np.argmin([cost(share * hulls) for share in tried], axis=0)
+    # A gate as far as the hull has no margin: no gate of its own serves this sample.
+    open_end = best == GRID - 1
     low = tried[np.maximum(best - 1, 0)] * hulls
     high = tried[np.minimum(best + 1, GRID - 1)] * hulls
     for _ in range(GOLDEN):
         left, right = high - RATIO * (high - low), low + RATIO * (high - low)
         falls = cost(left) < cost(right)
         low, high = np.where(falls, low, left), np.where(falls, right, high)
-    return (low + high) / 2
+    return np.where(open_end, 0.0, (low + high) / 2)
+
+
+def _leakage(
+    leaks: _Leaks,
+    gates: Float[np.ndarray, " n"],
+    gains: Float[np.ndarray, " n"],
+    residuals: Float[np.ndarray, "n m"],
+    other_gains: Float[np.ndarray, "n m"],
+    sigma: float,
+) -> Float[np.ndarray, " n"]:
+    """What each unit adds to n times the objective by being on where other samples' noise crosses its gate."""
+    a = (leaks.depths - gates[:, None]) / sigma
+    beyond, density = special.ndtr(-a), _density(a)
+    square = gains[:, None] * sigma**2 * ((1 + a * a) * beyond - a * density)
+    cross = other_gains * sigma**2 * leaks.normals * beyond - residuals * sigma * (density - a * beyond)
+    return gains * np.sum(square + 2 * leaks.cosines * cross, axis=1)
 
 
 def _density(a: Float[np.ndarray, "n m"]) -> Float[np.ndarray, "n m"]:
     return np.exp(-a * a / 2) / np.sqrt(2 * np.pi)
 
 
-def _costs(
+def memorizing_costs(
     lengths: Float[np.ndarray, " n"], gates: Float[np.ndarray, " n"], sigma: float, decay: float
 ) -> Float[np.ndarray, " n"]:
+    """:func:`dae_theory.convexity.memorizing_cost` of many samples; ``L²`` where the gate is 0."""
     return lengths**2 - np.maximum(gates * lengths - decay, 0.0) ** 2 / (gates**2 + sigma**2)
 
 
@@ -301,7 +335,7 @@ def affine_generalizing_minimizer(
     rank = _rank(rank, rows.shape[1])
     width = rank if width is None else check_integer("width", width, minimum=max(rank, 1))
     mean = rows.mean(axis=0)
-    q = np.maximum(moments[:rank] - float(penalty), 0.0) / np.maximum(moments[:rank] + float(sigma) ** 2, 1e-300)
+    q = np.maximum(moments[:rank] - float(penalty), 0.0) / np.maximum(moments[:rank] + float(sigma) ** 2, TINY)
     w = axes[:, :rank] * np.sqrt(q)
     reach = BEYOND * (np.linalg.norm(rows - mean, axis=1).max() + float(sigma))
     b1 = np.linalg.norm(w, axis=0) * reach - mean @ w
@@ -316,9 +350,18 @@ def affine_generalizing_cost(data: Float[Array, "n d"], sigma: Scalar, penalty: 
 
     .. math:: \mathrm{tr}\, \Sigma - \sum_{j \le r} \frac{(s_j - \lambda)_+^2}{s_j + \sigma^2}
     """
-    rows, moments, _ = _spectrum(data, sigma, penalty)
-    kept = moments[: _rank(rank, rows.shape[1])]
-    return float(moments.sum() - np.sum(np.maximum(kept - float(penalty), 0.0) ** 2 / (kept + float(sigma) ** 2)))
+    check_data(data)
+    check_level("sigma", sigma)
+    check_level("penalty", penalty)
+    rows = np.asarray(data, np.float64)
+    return linear_cost(rows - rows.mean(axis=0), float(sigma), float(penalty), _rank(rank, rows.shape[1]))
+
+
+def linear_cost(rows: Float[np.ndarray, "n d"], sigma: float, penalty: float, rank: int) -> float:
+    """The objective of the best linear map of ``rank`` directions, whose units are always on: rows are not centered."""
+    moments = np.linalg.svd(rows, compute_uv=False) ** 2 / len(rows)
+    kept = moments[:rank]
+    return float(moments.sum() - np.sum(np.maximum(kept - penalty, 0.0) ** 2 / np.maximum(kept + sigma**2, TINY)))
 
 
 def affine_block_minimizer(
@@ -366,7 +409,7 @@ def affine_block_minimizer(
         moments = np.zeros(rows.shape[1])
         moments[: len(singular)] = singular**2 / len(points)
         u, s = right[: rank - 1].T, moments[: rank - 1]
-        q = np.maximum(s - decay, 0.0) / np.maximum(s + float(sigma) ** 2, 1e-300)
+        q = np.maximum(s - decay, 0.0) / np.maximum(s + float(sigma) ** 2, TINY)
         z = mean - offset
         length = float(np.linalg.norm(z))
         gain = memorizing_gain(length, float(gates[k]), sigma, decay)

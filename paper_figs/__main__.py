@@ -104,7 +104,9 @@ def make(
         from sims import store
 
         arrays = module.from_run(run, select) if chooses else module.from_run(run)
-        spec = store.read_spec(run)["spec"] | ({"select": list(select)} if select else {})
+        # Answers of `ask` are single files, without the record of a store.
+        spec = module.spec_of(run) if hasattr(module, "spec_of") else store.read_spec(run)["spec"]
+        spec |= {"select": list(select)} if select else {}
     with mpl.rc_context(fname=artifacts.STYLE), mpl.rc_context({"backend": "agg"}):
         figure = module.draw(arrays)
         paths = artifacts.save(name, figure, arrays, spec, out, formats)

@@ -9,6 +9,7 @@ from . import study as study
 from . import sweeps as sweeps
 from . import terminal as terminal
 from .store import load as load
+from .study import ask as ask
 from .study import transition as transition
 from .sweeps import Spec as Spec
 from .sweeps import sweep as sweep

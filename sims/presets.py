@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-__all__ = ["CERTIFY", "DEMO"]
+__all__ = ["ASK", "CERTIFY", "DEMO"]
 
 DEMO = MappingProxyType(
     {
@@ -22,6 +22,9 @@ DEMO = MappingProxyType(
     }
 )
 """``python -m sims demo``: the phase diagram of the embedded digits."""
+
+ASK = MappingProxyType({"sigma": (0.1, 0.5), "penalty": (1e-4,)})
+"""``python -m sims ask``: all training rows, a unit for each."""
 
 CERTIFY = MappingProxyType({"num_samples": (8,), "sigma": (0.1,)})
 """``python -m sims certify``: few rows, little noise, where the theorems apply."""

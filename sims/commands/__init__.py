@@ -2,5 +2,5 @@
 
 __all__ = ["COMMANDS"]
 
-COMMANDS = ("demo", "sweep", "merge", "train", "transitions", "certify", "show", "repair")
+COMMANDS = ("demo", "sweep", "merge", "train", "transitions", "certify", "ask", "show", "repair")
 """In the order of ``--help``."""

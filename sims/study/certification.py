@@ -168,14 +168,21 @@ def _with_biases(
     energy = affine_generalizing_cost(rows, sigma, penalty, rank)
     candidates = [("one affine map, gates beyond all rows", "generalizing", affine, energy)]
     checks: list[dict[str, Any]] = []
-    if 2 <= n <= width:
+    repeats = n - len(np.unique(np.asarray(rows), axis=0))
+    if 2 <= n <= width and not repeats:
         found = memorize(np.asarray(rows), sigma, penalty)
         memorizing = affine_memorizing_minimizer(rows, sigma, penalty, width=width, memorized=found)
         candidates.append(("every row its own unit", "memorizing", memorizing, found.objective))
         checks = _hull_conditions(found, sigma)
     else:
-        reason = "one row needs no gate" if n < 2 else f"{n} rows need as many units; there are {width}"
-        checks = [{"name": "units", "holds": False, "slack": float(width - n), "explanation": reason}]
+        reason = (
+            "one row needs no gate"
+            if n < 2
+            else f"{repeats} rows repeat others, which the closed form with biases does not know"
+            if repeats
+            else f"{n} rows need as many units; there are {width}"
+        )
+        checks = [{"name": "distinct_units", "holds": False, "slack": float(width - n), "explanation": reason}]
     candidates.sort(key=lambda candidate: candidate[3])
     structures = []
     for name, kind, dae, objective in candidates:
