@@ -1,14 +1,17 @@
 __version__: str
 
+from . import affine_gates as affine_gates
 from . import affine_minimizers as affine_minimizers
 from . import bivariate_normal as bivariate_normal
 from . import boundary as boundary
 from . import certificate as certificate
 from . import checks as checks
+from . import chunks as chunks
 from . import codes as codes
 from . import conditions as conditions
 from . import convexity as convexity
 from . import curvature as curvature
+from . import dead_units as dead_units
 from . import denoisers as denoisers
 from . import energies as energies
 from . import exact_training as exact_training
@@ -47,7 +50,6 @@ from .minimizers import generalizing_minimizer as generalizing_minimizer
 from .minimizers import memorizing_minimizer as memorizing_minimizer
 from .mixture import GaussianMixture as GaussianMixture
 from .model import AffineDae as AffineDae
-from .model import Dae as Dae
 from .model import ReluDae as ReluDae
 from .model import denoise as denoise
 from .model import encode as encode

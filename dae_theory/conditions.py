@@ -200,7 +200,7 @@ def check_conditions(
     changes the objective by ``2δ² (λ - ‖g(a)‖)``, with g of :func:`dae_theory.zero_columns.main_term_correlation`. A
     direction a orthogonal to a few samples, on whose rows the unit acts as a bias, can suffice. The largest ‖g‖ is
     sought from the rows and from directions orthogonal to all, one or two of them
-    (:func:`dae_theory.zero_columns.main_term_slack`); :func:`dae_theory.certificate.dead_direction` searches with the
+    (:func:`dae_theory.zero_columns.main_term_slack`); :func:`dae_theory.dead_units.dead_direction` searches with the
     exact g of any network.
 
     Raises ``ValueError`` for input that :func:`block_minimizer` rejects, and for a ``width`` below the number of units.

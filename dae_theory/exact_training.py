@@ -71,7 +71,7 @@ def minimize_exact_objective(
     ``"dense"`` if dp is at most ``DENSE_SIZE`` and σ is not 0, else ``"products"``.
 
     Zero units stay zero: they are stationary, though possibly unstable
-    (:func:`dae_theory.certificate.dead_direction`). A run that does not converge is not an error: see ``converged`` of
+    (:func:`dae_theory.dead_units.dead_direction`). A run that does not converge is not an error: see ``converged`` of
     the result. Raises ``ValueError`` for any other ``method``, and for what :func:`dae_theory.risk.exact_objective`
     rejects.
 

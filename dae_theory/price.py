@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from dae_theory.affine_minimizers import linear_cost, memorize, memorizing_costs
+from dae_theory.affine_gates import memorize, memorizing_costs
+from dae_theory.affine_minimizers import linear_cost
 from dae_theory.checks import check_integer
 from dae_theory.convexity import project_on_hulls
 from dae_theory.types import Scalar

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dae_theory.checks import check_data, check_finite, check_integer, check_level
+from dae_theory.chunks import sum_over
 from dae_theory.model import AffineDae, Dae, denoise, preactivations
 from dae_theory.precision import full_precision
 from dae_theory.relu_gaussian import relu_covariance, relu_mean
@@ -128,6 +129,7 @@ def exact_risk(
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from dae_theory import ReluDae
         >>> dae, data = ReluDae(jnp.eye(2), jnp.eye(2)), jnp.array([[3.0, 0.0], [0.0, 4.0]])
         >>> round(float(exact_risk(dae, data, sigma=0.1)), 4)  # σ² from the sample's own unit, σ²/2 from the other
         0.015
@@ -146,6 +148,7 @@ def exact_objective(
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from dae_theory import ReluDae
         >>> dae, data = ReluDae(jnp.eye(2), jnp.eye(2)), jnp.array([[3.0, 0.0], [0.0, 4.0]])
         >>> round(float(exact_objective(dae, data, sigma=0.1, penalty=0.01)), 4)  # 0.015 + 0.01 · (2 + 2)
         0.055
@@ -177,6 +180,7 @@ def monte_carlo_risk(
 
     Example:
         >>> import jax, jax.numpy as jnp
+        >>> from dae_theory import ReluDae
         >>> dae, data = ReluDae(jnp.eye(2), jnp.eye(2)), jnp.array([[3.0, 0.0], [0.0, 4.0]])
         >>> bool(abs(monte_carlo_risk(jax.random.key(0), dae, data, sigma=0.1, num_draws=1000) - 0.015) < 0.002)
         True
@@ -204,6 +208,7 @@ def monte_carlo_objective(
 
     Example:
         >>> import jax, jax.numpy as jnp
+        >>> from dae_theory import ReluDae
         >>> dae, data = ReluDae(jnp.eye(2), jnp.eye(2)), jnp.array([[3.0, 0.0], [0.0, 4.0]])
         >>> bool(abs(monte_carlo_objective(jax.random.key(0), dae, data, 0.1, 0.01, num_draws=1000) - 0.055) < 0.002)
         True
@@ -318,31 +323,7 @@ def _target(dae: Dae, x: Float[Array, " d"]) -> Float[Array, " d"]:
 @functools.partial(jax.jit, static_argnames="chunk_size")
 def _exact_risk(dae: Dae, data: Float[Array, "n d"], sigma: Float[Array, ""], chunk_size: int) -> Float[Array, ""]:
     noise, weights = _noise(dae.w1, sigma), _pair_weights(dae.w2)
-    return _sum_over(lambda x: _risk_at(dae, noise, weights, x), data, chunk_size) / len(data)
-
-
-def _sum_over(function: Callable[[Any], Array], rows: Any, chunk_size: int) -> Array:
-    """``Σ function(row)`` in equal chunks of at most ``chunk_size`` rows; rows of weight 0 pad the last chunk."""
-    count = len(jax.tree.leaves(rows)[0])
-    steps = -(-count // chunk_size)
-    size = -(-count // steps)
-    if steps == 1:
-        return jnp.sum(jax.vmap(function)(rows), axis=0)
-    index = np.minimum(np.arange(steps * size), count - 1).reshape(steps, size)
-    chunks = rows if steps * size == count else jax.tree.map(lambda a: a[index.ravel()], rows)
-    chunks = jax.tree.map(lambda a: a.reshape(steps, size, *a.shape[1:]), chunks)
-    is_real = jnp.arange(steps * size).reshape(steps, size) < count
-
-    # Rematerialized in the backward pass, or the gradient would store the intermediates of every chunk.
-    add = jax.checkpoint(functools.partial(_add_chunk, function), prevent_cse=False)
-    value = jax.eval_shape(function, jax.tree.map(lambda a: a[0], rows))
-    return jax.lax.scan(add, jnp.zeros(value.shape, value.dtype), (chunks, is_real))[0]
-
-
-def _add_chunk(function: Callable[[Any], Array], total: Array, chunk: tuple[Any, Array]) -> tuple[Array, None]:
-    rows, is_real = chunk
-    values = jax.vmap(function)(rows)
-    return total + jnp.tensordot(is_real.astype(values.dtype), values, axes=1), None
+    return sum_over(lambda x: _risk_at(dae, noise, weights, x), data, chunk_size) / len(data)
 
 
 def _weight_term(dae: Dae, penalty: Scalar) -> Float[Array, ""]:
@@ -388,11 +369,11 @@ def _sampled(
             value = loss(jax.random.fold_in(jax.random.fold_in(key, i), t))
             return jnp.stack([value, value * value])
 
-        mean, mean_sq = _sum_over(powers, jnp.arange(num_draws), chunk_size) / num_draws
+        mean, mean_sq = sum_over(powers, jnp.arange(num_draws), chunk_size) / num_draws
         return jnp.stack([mean, (mean_sq - mean * mean) / max(1, num_draws - 1)])
 
     rows = (jnp.arange(len(data)), data)
-    mean, variance = _sum_over(mean_and_variance, rows, max(1, chunk_size // num_draws)) / len(data)
+    mean, variance = sum_over(mean_and_variance, rows, max(1, chunk_size // num_draws)) / len(data)
     # Without noise the variance is 0 up to rounding, which may be negative.
     return Estimate(mean, jnp.sqrt(jnp.maximum(variance, 0.0) / len(data)))
 

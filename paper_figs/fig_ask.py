@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from paper_figs.artifacts import Arrays
 from sims.data import datasets
 from sims.store.files import read_json
-from sims.study.asking import ask
+from sims.study.asking import CLEAR, ask
 
 __all__ = ["QUICK", "SPEC", "SUMMARY", "compute", "draw", "from_run", "spec_of"]
 
@@ -69,27 +69,27 @@ def _answer(folder: str | Path) -> dict[str, Any]:
 
 def _reduced(result: dict[str, Any]) -> dict[str, np.ndarray]:
     prices = [[[price[name] for name in COLUMNS] for price in answer["prices"]] for answer in result["answers"]]
-    trained = [
-        [answer[kind].get("trained", {}).get("train_error", np.nan) for kind in ("without_biases", "with_biases")]
-        for answer in result["answers"]
-    ]
     return {
         "prices": np.asarray(prices, float),
         "columns": np.asarray(COLUMNS),
         "sigma": np.asarray([answer["sigma"] for answer in result["answers"]], float),
-        "trained": np.asarray(trained, float),
         "dim": np.asarray(result["data"]["dim"]),
         "width": np.asarray(result["data"]["width"]),
     }
 
 
 def draw(arrays: Arrays) -> matplotlib.figure.Figure:
-    """Left both objectives over σ², so that a direction kept counts one; right hull and gate in units of σ."""
+    """Left both objectives over σ², so that a direction kept counts one; right hull and gate in units of σ.
+
+    Points are open where the median hull is nearer than three σ, the line on the right: closed forms are rough there.
+    """
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.0), layout="constrained")
     colors = plt.get_cmap("viridis")(np.linspace(0.1, 0.8, len(arrays["sigma"])))
     for color, sigma, prices in zip(colors, arrays["sigma"], arrays["prices"], strict=True):
         n, memorizing, generalizing, hull, gate, _, _ = prices.T
         left.plot(n, memorizing / sigma**2, "o-", color=color, markersize=3, label=f"σ = {sigma:g}")
+        rough = hull < CLEAR * sigma
+        left.plot(n[rough], memorizing[rough] / sigma**2, "o", color="white", markeredgecolor=color, markersize=4)
         left.plot(n, generalizing / sigma**2, "--", color=color)
         right.plot(n, hull / sigma, "-", color=color, label=f"σ = {sigma:g}")
         # No gate, no point: a logarithmic axis has no zero.
@@ -100,11 +100,13 @@ def draw(arrays: Arrays) -> matplotlib.figure.Figure:
         axis.set_xlabel("samples n")
     left.set_ylabel("objective / σ²")
     right.set_ylabel("median distance / σ")
-    right.axhline(3.0, color="0.6", linewidth=0.8)
+    right.axhline(CLEAR, color="0.6", linewidth=0.8)
+    right.set_ylim(bottom=right.get_ylim()[0] / 4)
     # What the lines are once, and one color a noise level.
     for axis, names in ((left, ("memorizing", "generalizing")), (right, ("hull D", "gate κ"))):
         axis.plot([], [], "o-" if axis is left else "-", color="0.3", markersize=3, label=names[0])
         axis.plot([], [], "--" if axis is left else ":", color="0.3", label=names[1])
-        axis.legend(fontsize="x-small")
+        axis.legend(fontsize="x-small", loc="upper left" if axis is left else "lower left", ncols=2)
+    left.set_ylim(top=left.get_ylim()[1] * 4)
     figure.suptitle(f"Networks with biases, {int(arrays['width'])} units, d = {int(arrays['dim'])}", fontsize="small")
     return figure

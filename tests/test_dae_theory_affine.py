@@ -7,6 +7,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from dae_theory import certificate, codes, energies, model, population, risk, symmetry
+from dae_theory.affine_gates import memorize
 from dae_theory.affine_minimizers import (
     affine_block_cost,
     affine_block_minimizer,
@@ -14,7 +15,6 @@ from dae_theory.affine_minimizers import (
     affine_generalizing_cost,
     affine_generalizing_minimizer,
     affine_memorizing_minimizer,
-    memorize,
 )
 from dae_theory.convexity import gate_distance, hull_distances, project_on_hulls
 from dae_theory.exact_training import minimize_exact_objective
@@ -266,9 +266,9 @@ def test_what_cannot_be_memorized_is_named():
     assert found.objective == pytest.approx(found.costs.mean())
     # The costs have the leakage in them: to first order they are the exact objective.
     whole = memorize(circle(6), 0.1, 1e-3)
-    exact = risk.exact_objective(affine_memorizing_minimizer(jnp.asarray(circle(6)), 0.1, 1e-3), jnp.asarray(circle(6)),
-                                 0.1, 1e-3)  # fmt: skip
-    assert whole.objective == pytest.approx(exact, rel=1e-4)
+    rows = jnp.asarray(circle(6))
+    exact = risk.exact_objective(affine_memorizing_minimizer(rows, 0.1, 1e-3), rows, 0.1, 1e-3)
+    assert whole.objective == pytest.approx(float(exact), rel=1e-4)
     dae = affine_memorizing_minimizer(jnp.asarray(data), 0.1, 1e-3, width=9)
     assert np.flatnonzero(~np.any(dae.w1, axis=0)).tolist() == [6, 7, 8]
     assert not memorize(circle(5), 0.1, 10.0).gains.any()

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dae_theory import ReluDae, block_minimizer, certificate, memorizing_minimizer, minimize_exact_objective
-from dae_theory.certificate import certify, dead_direction, residual_law
+from dae_theory import ReluDae, block_minimizer, memorizing_minimizer, minimize_exact_objective
+from dae_theory.certificate import certify, residual_law
 from dae_theory.conditions import all_hold, check_conditions
+from dae_theory.dead_units import dead_direction, error_correlation
 from dae_theory.exact_training import from_span, span_basis, to_span
 from dae_theory.risk import exact_objective
 from dae_theory.turns import lowest_turn
@@ -88,7 +89,7 @@ def test_the_direction_of_a_new_unit_is_stationary_on_the_sphere():
     rows = jnp.array([[2.0, 0.5, 0.1], [0.3, 1.5, -0.4], [-0.6, 0.2, 1.2], [0.2, 0.1, 0.3]])
     dae = memorizing_minimizer(rows[:1], 0.3, 1e-2, 4)
     direction = dead_direction(dae, rows, 1.0, 1e-2)
-    correlation = jax.jit(functools.partial(certificate._error_correlation, dae, rows, 1.0))
+    correlation = jax.jit(functools.partial(error_correlation, dae, rows, 1.0))
     slope = jax.grad(lambda a: jnp.sum(jnp.square(correlation(a))))(direction.encoder)
     across = slope - (slope @ direction.encoder) * direction.encoder
     # The search stops when the value changes by rounding only, so its direction is exact to the root of that.

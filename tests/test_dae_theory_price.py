@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dae_theory.affine_minimizers import affine_generalizing_minimizer, affine_memorizing_minimizer, memorize
+from dae_theory.affine_gates import memorize
+from dae_theory.affine_minimizers import affine_generalizing_minimizer, affine_memorizing_minimizer
 from dae_theory.energies import best_energy, memorizing_energy
 from dae_theory.exact_training import minimize_exact_objective
 from dae_theory.price import nested_prices, pays_up_to, price_of_memory
@@ -73,7 +74,7 @@ def test_units_that_are_too_few_go_to_what_they_save_most():
     price = price_of_memory(sphere(12, 6), 0.1, 1e-4, width=5)
     whole = price_of_memory(sphere(12, 6), 0.1, 1e-4)
     assert price.memorizing > whole.memorizing
-    # Each of the seven others costs its squared distance from the offset; it is the samples nearest to it that are left.
+    # Each of the seven others, nearest to the offset, costs its squared distance from it.
     kept = np.sort(memorize(sphere(12, 6), 0.1, 1e-4).lengths)[:7]
     assert price.memorizing == pytest.approx(np.sum(kept**2) / 12, rel=0.1)
 

@@ -64,6 +64,7 @@ def test_every_field_of_the_spec_has_a_flag():
             *["--num-samples", "2,4"],
             *"--penalty 0.1 --learning-rate 0.2 --init-scale 0.3 --sigma 0.4,0.5 --seeds 2 --optimizer adamw".split(),
             *"--schedule cosine --batch-size 7 --steps 9 --record-steps 1,9 --tied --weight-decay 0.6".split(),
+            "--biases",
             *"--eval-samples 8 --eval-draws 1 --dtype float64 --seed 5".split(),
         )
     )

@@ -173,6 +173,20 @@ def test_groups_of_three_of_four_cells_are_filled_up_and_cut(results):
     np.testing.assert_allclose(found.train_error, results.train_error, rtol=2e-5)
 
 
+def test_biases_are_an_axis():
+    """Along it networks differ, with and without ties, and each is what a sweep of one value finds."""
+    base = {"dataset": "mixture:modes=2,dim=3", "num_samples": 4, "seeds": 1, "steps": 3, "eval_samples": 4}
+    base |= {"eval_draws": 1, "held_out": 40, "width": 3, "sigma": 0.4, "tied": (False, True)}
+    whole = sims.sweep(Spec(**base, biases=(False, True)), ("train_error",)).train_error
+    assert whole.dims[:2] == ("tied", "biases")
+    assert len(np.unique(whole)) == 4
+    alone = sims.sweep(Spec(**base, biases=True), ("train_error",))
+    np.testing.assert_array_equal(alone.train_error, whole.sel(biases=True))
+    assert alone.biases
+    # Records of sweeps without biases are as they were before there were any.
+    assert "biases" not in sims.sweep(Spec(**base), ("train_error",)).coords
+
+
 @pytest.mark.slow
 def test_every_axis_is_swept():
     """Cells of a grid over all axes equal those of sweeps of one axis at a time."""

@@ -9,6 +9,7 @@ import pytest
 
 from dae_theory import ReluDae, empirical_denoiser, memorizing_minimizer, mixture_denoiser
 from dae_theory import mixture as mx
+from dae_theory.affine_minimizers import affine_memorizing_minimizer
 from sims.sweeps import measure_names, measures
 from sims.sweeps.measures import MEASURES, CellData, CellSpec
 
@@ -170,6 +171,25 @@ def test_every_measure_is_documented_and_finite(cell):
     assert all(measure.__doc__ for measure in MEASURES.values())
     values = jax.jit(lambda dae, data: [measure(dae, data, spec) for measure in MEASURES.values()])(dae, data)
     assert all(bool(jnp.all(jnp.isfinite(value))) for value in values)
+
+
+def test_with_biases_measures_compare_with_what_biases_allow(cell):
+    """Four rows whose cosines are positive: the closed form with biases is at distance 0 from itself, its columns are
+    those of the rows as seen from b2, and the theorem says nothing."""
+    data, spec = cell
+    data = data._replace(train=data.train + 4.0)
+    dae = affine_memorizing_minimizer(data.train, 0.3, 1e-3, width=5)
+    values = jax.jit(lambda dae, data: {name: measure(dae, data, spec) for name, measure in MEASURES.items()})(
+        dae, data
+    )
+    assert float(values["distance_to_closed_form"]) < 1e-20
+    assert int(values["num_aligned_columns"]) == int(values["num_live_columns"]) == 4
+    assert np.isnan(values["conditions_hold"]).all()
+    assert float(values["gap"]) > 0.5
+    moved = measured(MEASURES["distance_to_closed_form"], dae._replace(b2=dae.b2 + 0.1), data, spec)
+    assert 1e-5 < float(moved) < 1e-2
+    repeated = spec._replace(identity=(0, 0, 1, 2))
+    assert np.isnan(measured(MEASURES["distance_to_closed_form"], dae, data, repeated))
 
 
 def test_the_names_for_command_lines_are_those_of_the_measures():

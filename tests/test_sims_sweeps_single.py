@@ -7,6 +7,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 
+from dae_theory import AffineDae
 from sims.sweeps import single
 from sims.sweeps.spec import Spec
 
@@ -37,6 +38,17 @@ def test_the_course_and_the_weights_are_written(finished):
     dae = single.load_dae(out / "weights.safetensors")
     assert dae.w1.shape == dae.w2.shape == (64, 4)
     assert np.all(np.isfinite(dae.w1))
+
+
+def test_a_network_with_biases_is_written_with_them(tmp_path):
+    spec = Spec.from_dict(SPEC.to_dict() | {"biases": True, "steps": 2, "record_steps": [2]})
+    single.run(spec, ("train_error",), tmp_path / "run")
+    dae = single.load_dae(tmp_path / "run" / "weights.safetensors")
+    assert isinstance(dae, AffineDae)
+    assert (dae.b1.shape, dae.b2.shape) == ((4,), (64,))
+    assert np.any(dae.b2)
+    assert "biases" not in SPEC.to_dict()
+    assert spec.to_dict()["biases"] == [True]
 
 
 def test_the_same_call_again_returns_at_once(finished):

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from dae_theory import AffineDae, denoise
 from sims.sweeps import train
 from sims.sweeps.train import Recipe
 
@@ -33,16 +34,37 @@ def compiled_run(key, data, recipe, steps, rates):
 
 
 @pytest.mark.parametrize("name", ["sgd", "momentum", "rmsprop", "adam", "adamw"])
-@pytest.mark.parametrize("tied", [False, True])
-def test_every_optimizer_lowers_the_objective(key, name, tied):
+@pytest.mark.parametrize(("tied", "biases"), [(False, False), (True, False), (False, True)])
+def test_every_optimizer_lowers_the_objective(key, name, tied, biases):
     data = rows(key)
-    recipe = Recipe(width=8, optimizer=name, tied=tied, weight_decay=1e-4 if name == "adamw" else 0.0)
+    recipe = Recipe(width=8, optimizer=name, tied=tied, biases=biases, weight_decay=1e-4 if name == "adamw" else 0.0)
     start, end = (compiled_run(key, data, recipe, steps, RATES) for steps in (0, 300))
     eps = jax.random.normal(jax.random.fold_in(key, 5), data.shape)
     before, after = (train.noisy_objective(s.params, data, eps, 0.3, 1e-3) for s in (start, end))
     assert float(after) < 0.6 * float(before)
     assert int(end.step) == 300
     assert bool(jnp.all(end.dae.w1 == end.dae.w2)) == tied
+    assert isinstance(end.dae, AffineDae) == biases
+    if biases:
+        assert float(jnp.min(jnp.abs(end.dae.b2))) > 0
+
+
+def test_biases_take_the_gradient_of_the_objective_with_them_and_are_not_penalized(key):
+    """At a penalty that pulls weights to zero, b2 goes to the mean of the rows; tied networks share W alone."""
+    data = rows(key)
+    for tied in (False, True):
+        recipe = Recipe(width=3, optimizer="adam", tied=tied, biases=True)
+        end = compiled_run(key, data, recipe, 1500, RATES | {"penalty": 30.0, "learning_rate": 1e-2}).dae
+        np.testing.assert_allclose(end.b2, data.mean(axis=0), atol=0.05)
+        assert float(jnp.max(jnp.abs(end.w1))) < 0.05
+    dae = run(key, data, recipe, 0).params
+    eps = jnp.zeros_like(data)
+    whole = train.noisy_objective(dae, data, eps, 0.3, 0.1)
+    network = train.as_dae(dae)._replace(b1=jnp.full(3, 0.2), b2=jnp.full(4, 0.1))
+    errors = [jnp.sum(jnp.square(denoise(network, x) - x)) for x in data]
+    expected = jnp.mean(jnp.stack(errors)) + 0.1 * (jnp.sum(network.w1**2) + jnp.sum(network.w2**2))
+    np.testing.assert_allclose(train.noisy_objective(network, data, eps, 0.3, 0.1), expected, rtol=1e-12)
+    assert float(whole) != float(expected)
 
 
 def test_one_sgd_step_is_the_gradient_by_hand(key):

@@ -7,6 +7,7 @@
 * ``memorizing_minimizer``: from five separable rows in dimension 1024 to the memorizing minimizer with 100 units,
   against training to its objective, to one part in 1,000, by the paper's loop in PyTorch (RMSprop 1e-3, full batch,
   coupled decay), where PyTorch is installed. ``certified_s`` adds a certificate by Newton's method.
+* ``affine_objective``: exact objective and gradient with biases, of 200 digits and 64 units, against those without.
 * ``exact_training``: 200 digits, 32 units, sigma 0.3, from an iterate of Adam to a gradient norm of 1e-10, with the
   gradient norm over time for both. Adam, continued for as long, does not reach it: the row has no rival time, and
   ``floor_of_adam`` is the gradient norm at which it stays.
@@ -28,6 +29,7 @@ from jaxtyping import Array, Float
 from dae_theory import GaussianMixture, ReluDae, generalizing_minimizer, memorizing_minimizer
 from dae_theory.certificate import certify
 from dae_theory.exact_training import minimize_exact_objective
+from dae_theory.model import init, with_biases
 from dae_theory.risk import exact_objective, exact_risk, monte_carlo_estimate
 from sims.bench.rivals import paper_loop, separable_rows
 from sims.bench.timing import Row, row, seconds
@@ -36,6 +38,7 @@ from sims.sweeps.train import Recipe, advance, start
 
 __all__ = [
     "ROWS",
+    "affine_objective",
     "exact_risk_generalizing",
     "exact_risk_memorizing",
     "exact_risk_truncated",
@@ -124,6 +127,17 @@ def minimizer_in_closed_form(repeats: int, quick: bool) -> Row:
     return row("memorizing_minimizer", ours, [spent] * len(ours), notes=notes)
 
 
+def affine_objective(repeats: int, quick: bool) -> Row:
+    """What biases cost: value and gradient of the exact objective with them, and (the rival) without."""
+    n, p = (12, 3) if quick else (200, 64)
+    rows = jnp.asarray(datasets.load("digits", num_samples=n).train)
+    plain = init(jax.random.key(0), rows.shape[1], p, scale=0.5, dtype=rows.dtype)
+    both = jax.jit(lambda dae: jax.value_and_grad(exact_objective)(dae, rows, 0.3, 1e-3))
+    ways = (lambda: both(with_biases(plain)), lambda: both(plain))
+    times = [[seconds(way) for way in ways] for _ in range(1 + repeats)][1:]
+    return row("affine_objective", [ours for ours, _ in times], [rival for _, rival in times])
+
+
 def exact_training(repeats: int, quick: bool) -> Row:
     """Newton's method on the exact objective from an iterate of Adam, beside Adam continued for the same time."""
     del repeats
@@ -169,6 +183,7 @@ ROWS: dict[str, Callable[[int, bool], Row]] = {
     "exact_risk_truncated": exact_risk_truncated,
     "exact_risk_memorizing": exact_risk_memorizing,
     "memorizing_minimizer": minimizer_in_closed_form,
+    "affine_objective": affine_objective,
     "exact_training": exact_training,
 }
 """Functions of the number of repeats and of ``quick``, by name."""

@@ -60,7 +60,13 @@ def ask(
         told: called with a line before whatever may take long.
 
     ``ValueError`` for fewer than two distinct rows, values that are not finite, and numbers out of range. Samples that
-    no network can memorize are named in the answer; they are no error.
+    no network can memorize are counted in the answer; they are no error.
+
+    Example:
+        >>> turns = 2 * np.pi * np.arange(5) / 5
+        >>> answer = ask(3 * np.stack([np.cos(turns), np.sin(turns)], axis=1), sigma=0.1)["answers"][0]
+        >>> answer["without_biases"]["regime"], answer["with_biases"]["pays_up_to"]
+        ('not covered', 4)
     """
     rows = np.asarray(data, np.float64)
     check_finite("data", rows)

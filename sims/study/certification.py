@@ -14,13 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from dae_theory import conditions
+from dae_theory.affine_gates import Memorized, memorize
 from dae_theory.affine_minimizers import (
-    Memorized,
     affine_cells,
     affine_generalizing_cost,
     affine_generalizing_minimizer,
     affine_memorizing_minimizer,
-    memorize,
 )
 from dae_theory.certificate import certify
 from dae_theory.minimizers import block_minimizer

@@ -249,7 +249,8 @@ def _template(spec: Spec, measures: Mapping[str, Measure], worlds: Worlds) -> xr
         coords |= own
         summary = (measure.__doc__ or name).strip().splitlines()[0]
         variables[name] = ((*spec.shape, *own), values[name].dtype, {"long_name": summary})
-    alone = {axis: getattr(spec, axis)[0] for axis in OPTIONAL_AXES if axis not in spec.shape and getattr(spec, axis)}
+    labels = [axis for axis in OPTIONAL_AXES if axis not in spec.shape and not spec.is_left_out(axis)]
+    alone = {axis: getattr(spec, axis)[0] for axis in labels if getattr(spec, axis)}
     return store.blank(coords | alone, variables)
 
 

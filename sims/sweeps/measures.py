@@ -21,7 +21,6 @@ from jaxtyping import Array, Bool, Float
 
 from dae_theory import (
     AffineDae,
-    Dae,
     GaussianMixture,
     block_minimizer,
     denoise,
@@ -31,9 +30,10 @@ from dae_theory import (
     mixture_denoiser,
     spikiness,
 )
-from dae_theory.affine_minimizers import memorize, memorizing_parts
+from dae_theory.affine_gates import memorize
+from dae_theory.affine_minimizers import memorizing_parts
 from dae_theory.conditions import Checks, check_conditions
-from dae_theory.model import live_columns
+from dae_theory.model import Dae, live_columns
 from dae_theory.types import PRNGKey, Scalar
 from sims.sweeps.measure_names import DEFAULT
 
@@ -176,7 +176,7 @@ def _distance_to_affine_closed_form(params: AffineDae, data: CellData, spec: Cel
     return jnp.sum(jnp.square(ours - target)) / jnp.sum(jnp.square(target))
 
 
-def _affine_closed_form(rows: np.ndarray, sigma: np.ndarray, penalty: np.ndarray) -> AffineDae:
+def _affine_closed_form(rows: Any, sigma: Any, penalty: Any) -> AffineDae:
     """On the host, in NumPy alone: a callback must not start computations of JAX."""
     rows = np.asarray(rows)
     parts = memorizing_parts(rows, memorize(rows.astype(np.float64), float(sigma), float(penalty)))

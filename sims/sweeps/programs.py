@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Int, UInt
 
-from dae_theory import Dae
+from dae_theory.model import Dae
 from dae_theory.types import PRNGKey
 from sims.sweeps.measures import CellData, CellSpec, Measure
 from sims.sweeps.spec import LOOP_AXES, VALUE_AXES, Spec

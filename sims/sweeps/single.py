@@ -21,7 +21,8 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import Array, Int
 
-from dae_theory import AffineDae, Dae, ReluDae
+from dae_theory import AffineDae, ReluDae
+from dae_theory.model import Dae
 from sims import store
 from sims.store.files import own_folder, read_json, replace_file, write_text
 from sims.store.provenance import environment

@@ -34,7 +34,7 @@ FORMAT = 3
 before version 3, measures of fewer rows than ``eval_samples`` took ``eval_draws`` draws of each row."""
 
 LATER = ("biases",)
-"""Fields that came after version 3, left out where they have their defaults: such specs are the same as before."""
+"""Fields that came after version 3, left out where they have their defaults."""
 
 OPTIONAL_AXES = ("dataset", "separation", "duplicates", "optimizer", "batch_size", "tied", "biases")
 """Axes that are dimensions of the results only where they have more than one value."""
@@ -191,13 +191,9 @@ class Spec:
     )
     biases: Switches = flag(
         (False,),
-        "whether the network has biases, which are not penalized, an axis; the option alone means true",
-        group=DATA_FLAGS,
-        type=parse_bools,
-        nargs="?",
-        const=(True,),
-        metavar="false,true",
-    )
+        "whether networks have biases, which are not penalized, an axis; the option alone means true",
+        group=DATA_FLAGS, type=parse_bools, nargs="?", const=(True,), metavar="false,true",
+    )  # fmt: skip
     weight_decay: Number = flag(
         0.0,
         "decoupled weight decay >= 0 of adamw, which does not minimize the paper's objective; coupled decay is penalty",
@@ -360,11 +356,12 @@ class Spec:
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as JSON-able values, with its format number."""
-        values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-        for field in dataclasses.fields(self):
-            if field.name in LATER and getattr(self, field.name) == field.default:
-                del values[field.name]
-        return {"format": FORMAT, **values}
+        values = {k: v for k, v in dataclasses.asdict(self).items() if not self.is_left_out(k)}
+        return {"format": FORMAT, **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
+
+    def is_left_out(self, name: str) -> bool:
+        """Whether a field came after version 3 and has its default: records are then as they were before it."""
+        return name in LATER and getattr(self, name) == getattr(type(self)(), name)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Spec:

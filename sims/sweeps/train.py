@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from dae_theory import AffineDae, Dae, ReluDae
+from dae_theory import AffineDae, ReluDae
 from dae_theory import model as dae_model
 from dae_theory.checks import check_data, check_integer, check_nonnegative, check_positive
-from dae_theory.model import with_biases
+from dae_theory.model import Dae, with_biases
 from dae_theory.types import PRNGKey, Scalar
 from sims.sweeps.spec import OPTIMIZERS, SCHEDULES
 
