@@ -14,6 +14,7 @@ from . import exact_training as exact_training
 from . import function_space as function_space
 from . import jackknife as jackknife
 from . import lanczos as lanczos
+from . import leakage as leakage
 from . import minimizers as minimizers
 from . import mixture as mixture
 from . import model as model
