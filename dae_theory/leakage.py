@@ -11,8 +11,8 @@ at one sample is exactly
           + \|w_2\|^2 s^2 \left[(1 + a^2) \Phi(-a) - a \varphi(a)\right],
           \quad \omega(-a) = \varphi(a) - a \Phi(-a)
 
-(:func:`gate_leakage`), and the sum over units and samples lacks only pairs of gates flipped by the same noise, which
-lie farther away unless two gates share a hyperplane. As σ → 0
+(:func:`gate_leakage`), and the sum over units and samples lacks only pairs of gates flipped by the same noise: those
+lie farther away, or, if two gates share a hyperplane, are smaller by a factor of order (σ/margin)². As σ → 0
 
 .. math:: \text{leakage} \approx \frac{2 s\, \varphi(a)}{a^2}\; w_2^\top (Q y^* - x), \quad
           y^* = x - \frac{w_1^\top x}{\|w_1\|^2}\, w_1,
@@ -295,35 +295,39 @@ def best_factors(
 
 
 def margin_ratios(
-    data: Float[Array, "n d"], labels: Labels, sigma: Scalar, penalty: Scalar, ranks: Ranks
+    data: Float[Array, "n d"], labels: Labels, ranks: Ranks, *, margin: Scalar = 0.0
 ) -> Float[np.ndarray, " K"]:
-    r"""How much farther a gate can be from its own cluster than from the others, for each block.
+    r"""How much farther a gate can be from its own cluster than from the others, for each block: an upper bound.
 
     .. math:: \max_w \frac{\min_{i \in k} w^\top x_i}{\min_{i \notin k} -w^\top x_i}
 
-    over the directions w of the block's span for which the denominator is positive. Below 1, the sample nearest to a
-    certain gate is always one of the unit's own cluster, which attracts it if all own crossing errors are negative: for
-    small σ no O then has a local minimum near its closed form. Infinite for blocks of at most one unit, which have no
+    over the directions w of the block's span, its top p_k axes, whose gates are at least ``margin`` from all samples on
+    the correct sides; exact for ``margin`` 0, an upper bound for others. Below 1, the sample nearest to such a gate is
+    always one of the unit's own cluster, which attracts it if its crossing error is negative: for small σ no factor O
+    with these margins has a local minimum near its closed form. Infinite for blocks of at most one unit, which have no
     turns; 0 for a single cluster; at most 0, or ``-inf``, where no direction has all samples on the correct sides.
-    One linear program for each sample of the other clusters. Not jittable. Raises ``ValueError`` as
-    :func:`best_factors` does.
+
+    One linear program for each sample of the other clusters. Not jittable. Raises ``ValueError`` for traced data, a
+    negative ``margin`` and what :func:`best_factors` rejects.
 
     Example:
         >>> import jax.numpy as jnp
         >>> data = jnp.array([[2.0, 0.3], [2.0, -0.3], [-3.0, 0.3], [-3.0, -0.3]])
-        >>> margin_ratios(data, [0, 0, 1, 1], 0.1, 0.01, 2).round(3).tolist()  # 2/3 along the mean
-        [0.667, inf]
+        >>> margin_ratios(data, [0, 0, 1, 1], 2, margin=0.5).round(3).tolist()  # 2/3 along the mean
+        [0.667, 1.8]
     """
-    if not is_concrete(data, sigma, penalty):
+    check_data(data)
+    check_level("margin", margin)
+    if not is_concrete(data, margin):
         raise ValueError("margin_ratios needs concrete values, because it searches; call it outside jit.")
-    frames = _frames(data, labels, sigma, penalty, ranks)
+    blocks = partition(labels, len(data))
     rows = np.asarray(data, np.float64)
-    members = partition(labels, len(rows)).members
-    ratios = np.full(len(frames), np.inf)
-    for k, frame in enumerate(frames):
-        if frame.shape[1] > 1:
-            coordinates = rows @ np.asarray(frame, np.float64)
-            ratios[k] = _largest_ratio(coordinates[members == k], coordinates[members != k])
+    ratios = np.full(blocks.counts.size, np.inf)
+    for k, rank in enumerate(check_ranks(ranks, np.minimum(blocks.counts, rows.shape[1]))):
+        if rank > 1:
+            is_own = blocks.members == k
+            coordinates = rows @ np.asarray(principal_axes(data[np.flatnonzero(is_own)], rank)[1], np.float64)
+            ratios[k] = _largest_ratio(coordinates[is_own], coordinates[~is_own], float(margin))
     return ratios
 
 
@@ -387,11 +391,13 @@ def _widest(
     return best
 
 
-def _largest_ratio(own: Float[np.ndarray, "m p"], other: Float[np.ndarray, "l p"]) -> float:
+def _largest_ratio(own: Float[np.ndarray, "m p"], other: Float[np.ndarray, "l p"], margin: float) -> float:
     if not len(other):
         return 0.0
-    # Scaled so that the nearest sample of another cluster is at -1: a linear program in (w, ratio) for each choice.
+    # Scaled so that the nearest sample of another cluster is at -1: a linear program in (w, ratio) for each choice. Its
+    # gate is 1/‖w‖ away, so a margin bounds the norm, hence all coordinates.
     p = own.shape[1]
+    limit = 1 / margin if margin > 0 else None
     sides = np.block([[-own, np.ones((len(own), 1))], [other, np.zeros((len(other), 1))]])
     limits = np.append(np.zeros(len(own)), -np.ones(len(other)))
     largest = -math.inf
@@ -402,7 +408,7 @@ def _largest_ratio(own: Float[np.ndarray, "m p"], other: Float[np.ndarray, "l p"
             b_ub=limits,
             A_eq=np.append(nearest, 0.0)[None, :],
             b_eq=[-1.0],
-            bounds=(None, None),
+            bounds=[(None if limit is None else -limit, limit)] * p + [(None, None)],
         )
         # 2: this sample is never the nearest; 3: unbounded.
         if solved.status == 3:
@@ -412,7 +418,8 @@ def _largest_ratio(own: Float[np.ndarray, "m p"], other: Float[np.ndarray, "l p"
     return largest
 
 
-def _margins(w: Float[np.ndarray, "d p"], signed: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "p n"]:
+def _margins(w: np.ndarray, signed: np.ndarray) -> np.ndarray:
+    """Distances (p, n) of signed rows (n, d) from the gates of units (d, p)."""
     norms = np.linalg.norm(w, axis=0)
     is_live = norms > 0
     distances = (signed @ (w / np.where(is_live, norms, 1.0))).T
