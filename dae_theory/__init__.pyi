@@ -11,6 +11,7 @@ from . import curvature as curvature
 from . import denoisers as denoisers
 from . import energies as energies
 from . import exact_training as exact_training
+from . import factors as factors
 from . import function_space as function_space
 from . import jackknife as jackknife
 from . import lanczos as lanczos

@@ -11,14 +11,8 @@ from scipy import linalg
 from dae_theory import ReluDae, block_minimizer, certify
 from dae_theory.conditions import all_hold, check_conditions
 from dae_theory.energies import main_term
-from dae_theory.leakage import (
-    best_factors,
-    gate_leakage,
-    margin_ratios,
-    nearest_factors,
-    objective_leakage,
-    turned_minimizer,
-)
+from dae_theory.factors import best_factors, margin_ratios, nearest_factors, turned_minimizer
+from dae_theory.leakage import gate_leakage, objective_leakage
 from dae_theory.minimizers import orthogonal_factor
 from dae_theory.risk import exact_objective, exact_risk_at
 
@@ -249,17 +243,22 @@ def test_ratios_by_hand_and_against_directions():
 
 
 def test_turned_minimizers_and_back(key):
-    data, labels = clusters("three", jitter=0.05)
-    closed = block_minimizer(data, labels, 0.2, PENALTY, 2)
-    np.testing.assert_allclose(balanced(data, labels, 0.2).w1, closed.w1, atol=1e-14)
-    factors = [jnp.linalg.qr(a)[0] for a in jax.random.normal(key, (3, 2, 2))]
-    dae = turned_minimizer(data, labels, 0.2, PENALTY, 2, factors)
-    np.testing.assert_allclose(dae.w2 @ dae.w1.T, closed.w2 @ closed.w1.T, atol=1e-14)
-    found = nearest_factors(dae, data, labels, 0.2, PENALTY, 2)
-    np.testing.assert_allclose(jnp.stack(found), jnp.stack(factors), atol=1e-13)
-    # Nearest: no other factor does better by a network that is near by.
+    data, labels = random_clusters(4)
+    closed = block_minimizer(data, labels, 0.2, PENALTY, 3)
+    same = turned_minimizer(data, labels, 0.2, PENALTY, 3, [orthogonal_factor(3)] * 3)
+    np.testing.assert_allclose(same.w1, closed.w1, atol=1e-13)
+    # Of three units: factors of two can be symmetric.
+    factors = jnp.linalg.qr(jax.random.normal(key, (3, 3, 3)))[0]
+    dae = turned_minimizer(data, labels, 0.2, PENALTY, 3, list(factors))
+    np.testing.assert_allclose(dae.w2 @ dae.w1.T, closed.w2 @ closed.w1.T, atol=1e-13)
+    # Row i of the factor is unit i.
+    frame = turned_minimizer(data, labels, 0.2, PENALTY, 3, [np.eye(3)] * 3).w1[:, 3:6]
+    np.testing.assert_allclose(dae.w1[:, 4], frame @ factors[1][1], atol=1e-13)
+    found = nearest_factors(dae, data, labels, 0.2, PENALTY, 3)
+    np.testing.assert_allclose(jnp.stack(found), factors, atol=1e-12)
+    # Nearest: the factors it came from are farther from a network that was moved.
     moved = ReluDae(dae.w1 + 0.1, dae.w2 - 0.05)
-    back = turned_minimizer(data, labels, 0.2, PENALTY, 2, nearest_factors(moved, data, labels, 0.2, PENALTY, 2))
+    back = turned_minimizer(data, labels, 0.2, PENALTY, 3, nearest_factors(moved, data, labels, 0.2, PENALTY, 3))
     distance = [
         sum(float(jnp.sum(jnp.square(a - b))) for a, b in zip(moved, other, strict=True)) for other in (back, dae)
     ]
@@ -304,7 +303,7 @@ def test_where_all_own_samples_are_nearest_it_falls_all_the_way_to_a_gate(name):
         angles = side * jnp.arange(0.0, 40.0, 2.0)
         inside = np.asarray(margin(angles)) > 2 * sigma
         assert inside.sum() >= 5
-        assert np.all(np.diff(np.asarray(values(angles)[inside])) < 0)
+        assert float(jnp.max(jnp.diff(values(angles)[inside]))) < 0
 
 
 @pytest.mark.slow
