@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import linalg
 
-from dae_theory import ReluDae, block_minimizer, certify
+from dae_theory import ReluDae, block_minimizer, certify, minimize_exact_objective
 from dae_theory.conditions import all_hold, check_conditions
 from dae_theory.energies import main_term
 from dae_theory.factors import best_factors, margin_ratios, nearest_factors, turned_minimizer
@@ -369,6 +369,31 @@ def test_a_single_cluster_is_a_saddle_exponentially_near():
     assert float(c.distance_sq) < 1e-10
     np.testing.assert_allclose(c.min_rotation_curvature, -3.78e-7, rtol=0.01)
     assert c.verdict == "falls along a turn"
+
+
+@pytest.mark.slow
+@pytest.mark.optimized
+@pytest.mark.parametrize(("name", "sigma"), [("one", 0.5), ("one", 0.4), ("unequal opposite", 0.25), ("three", 0.17)])
+def test_where_minimization_ends(name, sigma):
+    """From small turns of the balanced factor: with a gate within one deviation of a sample, at a distance of order σ
+    from every closed form, where own samples attract; next to the closed form where others repel."""
+    data, labels = clusters(name)
+    for degrees in (0.5, -5.0):
+        start = turned(balanced(data, labels, sigma), 0, degrees)
+        end = minimize_exact_objective(start, data, sigma, PENALTY, method="dense", tolerance=1e-11, max_newton=200)
+        assert float(end.gradient_norm) < 1e-10
+        factors = nearest_factors(end.dae, data, labels, sigma, PENALTY, 2)
+        near = turned_minimizer(data, labels, sigma, PENALTY, 2, factors)
+        distance = sum(float(jnp.sum(jnp.square(a - b))) for a, b in zip(end.dae, near, strict=True))
+        w = end.dae.w1[:, :2]
+        signs = jnp.where(jnp.asarray(labels == 0), 1.0, -1.0)[:, None]
+        margin = float(jnp.min(signs * (data @ w) / jnp.linalg.norm(w, axis=0)[None, :]))
+        if name == "three":
+            assert margin > 4 * sigma
+            assert distance < 1e-6
+        else:
+            assert 0 < margin < sigma
+            assert 0.5 < distance / sigma**2 < 2
 
 
 def test_zero_units_and_no_noise_leak_nothing():
