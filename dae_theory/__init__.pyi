@@ -15,9 +15,11 @@ from . import dead_units as dead_units
 from . import denoisers as denoisers
 from . import energies as energies
 from . import exact_training as exact_training
+from . import factors as factors
 from . import function_space as function_space
 from . import jackknife as jackknife
 from . import lanczos as lanczos
+from . import leakage as leakage
 from . import minimizers as minimizers
 from . import mixture as mixture
 from . import model as model

@@ -263,9 +263,9 @@ def all_hold(conditions: Conditions) -> Bool[Array, ""]:
     """Whether every inequality holds, so that the closed form is stationary up to the theorem's remainder.
 
     With one unit per block it is then a local minimizer up to that remainder, as far as the search of ``zero_columns``
-    went. With more units per block that is not settled: the objective is flat along turns of a block's orthogonal
-    factor O up to the noise that crosses gates, and often falls along them
-    (:func:`dae_theory.certificate.certify` tells).
+    went. With more units per block it need not be: the objective is flat along turns of a block's orthogonal factor O
+    up to the noise that crosses gates, and has a minimum only where that repels the gates from the nearest samples
+    (:func:`dae_theory.factors.best_factors`; :func:`dae_theory.certificate.certify` tells what it does at a network).
     """
     return jnp.all(jnp.stack([check.holds for check in conditions.checks]))
 
