@@ -66,7 +66,8 @@ def affine_memorizing_minimizer(
 
     with gates, gains and b₂ of :func:`dae_theory.affine_gates.memorize`, which may be passed. The column of a sample
     inside the hull of the others is zero. Where its gates are certain, f returns the training rows themselves up to a
-    share of order λ and σ² of them, not multiples: at x_i the code is one-hot with the value :math:`\sqrt{\alpha_i} \kappa_i`.
+    share of order λ and σ² of them, not multiples: at x_i the code is one-hot, with the value
+    :math:`\sqrt{\alpha_i} \kappa_i`.
 
     ``ValueError`` for what :func:`dae_theory.affine_gates.memorize` refuses, traced data, and a ``width`` below n.
     """

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from dae_theory.affine_gates import memorize, memorizing_costs
 from dae_theory.affine_minimizers import linear_cost
 from dae_theory.checks import check_integer
-from dae_theory.convexity import project_on_hulls
+from dae_theory.convexity import Hulls, project_on_hulls
 from dae_theory.types import Scalar
 
 __all__ = ["Price", "nested_prices", "pays_up_to", "price_of_memory"]
@@ -55,7 +55,13 @@ class Price(NamedTuple):
 
 
 def price_of_memory(
-    data: Float[np.ndarray, "n d"], sigma: Scalar, penalty: Scalar, *, width: int | None = None, tolerance: float = 1e-6
+    data: Float[np.ndarray, "n d"],
+    sigma: Scalar,
+    penalty: Scalar,
+    *,
+    width: int | None = None,
+    tolerance: float = 1e-6,
+    hulls: Hulls | None = None,
 ) -> Price:
     """Both sides for one data set.
 
@@ -65,6 +71,7 @@ def price_of_memory(
         penalty: λ >= 0.
         width: units p >= 1; n by default.
         tolerance: largest relative error of the squared distances to hulls.
+        hulls: those of ``data``, where they are at hand.
 
     ``ValueError`` for one sample, values that are not finite, and numbers out of range.
 
@@ -78,7 +85,7 @@ def price_of_memory(
     rows = np.asarray(data, np.float64)
     n = len(rows)
     width = n if width is None else check_integer("width", width, minimum=1)
-    found = memorize(rows, sigma, penalty, hulls=project_on_hulls(rows, tolerance=tolerance))
+    found = memorize(rows, sigma, penalty, hulls=hulls or project_on_hulls(rows, tolerance=tolerance))
     savings = np.sort(found.lengths**2 - found.costs)[::-1]
     energies = np.sum(found.lengths**2) - np.sum(savings[:width])
     lengths = np.linalg.norm(rows, axis=1)
