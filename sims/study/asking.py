@@ -168,9 +168,9 @@ def _add_trained(
     from sims.sweeps.engine import sweep
 
     spec = Spec(
-        num_samples=len(rows),
-        width=width,
-        penalty=penalty,
+        num_samples=(len(rows),),
+        width=(width,),
+        penalty=(penalty,),
         sigma=tuple(levels),
         biases=(False, True),
         steps=steps,

@@ -180,7 +180,8 @@ def _affine_closed_form(rows: Any, sigma: Any, penalty: Any) -> AffineDae:
     """On the host, in NumPy alone: a callback must not start computations of JAX."""
     rows = np.asarray(rows)
     parts = memorizing_parts(rows, memorize(rows.astype(np.float64), float(sigma), float(penalty)))
-    return AffineDae(*(part.astype(rows.dtype) for part in parts))
+    arrays: Any = [part.astype(rows.dtype) for part in parts]
+    return AffineDae(*arrays)
 
 
 def conditions_hold(params: Dae, data: CellData, spec: CellSpec) -> Float[Array, " c"]:
