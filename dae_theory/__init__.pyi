@@ -2,6 +2,7 @@ __version__: str
 
 from . import affine_gates as affine_gates
 from . import affine_minimizers as affine_minimizers
+from . import basins as basins
 from . import bivariate_normal as bivariate_normal
 from . import boundary as boundary
 from . import certificate as certificate
