@@ -121,6 +121,26 @@ def test_a_heading_claims_no_more_than_is_known():
     assert certification._heading(entry | {"regime": "empty", "certificate": {"left_out": "zero"}}) == "empty"
 
 
+def test_certify_with_biases_compares_what_they_allow(tmp_path):
+    """Points on a circle, beyond the theorem without biases: four are memorized at this price, seven are not, and
+    both networks are strict minima; the affine one up to the offset of its units, which are on everywhere."""
+    found = {}
+    for n in (4, 7):
+        turns = 2 * np.pi * np.arange(n + 1) / n
+        np.savez(tmp_path / f"{n}.npz", x=3 * np.stack([np.cos(turns), np.sin(turns)], axis=1)[:n])
+        data = ["--dataset", f"npz:{tmp_path}/{n}.npz?values=keep", "--held-out", "0.001", "--num-samples", str(n)]
+        assert run("certify", "--biases", *data, "--sigma", "0.1", "--width", str(n), "--penalty", "1e-4", "--quiet",
+                   "--out", tmp_path / str(n)) == 0  # fmt: skip
+        (found[n],) = json.loads((tmp_path / str(n) / "certificate.json").read_text())["certificates"]
+        assert "with biases" in (tmp_path / str(n) / "certificate.md").read_text()
+    assert [found[n]["regime"] for n in (4, 7)] == ["memorizing", "generalizing"]
+    assert all(condition["holds"] for condition in found[4]["conditions"])
+    assert found[4]["certificate"]["verdict"] == "strict"
+    # Two units that are always on: two rescalings, one rotation and two offsets.
+    assert found[7]["certificate"]["num_symmetries"] == 5
+    assert found[7]["certificate"]["min_curvature_modulo_symmetry"] > 1e-5
+
+
 @pytest.mark.slow
 def test_certify_reports_what_fails_and_where_nothing_is_left(tmp_path):
     """Raw digits are not separable, their duplicates a block apart; a large penalty leaves nothing to certify."""
