@@ -33,6 +33,7 @@ COMMANDS = {
         ["spec.json", "state.safetensors", "weights.safetensors", "course.json"],
     ),
     "sims certify": ("--num-samples 2 --sigma 0.3 --width 2 --quiet", ["certificate.json", "certificate.md"]),
+    "sims ask": ("--num-samples 3 --sigma 0.3 --quiet", ["ask.json", "ask.md"]),
     "scaling sample": ("digits-10 --num 1 --steps 1 --quiet", ["spec.json", "images", "sheet.png", "samples.npz"]),
     "scaling extract": ("digits-10 --images digits --taps mid_block --quiet", ["spec.json", "results.zarr"]),
     "scaling jacobian": ("digits-10 --images digits --num 1 --rank 1 --quiet", ["spec.json", "right_0.png"]),

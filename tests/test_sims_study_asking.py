@@ -79,6 +79,8 @@ def test_the_command_writes_a_page_and_numbers_and_trains(tmp_path, capsys):
         assert 0 <= answer[kind]["trained"]["gap"] <= 1
         assert answer[kind]["trained"]["regime"] in ("memorizing", "generalizing")
     assert [price["num_samples"] for price in answer["prices"]] == [2, 4, 6]
+    assert run("ask", "--num-samples", 7, "--out", out) == 2
+    assert "answers another question" in capsys.readouterr().err
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("")
     assert run("ask", "--num-samples", 6, "--out", tmp_path / "full") == 2

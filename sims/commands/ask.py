@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
 
     from sims import store
     from sims.data import datasets
-    from sims.store.files import own_folder, write_text
+    from sims.store.files import write_text
     from sims.study import asking
 
     out = pathlib.Path(args.out)
@@ -45,8 +45,14 @@ def run(args: argparse.Namespace) -> None:
         if len(getattr(spec, name)) > 1:
             raise ValueError(f"{name} has {len(getattr(spec, name))} values: ask about one; only sigma may vary.")
     options.set_precision("float64")
+    asked = spec.to_dict() | {
+        "width": _width(args, spec),
+        "train": args.train,
+        "steps": args.steps,
+        "seeds": args.seeds,
+    }
     with store.locked(out) as check:
-        own_folder(out, ("ask.json",))
+        _refuse_another(out, asked)
         data = datasets.load(
             spec.source(spec.dataset[0], *spec.separation),
             num_samples=None if every else spec.num_samples[0],
@@ -67,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
             held_out=data.held_out,
             told=tell(args.quiet),
         )
-        result["spec"] = spec.to_dict() | {"train": args.train, "steps": args.steps, "seeds": args.seeds}
+        result["spec"] = asked
         result["data"] = datasets.describe(data) | result["data"]
         text = asking.as_text(result)
         check()
@@ -76,6 +82,21 @@ def run(args: argparse.Namespace) -> None:
     if not args.quiet:
         print(text)
         print(f"Written: {out}/ask.json, {out}/ask.md")
+
+
+def _refuse_another(out: pathlib.Path, asked: dict[str, Any]) -> None:
+    """``ValueError`` if the folder holds other files, or the answer to another question."""
+    from sims.store.files import own_folder, read_json
+
+    path = out / "ask.json"
+    if not own_folder(out, (path.name,)):
+        return
+    try:
+        earlier = read_json(path)["spec"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} is no answer of this command ({error}): choose another folder.") from error
+    if earlier != json.loads(json.dumps(asked)):
+        raise ValueError(f"{path} answers another question: choose another folder.")
 
 
 def _width(args: argparse.Namespace, spec: Any) -> int | None:
