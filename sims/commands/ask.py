@@ -51,6 +51,8 @@ def run(args: argparse.Namespace) -> None:
         "steps": args.steps,
         "seeds": args.seeds,
     }
+    if every:
+        asked |= {"num_samples": None}
     with store.locked(out) as check:
         _refuse_another(out, asked)
         data = datasets.load(
