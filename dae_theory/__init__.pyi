@@ -17,6 +17,7 @@ from . import denoisers as denoisers
 from . import energies as energies
 from . import exact_training as exact_training
 from . import factors as factors
+from . import feature_spectra as feature_spectra
 from . import function_space as function_space
 from . import jackknife as jackknife
 from . import lanczos as lanczos
@@ -28,6 +29,7 @@ from . import newton as newton
 from . import population as population
 from . import precision as precision
 from . import price as price
+from . import random_features as random_features
 from . import relu_gaussian as relu_gaussian
 from . import risk as risk
 from . import sampling as sampling
