@@ -193,8 +193,8 @@ def test_the_density_has_unit_mass_and_the_mean_of_the_trace():
 @pytest.mark.slow
 def test_the_gap_opens_at_a_time_proportional_to_n():
     """d = 24, ψ_p = 32, t = .01, erf, ψ_n = 1, 2, 4: the time at which the gap of test and training loss is 5 % of its
-    end is that of another draw (2670, 7120, 19960) within 30 %, more than n itself; the least error of the score comes at
-    30 to 130 for all."""
+    end is that of another draw (2670, 7120, 19960) within 30 %, growing more than n itself; the least error of the
+    score comes at 30 to 130 for all."""
     d, psi_p, time = 24, 32, 0.01
     opens, best = [], []
     taus = jnp.geomspace(1.0, 1e7, 140)
