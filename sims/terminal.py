@@ -119,6 +119,8 @@ def guarded(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Nam
     def shielded(args: argparse.Namespace) -> int:
         try:
             run(args)
+            # Here and not at exit, where what fails would be a traceback.
+            sys.stdout.flush()
         except ValueError as error:
             sys.stderr.write(f"error: {error}\n")
             return 2
@@ -129,13 +131,14 @@ def guarded(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Nam
             sys.stderr.write(f"error: {error}\n")
             return 3
         except BrokenPipeError:
-            # The reader (head, less) has closed the pipe; Python would complain once more at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            # The reader (head, less) has closed the pipe.
+            _drop_output()
         except OSError as error:
             # What the system refuses and no reader has put into words: names that are too long, files that vanish, a
             # full disk below the standard output.
             name = f"{error.filename}: " if error.filename is not None else ""
             sys.stderr.write(f"error: {name}{error.strerror or error}\n")
+            _drop_output()
             return 2
         except KeyboardInterrupt:
             finished = f"; finished cells are in {args.out}" if getattr(args, "out", None) else ""
@@ -144,6 +147,14 @@ def guarded(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Nam
         return 0
 
     return shielded
+
+
+def _drop_output() -> None:
+    """Send what the standard output still holds, if it cannot be written, nowhere: Python would try again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def tell(quiet: bool) -> Callable[[str], None]:

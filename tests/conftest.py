@@ -40,9 +40,10 @@ def _compilation(request: pytest.FixtureRequest):
     """Compile fast, without most of LLVM's optimizations: most of the suite's time is compilation.
 
     Modules marked `optimized`, which compute long, keep these optimizations. ``FULL_OPTIMIZATION=1`` in the
-    environment, which the long tests run with, compiles everything as users do.
+    environment, which the long tests run with, compiles as users do all but modules marked `tiny`.
     """
-    if request.node.get_closest_marker("optimized") or xla_flags.OPTIMIZED:
+    tiny = request.node.get_closest_marker("tiny")
+    if request.node.get_closest_marker("optimized") or (xla_flags.OPTIMIZED and not tiny):
         yield
         return
     before = jax.config.read("jax_disable_most_optimizations")

@@ -24,6 +24,8 @@ from scaling.study import examination, series
 from sims import __main__ as cli
 from sims.store import chunks, files
 
+pytestmark = pytest.mark.tiny
+
 SWEEP = "--dataset digits --num-samples 2 --sigma 1 --width 2 --steps 2 --seeds 1 --held-out 4 --quiet"
 COMMANDS = {
     "sims sweep": (SWEEP, ["spec.json", "results.zarr", ".spec.json.partial", ".layout", "summary.md"]),

@@ -265,7 +265,9 @@ def test_turned_minimizers_and_back(key):
     assert distance[0] < distance[1]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [name if name == "one" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_the_sign_of_the_curvature_along_turns(name):
     """Of the exact objective at the balanced factor, as the leakage says: up where it holds, down where not."""
     data, labels = clusters(name)

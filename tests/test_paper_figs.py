@@ -17,6 +17,8 @@ from paper_figs import __main__ as cli
 from paper_figs import artifacts, fig_deep_duplication, fig_deep_series, fig_phase_diagram, networks
 from sims.sweeps.spec import Spec
 
+pytestmark = pytest.mark.tiny
+
 
 def run(*argv):
     return cli._run(cli._parse(["paper_figs", *map(str, argv)]))

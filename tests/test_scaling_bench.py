@@ -21,6 +21,8 @@ FIELDS = ["name", "ours_s", "rival_s", "ratio_median", "ratio_min", "ratio_max",
 
 def command(*arguments, **variables):
     plain = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    # Sizes are tiny, so nearly all of the time would be compilation.
+    variables = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | variables
     return subprocess.run(
         [sys.executable, "-m", "scaling.bench", *arguments],
         capture_output=True,
@@ -39,7 +41,8 @@ def test_the_command_writes_every_field(tmp_path):
     assert [row["name"], detected["name"]] == names
     assert detected["ours_s"] > 0
     assert row["notes"]["quick"] is True
-    assert row["ratio_median"] == pytest.approx(row["rival_s"] / row["ours_s"])
+    if "busy" not in row["notes"]:
+        assert row["ratio_median"] == pytest.approx(row["rival_s"] / row["ours_s"])
     assert "| attention_memory |" in done.stdout
     memory = row["notes"]
     assert memory["chunk_bytes"] == QUERY_CHUNK * 4096 * 4

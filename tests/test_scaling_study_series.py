@@ -21,6 +21,8 @@ from scaling.training.run import read_corpus, read_spec, train
 from scaling.training.spec import TrainSpec
 from sims import store
 
+pytestmark = pytest.mark.tiny
+
 # The setting of test_scaling_study_examination.py, so that the compiler's cache serves both.
 SMALL = ExaminationSetting(
     samples=4, sampler_steps=2, images=20, jacobians=2, draws=4, sigmas=(0.5, 1.5), fits=1, units=(2,)

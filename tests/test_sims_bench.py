@@ -12,6 +12,8 @@ from sims.bench import __main__ as bench
 from sims.bench import theory
 from sims.bench.timing import Row, per_unit
 
+pytestmark = pytest.mark.tiny
+
 FIELDS = ["name", "ours_s", "rival_s", "ratio_median", "ratio_min", "ratio_max", "notes"]
 
 

@@ -17,6 +17,8 @@ from sims import store
 from sims.study import certification
 from sims.sweeps import engine
 
+pytestmark = pytest.mark.tiny
+
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = "--num-samples 3,12 --width 4 --sigma 0.3,0.6 --seeds 2 --steps 5 --eval-samples 4 --eval-draws 1".split()
 

@@ -71,8 +71,12 @@ def test_every_program_installs_it_before_it_imports_anything(package):
 
 
 def test_outputs_that_fail_are_no_traceback():
-    full = python("-m", "paper_figs", "list", shell="> /dev/full")
-    assert (full.returncode, full.stderr) == (2, "error: No space left on device\n")
+    # A buffered output fails when it is flushed, which Python would do at exit; an unbuffered one fails at once.
+    for unbuffered in ("", "1"):
+        full = python("-m", "paper_figs", "list", shell="> /dev/full", PYTHONUNBUFFERED=unbuffered)
+        assert (full.returncode, full.stderr) == (2, "error: No space left on device\n")
+        gone = python("-m", "paper_figs", "list", shell="| true", PYTHONUNBUFFERED=unbuffered)
+        assert gone.stderr == ""
     # η has no letter in ASCII.
     plain = python("-m", "scaling", "zoo", PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C")
     assert plain.returncode == 0

@@ -22,6 +22,8 @@ from sims import store
 from sims.sweeps import cluster
 from sims.sweeps.spec import Spec
 
+pytestmark = pytest.mark.tiny
+
 distributed = pytest.importorskip("distributed")
 
 ROOT = pathlib.Path(__file__).parents[1]

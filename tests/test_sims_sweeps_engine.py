@@ -17,6 +17,8 @@ from sims.sweeps.programs import Numbers, fit_cell, segments_of, unit_program
 from sims.sweeps.spec import Spec
 from sims.sweeps.worlds import make_world
 
+pytestmark = pytest.mark.tiny
+
 SPEC = Spec(
     num_samples=(3, 6), width=4, sigma=(0.3, 0.6), penalty=(1e-3, 1e-2), seeds=2, steps=6, record_steps=(2, 6),
     eval_samples=5, eval_draws=2, held_out=20,
