@@ -258,21 +258,11 @@ def undisturbed(tmp_path_factory):
 
 
 QUICK = ("sims train", "scaling sample")
-# A demo is a sweep, and `stress` many runs of `ablate` and `detect`. Each of the others takes minutes. The two series
-# share their loop, and audits and maps write runs and text as `detect` does: of all these `detect` and one series are
-# damaged and short of space.
-COMPOSED = ("scaling transition", "scaling audit", "scaling ablate")
+# All but `stress`, which is many runs of `ablate` and `detect` and takes five minutes an attack.
 EACH = [
-    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-    for name in COMMANDS
-    if name not in ("sims demo", "scaling stress")
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in COMMANDS if name != "scaling stress"
 ]
-SIMPLE = [case for case in EACH if case.values[0] not in COMPOSED]
-ATTACKS = [
-    pytest.param(attack, *case.values, marks=case.marks)
-    for attack, cases in (("full disk", SIMPLE), ("kill", EACH))
-    for case in cases
-]
+ATTACKS = [pytest.param(attack, *case.values, marks=case.marks) for attack in ("full disk", "kill") for case in EACH]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of open files are looked up in /proc")
@@ -305,7 +295,7 @@ def test_a_full_disk_or_a_kill_at_any_write_costs_nothing_finished(
     assert not [path for path in out.rglob("*partial*") if path.is_file()]
 
 
-@pytest.mark.parametrize("command", SIMPLE)
+@pytest.mark.parametrize("command", EACH)
 def test_a_damaged_file_is_named_or_made_anew_and_changes_no_other(command, tmp_path, undisturbed, capsys):
     """One byte of a file of each kind, in a finished run: the same command refuses it or replaces it."""
     whole, kinds = undisturbed(command), {}
