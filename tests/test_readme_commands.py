@@ -10,6 +10,8 @@ from PIL import Image
 
 from sims.terminal import parse_command
 
+pytestmark = pytest.mark.tiny
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 RUNS = {
@@ -22,6 +24,7 @@ RUNS = {
     "scaling inspect": ("", '"taps"'),
     "scaling sample": ("--steps 2", "runs/samples/sheet.png"),
     "scaling extract": ("", "runs/codes/results.zarr"),
+    "sims ask": ("--num-samples 6", "# Does it memorize?"),
     "scaling train": ("--channels 8 --batch-size 2 --steps 2", "runs/unet/membership.json"),
     "scaling detect": ("--num 6 --detectors std", "# Memorization detection"),
     "scaling audit": ("--samples 4 --steps 2 --detectors std --scored 6", "# Audit of a diffusion model"),

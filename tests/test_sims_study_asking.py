@@ -41,6 +41,10 @@ def test_what_is_odd_about_the_data_is_said():
     text = as_text(result)
     assert "5 of 6 samples can be memorized; 1 lie" in text
     assert "(6 distinct)" in text
+    assert result["data"]["repeats"] == [5, 6]
+    assert result["data"]["inside_hull"] == [7]
+    assert "Rows 5, 6 repeat an earlier sample." in text
+    assert "Rows 7 lie inside the hull of the others." in text
     assert text.count("## At noise") == 2
     json.dumps(result, allow_nan=False)
     (one,) = sims.ask(circle(4), sigma=0.1, width=2, penalty=1e-4)["answers"]

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dae_theory.checks import check_finite, check_integer, check_level
-from dae_theory.convexity import project_on_hulls
+from dae_theory.convexity import Hulls, project_on_hulls
 from dae_theory.price import Price, pays_up_to, price_of_memory
 from dae_theory.types import Scalar
 from sims.data.datasets import separable_rows
@@ -28,6 +28,9 @@ hundred goes farther."""
 
 TOLERANCE = 1e-4
 """Relative error of squared distances to hulls: far below what the answer is rounded to."""
+
+NAMED = 12
+"""Rows that the page names of each kind; ``ask.json`` has all."""
 
 SEARCHED = 256
 """Rows among which a separable set is sought, which is a greedy search."""
@@ -93,12 +96,17 @@ def ask(
     kept = rows[np.sort(first)]
     told(f"comparing {len(kept)} distinct rows of {rows.shape[1]} values")
     prices: list[list[Price]] = [[] for _ in levels]
+    hulls = Hulls(np.zeros(0), np.zeros((0, rows.shape[1])))
     for size in sizes_up_to(len(kept)):
         told(f"{size} rows: hulls, gates and objectives at {len(levels)} noise levels")
         some = kept[:size]
         hulls = project_on_hulls(some, tolerance=TOLERANCE)
         for level, found in zip(levels, prices, strict=True):
             found.append(price_of_memory(some, level, penalty, width=width, hulls=hulls))
+    facts |= {
+        "repeats": np.setdiff1d(np.arange(len(rows)), first).tolist(),
+        "inside_hull": np.sort(first)[hulls.distances == 0].tolist(),
+    }
     answers = [_answer(level, found, width) for level, found in zip(levels, prices, strict=True)]
     result: dict[str, Any] = {"data": facts | {"num_separable": _num_separable(kept)}, "answers": answers}
     if train:
@@ -205,6 +213,12 @@ def as_text(result: dict[str, Any]) -> str:
     ]
     if data["num_constant_pixels"]:
         lines.append(f"{data['num_constant_pixels']} values are the same in all samples; they change nothing below.")
+    for name, meaning in (
+        ("repeats", "repeat an earlier sample"),
+        ("inside_hull", "lie inside the hull of the others"),
+    ):
+        if data[name]:
+            lines.append(f"{_rows(data[name])} {meaning}.")
     for answer in result["answers"]:
         lines += ["", f"## At noise sigma = {answer['sigma']:g}", "", *_words(answer, data), "", _table(answer)]
         rows = [(name.replace("_", " "), answer[name]["trained"]) for name in ("without_biases", "with_biases")
@@ -259,6 +273,11 @@ def _words(answer: dict[str, Any], data: dict[str, Any]) -> list[str]:
         )
     )
     return lines
+
+
+def _rows(numbers: Sequence[int]) -> str:
+    some = ", ".join(map(str, numbers[:NAMED]))
+    return f"Rows {some}{f' and {len(numbers) - NAMED} more' if len(numbers) > NAMED else ''}"
 
 
 def _separable(count: int) -> str:
