@@ -18,6 +18,7 @@ from . import energies as energies
 from . import exact_training as exact_training
 from . import factors as factors
 from . import feature_spectra as feature_spectra
+from . import flow_limits as flow_limits
 from . import function_space as function_space
 from . import jackknife as jackknife
 from . import lanczos as lanczos

@@ -12,7 +12,7 @@ leaves it if γ > 1 (:func:`return_exponent`). Without penalty γ = cL/κ. Witho
 is pulled back along x, and the flow returns a multiple of x (:func:`dae_theory.sampling.closed_form_denoiser`). With
 biases and gates beyond the offset, κ > cL, it returns x itself; with gates nearer than that, as of many samples, the
 unit amplifies noise along its normal, and all but a set of measure zero ends elsewhere. **Storing samples is not
-enough for drawing them.**
+enough for drawing them.** :mod:`dae_theory.flow_limits` predicts where starts end.
 """
 
 from __future__ import annotations
@@ -28,9 +28,19 @@ from jaxtyping import Array, Float
 from dae_theory.checks import check_data, check_integer, check_nonnegative, check_positive
 from dae_theory.precision import full_precision
 from dae_theory.sampling import Step, heun, probability_flow
+from dae_theory.steering import steered_in_block
 from dae_theory.types import Denoiser, PRNGKey, Scalar
 
-__all__ = ["Basins", "basin_shares", "fixed_gates_denoiser", "no_unit_share", "return_exponent", "unit_flow"]
+__all__ = [
+    "Basins",
+    "basin_shares",
+    "block_flow",
+    "fixed_gates_denoiser",
+    "flow_ends",
+    "no_unit_share",
+    "return_exponent",
+    "unit_flow",
+]
 
 NODES = 64
 """Of Gauss and Legendre's rule, in the logarithm of the noise level."""
@@ -115,6 +125,46 @@ def unit_flow(
     return sample + unit * along + across
 
 
+@full_precision
+def block_flow(
+    y: Float[Array, " d"],
+    sigma: Scalar,
+    next_sigma: Scalar,
+    mean: Float[Array, " d"],
+    offset: Float[Array, " d"],
+    normal: Float[Array, " d"],
+    gate: Scalar,
+    axes: Float[Array, "d r"],
+    variances: Float[Array, " r"],
+    decay: Scalar = 0.0,
+) -> Float[Array, " d"]:
+    r"""The probability flow while the units of one block with biases are on, and no others.
+
+    .. math:: \frac{dy}{d\ln\sigma} = y - b_2 - \alpha \hat z \left[\kappa + v^\top (y - \bar x)\right]
+              - \sum_j q_j u_j u_j^\top (y - \bar x), \qquad q_j = \frac{s_j - l}{s_j + \sigma^2}
+
+    of :mod:`dae_theory.affine_minimizers`. The mean is carried as a memorized sample is (:func:`unit_flow`), kept
+    directions shrink like :math:`\sigma^{l/s_j} (s_j + \sigma^2)^{(1 - l/s_j)/2}`
+    (:func:`dae_theory.steering.steered_in_block` without steering), and all others like σ. So whether the block
+    returns its mean depends on its gate, and its spread does not.
+
+    Args:
+        y: the point at level ``sigma``.
+        sigma, next_sigma: noise levels > 0.
+        mean: x̄ of the cluster, not equal to ``offset``.
+        offset: b₂.
+        normal: v of the gate, a unit vector with a positive product with x̄ - b₂.
+        gate: ``κ > 0``, its distance from the mean.
+        axes: kept directions u_j as columns, orthonormal, and orthogonal to ``normal`` and x̄ - b₂.
+        variances: their ``s_j > l`` in the covariance of the cluster.
+        decay: ``l = n λ/n_k >= 0``.
+    """
+    start = axes.T @ (y - mean)
+    end = steered_in_block(start, jnp.zeros_like(start), variances, sigma, next_sigma, decay)
+    rest = unit_flow(y - axes @ start, sigma, next_sigma, mean, offset, normal, gate, decay)
+    return rest + axes @ end
+
+
 def fixed_gates_denoiser(
     data: Float[Array, "n d"],
     offset: Float[Array, " d"],
@@ -153,10 +203,37 @@ class Basins(NamedTuple):
     at_sample: Float[np.ndarray, " n"]
     """Within the tolerance of each sample."""
     along_sample: Float[np.ndarray, " n"]
-    """On the ray from the offset through each sample, but not at it: a multiple of it."""
+    """On the ray from the offset through each sample, but not at it: a multiple of it. Of two samples with biases
+    these are the ends between them."""
     at_offset: float
     """Within the tolerance of b₂: all units were off at the end."""
     elsewhere: float
+
+
+def flow_ends(
+    key: PRNGKey,
+    denoiser: Denoiser,
+    sigmas: Float[Array, " m"],
+    offset: Float[Array, " d"],
+    *,
+    num_starts: int,
+    step: Step = heun,
+) -> Float[Array, "num_starts d"]:
+    """Ends of the flow as rows, from starts ``b₂ + σ₀ ε``; start i draws from ``fold_in(key, i)``.
+
+    Other arguments as for :func:`basin_shares`, which counts these ends.
+    """
+    check_integer("num_starts", num_starts, minimum=1)
+
+    @jax.jit
+    def ends(key):
+        def one(i):
+            noise = jax.random.normal(jax.random.fold_in(key, i), offset.shape, offset.dtype)
+            return probability_flow(denoiser, offset + sigmas[0] * noise, sigmas, step=step)
+
+        return jax.vmap(one)(jnp.arange(num_starts))
+
+    return ends(key)
 
 
 def basin_shares(
@@ -182,21 +259,12 @@ def basin_shares(
         tolerance: in the largest distance of a sample from the offset.
         step: of the integration.
 
-    A share p has a standard error of :math:`\\sqrt{p (1 - p)/\\text{num\\_starts}}` over starts.
+    :func:`dae_theory.flow_limits.share_interval` is the interval of a share over starts.
     """
     check_data(data)
-    check_integer("num_starts", num_starts, minimum=1)
     check_positive("tolerance", tolerance)
-
-    @jax.jit
-    def ends(key):
-        def one(i):
-            noise = jax.random.normal(jax.random.fold_in(key, i), offset.shape, offset.dtype)
-            return probability_flow(denoiser, offset + sigmas[0] * noise, sigmas, step=step)
-
-        return jax.vmap(one)(jnp.arange(num_starts))
-
-    found, z = np.asarray(ends(key)) - np.asarray(offset), np.asarray(data - offset[None, :])
+    found = np.asarray(flow_ends(key, denoiser, sigmas, offset, num_starts=num_starts, step=step) - offset[None, :])
+    z = np.asarray(data - offset[None, :])
     lengths = np.linalg.norm(z, axis=1)
     near = tolerance * lengths.max()
     at = np.linalg.norm(found[:, None, :] - z[None, :, :], axis=2) <= near
