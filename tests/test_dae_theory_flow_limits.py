@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from dae_theory import AffineDae, denoise, exact_objective
 from dae_theory.affine_gates import memorize
+from dae_theory.affine_minimizers import affine_memorizing_minimizer
 from dae_theory.basins import fixed_gates_denoiser, flow_ends, no_unit_share, return_exponent, unit_flow
 from dae_theory.flow_limits import limit_exponents, off_share, pair_shares, separating_score, share_interval
 from dae_theory.sampling import geometric_schedule, probability_flow
@@ -170,6 +172,23 @@ def test_with_the_best_gates_a_third_of_the_starts_or_more_never_leaves_the_midd
     np.testing.assert_allclose(moving, expected, atol=0.005)
     assert staying[1] < 0.7 * staying[0]
     assert staying[2] < 0.7 * staying[1]
+
+
+def test_two_units_that_make_a_step_have_a_lower_objective_and_return_the_rows():
+    """From -3 to 3 between gates at -c and c, of the best c for σ = .1: both units with the row space of one."""
+    c, root = 2.65, math.sqrt(3.0 / 2.65)
+    w1, w2 = jnp.array([[root, root], [0.0, 0.0]]), jnp.array([[root, -root], [0.0, 0.0]])
+    step = AffineDae(w1, jnp.array([root * c, -root * c]), w2, jnp.array([-3.0, 0.0]))
+    data = jnp.asarray(PAIR)
+    memorizing = affine_memorizing_minimizer(data, 0.1, 1e-5)
+    assert exact_objective(memorizing, data, 0.1, 1e-5) == pytest.approx(2.779e-3, rel=1e-3)
+    assert exact_objective(step, data, 0.1, 1e-5) == pytest.approx(4.56e-5, rel=1e-2)
+    starts = jnp.array([[0.01, 1.0], [-1.0, -2.0], [40.0, 3.0], [-7.0, 0.0]])
+    ends = flow(lambda y, sigma: denoise(step, y), starts, geometric_schedule(10.0, 1e-8, 2000, to_zero=False))
+    # Beyond the gates the map is constant, and what is left is in proportion to σ; 1e-8 of 50.
+    np.testing.assert_allclose(ends[1:], PAIR[[1, 0, 1]], atol=1e-6)
+    # From the middle the way out takes σ to the power 1 - 3/c, which is small.
+    assert 0.1 < ends[0, 0] < 3.0
 
 
 def test_shares_with_all_units_off_are_orthants():
