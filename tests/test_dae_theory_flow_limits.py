@@ -91,8 +91,14 @@ def test_samples_other_than_simplices_repel():
     np.testing.assert_allclose(shifted, limit_exponents(circle), rtol=1e-9)
     obtuse = np.array([[0.0, 0.0], [6.0, 0.0], [7.0, 1.0]])
     assert (limit_exponents(obtuse) < 0).sum() == 1
-    inside = limit_exponents(np.concatenate([TRIANGLE, TRIANGLE.mean(axis=0, keepdims=True)]))
-    np.testing.assert_array_equal(np.isnan(inside), [False, False, False, True])
+    # That one has no unit: without noise it alone holds the offset. It is what all others face, so they neither repel
+    # nor attract, as without biases.
+    data = np.concatenate([TRIANGLE, np.array([[1.2, 0.8]])])
+    best = memorize(data, 1e-4, 0.0)
+    np.testing.assert_allclose(best.offset, data[3], atol=1e-6)
+    heights = np.sum(best.normals[:3] * (data[:3] - data[3]), axis=1)
+    np.testing.assert_allclose(limit_exponents(data), [*(1 - heights / best.hulls[:3]), np.nan], atol=1e-12)
+    np.testing.assert_allclose(heights, best.hulls[:3], rtol=1e-12)
 
 
 @pytest.mark.parametrize("data", [TRIANGLE, regular_simplex(4)])
