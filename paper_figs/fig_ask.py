@@ -15,7 +15,8 @@ from matplotlib import pyplot as plt
 from paper_figs.artifacts import Arrays
 from sims.data import datasets
 from sims.store.files import read_json
-from sims.study.asking import CLEAR, ask
+from sims.study.asking import ask
+from sims.study.certification import CLEAR
 
 __all__ = ["QUICK", "SPEC", "SUMMARY", "compute", "draw", "from_run", "spec_of"]
 

@@ -71,6 +71,19 @@ def test_bad_input_is_refused(call, message):
         call()
 
 
+def test_without_a_number_all_training_rows_are_asked_about_and_duplicates_are_repeated(tmp_path):
+    np.savez(tmp_path / "rows.npz", x=np.concatenate([circle(8), circle(2, 1.0)]))
+    data = ["--dataset", f"npz:{tmp_path}/rows.npz?values=keep", "--held-out", 3, "--sigma", 0.2, "--quiet"]
+    assert not run("ask", *data, "--out", tmp_path / "all")
+    result = json.loads((tmp_path / "all" / "ask.json").read_text())
+    assert result["data"]["num_samples"] == 7
+    assert result["spec"]["num_samples"] is None
+    assert not run("ask", *data, "--duplicates", "2x3", "--singles", 1, "--out", tmp_path / "repeated")
+    repeated = json.loads((tmp_path / "repeated" / "ask.json").read_text())["data"]
+    assert (repeated["num_samples"], repeated["num_distinct"]) == (7, 3)
+    assert repeated["repeats"] == [1, 2, 4, 5]
+
+
 def test_the_command_writes_a_page_and_numbers_and_trains(tmp_path, capsys):
     out = tmp_path / "ask"
     assert not run("ask", "--num-samples", 6, "--sigma", 0.2, "--width", 8, "--train", "--steps", 3, "--seeds", 2,

@@ -30,20 +30,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the answer as JSON and as Markdown, and print the latter."""
-    import numpy as np
-
     from sims import store
     from sims.data import datasets
     from sims.store.files import write_text
-    from sims.study import asking
+    from sims.study import asking, certification
 
     out = pathlib.Path(args.out)
     # The sizes of nested sets are found in the data: every row is asked about unless a number is given.
-    every = options.given(args, options.Spec).get("num_samples") is None and args.spec is None
-    spec = options.spec_from_flags(args, **ASK)
-    for name in ("dataset", "separation", "num_samples", "width", "penalty", "duplicates", "biases"):
-        if len(getattr(spec, name)) > 1:
-            raise ValueError(f"{name} has {len(getattr(spec, name))} values: ask about one; only sigma may vary.")
+    every = args.spec is None and not {"num_samples", "duplicates"} & options.given(args, options.Spec).keys()
+    spec = options.spec_from_flags(args, **ASK | ({"num_samples": (2,)} if every else {}))
     options.set_precision("float64")
     asked = spec.to_dict() | {
         "width": _width(args, spec),
@@ -55,15 +50,7 @@ def run(args: argparse.Namespace) -> None:
         asked |= {"num_samples": None}
     with store.locked(out) as check:
         _refuse_another(out, asked)
-        data = datasets.load(
-            spec.source(spec.dataset[0], *spec.separation),
-            num_samples=None if every else spec.num_samples[0],
-            held_out=spec.held_out_size,
-            seed=spec.split_seed,
-            center=spec.center,
-            separable=spec.separable,
-            dtype=np.float64,
-        )
+        data = certification.only_data(spec, "ask about one", every=every)
         result = asking.ask(
             data.train,
             sigma=spec.sigma,

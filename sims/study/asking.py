@@ -13,18 +13,15 @@ import numpy as np
 from jaxtyping import Float
 
 from dae_theory.checks import check_finite, check_integer, check_level
-from dae_theory.convexity import Hulls, project_on_hulls
+from dae_theory.convexity import project_on_hulls
 from dae_theory.price import Price, pays_up_to, price_of_memory
 from dae_theory.types import Scalar
 from sims.data.datasets import separable_rows
+from sims.study.certification import CLEAR
 from sims.study.tables import markdown
 from sims.sweeps.spec import Spec
 
-__all__ = ["CLEAR", "as_text", "ask", "sizes_up_to"]
-
-CLEAR = 3.0
-"""Standard deviations of the noise that separate a sample from the hull of the others for good: one draw in seven
-hundred goes farther."""
+__all__ = ["as_text", "ask", "sizes_up_to"]
 
 TOLERANCE = 1e-4
 """Relative error of squared distances to hulls: far below what the answer is rounded to."""
@@ -96,16 +93,16 @@ def ask(
     kept = rows[np.sort(first)]
     told(f"comparing {len(kept)} distinct rows of {rows.shape[1]} values")
     prices: list[list[Price]] = [[] for _ in levels]
-    hulls = Hulls(np.zeros(0), np.zeros((0, rows.shape[1])))
+    whole = project_on_hulls(kept, tolerance=TOLERANCE)
     for size in sizes_up_to(len(kept)):
         told(f"{size} rows: hulls, gates and objectives at {len(levels)} noise levels")
         some = kept[:size]
-        hulls = project_on_hulls(some, tolerance=TOLERANCE)
+        hulls = whole if size == len(kept) else project_on_hulls(some, tolerance=TOLERANCE)
         for level, found in zip(levels, prices, strict=True):
             found.append(price_of_memory(some, level, penalty, width=width, hulls=hulls))
     facts |= {
         "repeats": np.setdiff1d(np.arange(len(rows)), first).tolist(),
-        "inside_hull": np.sort(first)[hulls.distances == 0].tolist(),
+        "inside_hull": np.sort(first)[whole.distances == 0].tolist(),
     }
     answers = [_answer(level, found, width) for level, found in zip(levels, prices, strict=True)]
     result: dict[str, Any] = {"data": facts | {"num_separable": _num_separable(kept)}, "answers": answers}

@@ -30,7 +30,7 @@ from sims.data import datasets
 from sims.study.tables import markdown
 from sims.sweeps.spec import Spec
 
-__all__ = ["as_text", "certification", "regime"]
+__all__ = ["CLEAR", "as_text", "certification", "only_data", "regime"]
 
 CLEAR = 3.0
 """Standard deviations of the noise that a margin must exceed: less than one draw in seven hundred crosses it."""
@@ -47,23 +47,7 @@ def certification(spec: Spec, *, max_size: int = 1500, told: Callable[[str], Non
     With ``biases`` the candidates are those of :mod:`dae_theory.affine_minimizers`: the network that memorizes every
     row it can, if there are two rows and as many units as rows, and the affine one.
     """
-    for name in ("dataset", "separation", "duplicates", "num_samples", "width", "penalty", "biases"):
-        if len(getattr(spec, name)) > 1:
-            raise ValueError(
-                f"{name} has {len(getattr(spec, name))} values: certify one at a time; only sigma may vary."
-            )
-    n, duplicates = spec.num_samples[0], spec.duplicates[0]
-    data = datasets.load(
-        spec.source(spec.dataset[0], *spec.separation),
-        num_samples=n,
-        held_out=spec.held_out_size,
-        seed=spec.split_seed,
-        center=spec.center,
-        separable=spec.separable,
-        duplicates=duplicates,
-        singles=n - math.prod(datasets.parse_duplicates(duplicates)) if duplicates else 0,
-        dtype=np.float64,
-    )
+    data = only_data(spec, "certify one at a time")
     rows, width, penalty = jnp.asarray(data.train), spec.width[0], spec.penalty[0]
     facts = datasets.describe(data) | {"width": width, "penalty": penalty}
     if spec.biases[0]:
@@ -74,6 +58,28 @@ def certification(spec: Spec, *, max_size: int = 1500, told: Callable[[str], Non
             _at(rows, data.train_labels, sigma, penalty, width, max_size, told or _silent) for sigma in spec.sigma
         ]
     return {"data": facts, "certificates": entries}
+
+
+def only_data(spec: Spec, advice: str, *, every: bool = False) -> datasets.Dataset:
+    """The data of a spec of which only σ may have several values, or all of its training rows, as float64.
+
+    ``ValueError`` with ``advice`` for several values of another axis, and for errors of the data set.
+    """
+    for name in ("dataset", "separation", "duplicates", "num_samples", "width", "penalty", "biases"):
+        if len(getattr(spec, name)) > 1:
+            raise ValueError(f"{name} has {len(getattr(spec, name))} values: {advice}; only sigma may vary.")
+    n, duplicates = spec.num_samples[0], spec.duplicates[0]
+    return datasets.load(
+        spec.source(spec.dataset[0], *spec.separation),
+        num_samples=None if every else n,
+        held_out=spec.held_out_size,
+        seed=spec.split_seed,
+        center=spec.center,
+        separable=spec.separable,
+        duplicates=duplicates,
+        singles=n - math.prod(datasets.parse_duplicates(duplicates)) if duplicates else 0,
+        dtype=np.float64,
+    )
 
 
 def regime(data: np.ndarray, structure: Structure) -> str:
