@@ -14,10 +14,17 @@ from jaxtyping import Float
 from scipy import special
 
 from dae_theory.checks import check_level
-from dae_theory.convexity import Hulls, project_on_hulls
+from dae_theory.convexity import (
+    Hulls,
+    leaked_costs,
+    memorizing_costs,
+    memorizing_gains,
+    normal_density,
+    project_on_hulls,
+)
 from dae_theory.types import Scalar
 
-__all__ = ["Memorized", "memorize", "memorizing_costs"]
+__all__ = ["Memorized", "memorize"]
 
 ROUNDS = 50
 """Of the alternation between gates and offset, which agree to ``AGREE`` after about ten."""
@@ -122,11 +129,11 @@ def memorize(
         lengths = np.linalg.norm(z, axis=1)
         units = z / np.where(lengths > 0, lengths, 1.0)[:, None]
         cosines = np.take_along_axis(units @ units.T, others, axis=1)
-        gains = _gains(lengths, gates, sigma, decay)
+        gains = memorizing_gains(lengths, gates, sigma, decay)
         before, old = offset, gates
         leaks = _Leaks(others, depths, cosines, between)
         gates = _best_gates(leaks, lengths, distances, gates, gains, sigma, decay)
-        gains = _gains(lengths, gates, sigma, decay)
+        gains = memorizing_gains(lengths, gates, sigma, decay)
         pull = (sigma**2 + decay * gates / np.where(lengths > 0, lengths, 1.0)) / (gates**2 + sigma**2)
         weights = np.where(gains > 0, pull, 1.0)
         offset = weights @ rows / weights.sum()
@@ -134,10 +141,10 @@ def memorize(
         if settled and np.linalg.norm(offset - before) <= AGREE * np.max(lengths, initial=0.0):
             break
     lengths = np.linalg.norm(rows - offset, axis=1)
-    gains = _gains(lengths, gates, sigma, decay)
+    gains = memorizing_gains(lengths, gates, sigma, decay)
     gates = np.where(gains > 0, gates, 0.0)
     costs = memorizing_costs(lengths, gates, sigma, decay)
-    costs += _leakage(leaks, gates, gains, (lengths - gains * gates)[others], gains[others], sigma)
+    costs += leaks.of(gates, gains, lengths - gains * gates, gains, sigma)
     return Memorized(offset, lengths, distances, normals, gates, gains, costs)
 
 
@@ -153,6 +160,19 @@ class _Leaks(NamedTuple):
     normals: Float[np.ndarray, "n m"]
     """``v_i·v_j``."""
 
+    def of(
+        self,
+        gates: Float[np.ndarray, " n"],
+        gains: Float[np.ndarray, " n"],
+        residuals: Float[np.ndarray, " n"],
+        other_gains: Float[np.ndarray, " n"],
+        sigma: float,
+    ) -> Float[np.ndarray, " n"]:
+        """What each unit leaks at all of its samples, which miss ``residuals`` and have units of ``other_gains``."""
+        behind = (self.depths - gates[:, None]) / sigma
+        others = other_gains[self.others], residuals[self.others]
+        return np.sum(leaked_costs(gains[:, None], behind, self.cosines, self.normals, *others, sigma), axis=1)
+
 
 def _best_gates(
     leaks: _Leaks,
@@ -166,14 +186,9 @@ def _best_gates(
     r"""The κ of every sample that minimizes its main term and the leakage that depends on it, given all others.
 
     :func:`dae_theory.convexity.gate_distance` without its sphere: another sample j lies
-    :math:`a = (v_i \cdot (x_i - x_j) - \kappa_i)/\sigma` standard deviations behind the gate of unit i. That unit then
-    adds to n times the objective
-
-    .. math:: \alpha_i^2 \sigma^2 \left[(1 + a^2)\,\Phi(-a) - a\,\varphi(a)\right]
-              + 2 \alpha_i\, \hat z_i \cdot \hat z_j \left\{\alpha_j \sigma^2\, (v_i \cdot v_j)\, \Phi(-a)
-              - (\|z_j\| - \alpha_j \kappa_j)\,\sigma \left[\varphi(a) - a\,\Phi(-a)\right]\right\}
-
-    and κ_i occurs in the second part both where unit i is on at other samples, and where other units are on at i.
+    :math:`a = (v_i \cdot (x_i - x_j) - \kappa_i)/\sigma` standard deviations behind the gate of unit i, which leaks
+    :func:`dae_theory.convexity.leaked_costs` there. κ_i occurs in them both where unit i is on at other samples, and
+    where other units are on at i.
 
     Args:
         leaks: what leaks through which gate.
@@ -184,17 +199,17 @@ def _best_gates(
         decay: ``n λ >= 0``.
     """
     others = leaks.others
-    residuals = (lengths - gains * gates)[others]
+    residuals = lengths - gains * gates
     # What other units let through of sample i's noise, per unit of α_i and of ‖z_i‖ − α_i κ_i.
     a = (leaks.depths - gates[:, None]) / sigma
     through = gains[:, None] * leaks.cosines * special.ndtr(-a)
     moved, missed = np.zeros_like(lengths), np.zeros_like(lengths)
     np.add.at(moved, others, through * leaks.normals)
-    np.add.at(missed, others, gains[:, None] * leaks.cosines * _density(a) - a * through)
+    np.add.at(missed, others, gains[:, None] * leaks.cosines * normal_density(a) - a * through)
 
     def cost(gate: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-        gain = _gains(lengths, gate, sigma, decay)
-        out = _leakage(leaks, gate, gain, residuals, gains[others], sigma)
+        gain = memorizing_gains(lengths, gate, sigma, decay)
+        out = leaks.of(gate, gain, residuals, gains, sigma)
         into = 2 * sigma * (gain * sigma * moved - (lengths - gain * gate) * missed)
         return memorizing_costs(lengths, gate, sigma, decay) + out + into
 
@@ -209,36 +224,3 @@ def _best_gates(
         falls = cost(left) < cost(right)
         low, high = np.where(falls, low, left), np.where(falls, right, high)
     return (low + high) / 2
-
-
-def _leakage(
-    leaks: _Leaks,
-    gates: Float[np.ndarray, " n"],
-    gains: Float[np.ndarray, " n"],
-    residuals: Float[np.ndarray, "n m"],
-    other_gains: Float[np.ndarray, "n m"],
-    sigma: float,
-) -> Float[np.ndarray, " n"]:
-    """What each unit adds to n times the objective by being on where other samples' noise crosses its gate."""
-    a = (leaks.depths - gates[:, None]) / sigma
-    beyond, density = special.ndtr(-a), _density(a)
-    square = gains[:, None] * sigma**2 * ((1 + a * a) * beyond - a * density)
-    cross = other_gains * sigma**2 * leaks.normals * beyond - residuals * sigma * (density - a * beyond)
-    return gains * np.sum(square + 2 * leaks.cosines * cross, axis=1)
-
-
-def _density(a: Float[np.ndarray, "n m"]) -> Float[np.ndarray, "n m"]:
-    return np.exp(-a * a / 2) / np.sqrt(2 * np.pi)
-
-
-def memorizing_costs(
-    lengths: Float[np.ndarray, " n"], gates: Float[np.ndarray, " n"], sigma: float, decay: float
-) -> Float[np.ndarray, " n"]:
-    """:func:`dae_theory.convexity.memorizing_cost` of many samples; ``L²`` where the gate is 0."""
-    return lengths**2 - np.maximum(gates * lengths - decay, 0.0) ** 2 / (gates**2 + sigma**2)
-
-
-def _gains(
-    lengths: Float[np.ndarray, " n"], gates: Float[np.ndarray, " n"], sigma: float, decay: float
-) -> Float[np.ndarray, " n"]:
-    return np.maximum(gates * lengths - decay, 0.0) / (gates**2 + sigma**2)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -31,6 +32,7 @@ from dae_theory.convexity import memorizing_cost, memorizing_gain
 from dae_theory.minimizers import orthogonal_factor
 from dae_theory.model import AffineDae, Dae, preactivations
 from dae_theory.spectra import Labels, Ranks, check_ranks, partition
+from dae_theory.symmetry import pad_columns
 from dae_theory.types import Scalar
 
 __all__ = [
@@ -75,10 +77,7 @@ def affine_memorizing_minimizer(
     rows = np.asarray(data)
     found = memorize(rows.astype(np.float64), sigma, penalty) if memorized is None else memorized
     width = len(rows) if width is None else check_integer("width", width, minimum=len(rows))
-    spare = width - len(rows)
-    w1, b1, w2, b2 = memorizing_parts(rows, found)
-    parts = np.pad(w1, ((0, 0), (0, spare))), np.pad(b1, (0, spare)), np.pad(w2, ((0, 0), (0, spare))), b2
-    return AffineDae(*(jnp.asarray(part, data.dtype) for part in parts))
+    return pad_columns(AffineDae(*(jnp.asarray(part, data.dtype) for part in memorizing_parts(rows, found))), width)
 
 
 def memorizing_parts(
@@ -109,18 +108,15 @@ def affine_generalizing_minimizer(
         rank: number of units r, from 0 to d.
         width: number of columns after padding with zero columns; ``rank`` by default.
     """
-    rows, moments, axes = _spectrum(data, sigma, penalty)
+    rows = _checked(data, sigma, penalty)
     rank = _rank(rank, rows.shape[1])
     width = rank if width is None else check_integer("width", width, minimum=max(rank, 1))
     mean = rows.mean(axis=0)
-    q = np.maximum(moments[:rank] - float(penalty), 0.0) / np.maximum(moments[:rank] + float(sigma) ** 2, TINY)
-    w = axes[:, :rank] * np.sqrt(q)
+    w = _kept_directions(rows - mean, float(sigma), float(penalty), rank)
     reach = BEYOND * (np.linalg.norm(rows - mean, axis=1).max() + float(sigma))
     b1 = np.linalg.norm(w, axis=0) * reach - mean @ w
     b2 = mean - w @ (mean @ w + b1)
-    spare = width - rank
-    parts = np.pad(w, ((0, 0), (0, spare))), np.pad(b1, (0, spare)), np.pad(w, ((0, 0), (0, spare))), b2
-    return AffineDae(*(jnp.asarray(part, data.dtype) for part in parts))
+    return pad_columns(AffineDae(*(jnp.asarray(part, data.dtype) for part in (w, b1, w, b2))), width)
 
 
 def affine_generalizing_cost(data: Float[Array, "n d"], sigma: Scalar, penalty: Scalar, rank: int) -> float:
@@ -128,10 +124,7 @@ def affine_generalizing_cost(data: Float[Array, "n d"], sigma: Scalar, penalty: 
 
     .. math:: \mathrm{tr}\, \Sigma - \sum_{j \le r} \frac{(s_j - \lambda)_+^2}{s_j + \sigma^2}
     """
-    check_data(data)
-    check_level("sigma", sigma)
-    check_level("penalty", penalty)
-    rows = np.asarray(data, np.float64)
+    rows = _checked(data, sigma, penalty)
     return linear_cost(rows - rows.mean(axis=0), float(sigma), float(penalty), _rank(rank, rows.shape[1]))
 
 
@@ -171,10 +164,7 @@ def affine_block_minimizer(
         normals: v_k, unit vectors.
         offset: b₂.
     """
-    check_data(data)
-    check_level("sigma", sigma)
-    check_level("penalty", penalty)
-    rows = np.asarray(data, np.float64)
+    rows = _checked(data, sigma, penalty)
     blocks = partition(labels, len(rows))
     units = check_ranks(ranks, np.minimum(blocks.counts, rows.shape[1]) + 1)
     if min(units) < 1:
@@ -183,17 +173,13 @@ def affine_block_minimizer(
     for k, rank in enumerate(units):
         points = rows[blocks.members == k]
         mean, decay = points.mean(axis=0), len(rows) / len(points) * float(penalty)
-        _, singular, right = np.linalg.svd(points - mean, full_matrices=True)
-        moments = np.zeros(rows.shape[1])
-        moments[: len(singular)] = singular**2 / len(points)
-        u, s = right[: rank - 1].T, moments[: rank - 1]
-        q = np.maximum(s - decay, 0.0) / np.maximum(s + float(sigma) ** 2, TINY)
+        inside = _kept_directions(points - mean, float(sigma), decay, rank - 1)
         z = mean - offset
         length = float(np.linalg.norm(z))
         gain = memorizing_gain(length, float(gates[k]), sigma, decay)
         factor = orthogonal_factor(rank)
-        left = np.column_stack([np.sqrt(gain) * normals[k], u * np.sqrt(q)])
-        out = np.column_stack([np.sqrt(gain) * z / length, u * np.sqrt(q)])
+        left = np.column_stack([np.sqrt(gain) * normals[k], inside])
+        out = np.column_stack([np.sqrt(gain) * z / length, inside])
         constant = np.append(np.sqrt(gain) * gates[k], np.zeros(rank - 1)) - mean @ left
         columns.append((left @ factor.T, constant @ factor.T, out @ factor.T))
     w1, b1, w2 = (np.concatenate(parts, axis=-1) for parts in zip(*columns, strict=True))
@@ -251,7 +237,7 @@ def affine_cells(dae: Dae, data: Float[Array, "n d"]) -> Cells:
     check_data(data)
     size = np.linalg.norm(np.asarray(dae.w1), axis=0)
     live = (size > 0) & (np.linalg.norm(np.asarray(dae.w2), axis=0) > 0)
-    values = np.stack([np.asarray(preactivations(dae, x)) for x in data])
+    values = np.asarray(jax.vmap(lambda x: preactivations(dae, x))(data))
     on = (values > 0) & live[None, :]
     distances = np.abs(values) / np.where(live, size, 1.0)[None, :]
     margins = np.where(live, distances.min(axis=0), np.inf)
@@ -259,17 +245,23 @@ def affine_cells(dae: Dae, data: Float[Array, "n d"]) -> Cells:
     return Cells(on, margins, alone)
 
 
-def _spectrum(
-    data: Float[Array, "n d"], sigma: Scalar, penalty: Scalar
-) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, " d"], Float[np.ndarray, "d d"]]:
+def _checked(data: Float[Array, "n d"], sigma: Scalar, penalty: Scalar) -> Float[np.ndarray, "n d"]:
     check_data(data)
     check_level("sigma", sigma)
     check_level("penalty", penalty)
-    rows = np.asarray(data, np.float64)
-    _, singular, right = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=True)
-    moments = np.zeros(rows.shape[1])
-    moments[: len(singular)] = singular**2 / len(rows)
-    return rows, moments, right.T
+    return np.asarray(data, np.float64)
+
+
+def _kept_directions(
+    centered: Float[np.ndarray, "n d"], sigma: float, decay: float, rank: int
+) -> Float[np.ndarray, "d r"]:
+    """Columns ``√q_j u_j`` of the ``rank`` leading directions of centered rows, in NumPy: float64 whatever JAX's."""
+    _, singular, right = np.linalg.svd(centered, full_matrices=True)
+    moments = np.zeros(centered.shape[1])
+    moments[: len(singular)] = singular**2 / len(centered)
+    kept = moments[:rank]
+    q = np.maximum(kept - decay, 0.0) / np.maximum(kept + sigma**2, TINY)
+    return right[:rank].T * np.sqrt(q)
 
 
 def _rank(rank: int, dim: int) -> int:

@@ -16,22 +16,35 @@ Derived here; the paper says only that its theorem extends to biases. ``b2 = 0``
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Float
-from scipy import optimize, stats
+from scipy import optimize, special
 
 from dae_theory.checks import check_finite, check_level, check_nonnegative, check_positive
 from dae_theory.types import Scalar
 
-__all__ = ["Hulls", "gate_distance", "hull_distances", "memorizing_cost", "memorizing_gain", "project_on_hulls"]
+__all__ = [
+    "Hulls",
+    "gate_distance",
+    "hull_distances",
+    "leaked_costs",
+    "memorizing_cost",
+    "memorizing_costs",
+    "memorizing_gain",
+    "memorizing_gains",
+    "project_on_hulls",
+]
 
 STEPS = 400
 """Of the search for the gate, before it is refined."""
 MAX_MOVES = 2_000
 """Of weight within the hull, before a sample is solved by itself."""
 EPS = float(np.finfo(np.float64).eps)
+
+Elementwise: TypeAlias = Float[np.ndarray, "..."] | float
+"""Numbers that broadcast against one another."""
 
 
 class Hulls(NamedTuple):
@@ -155,7 +168,7 @@ def memorizing_gain(length: Scalar, gate: Scalar, sigma: Scalar, decay: Scalar =
         3.0
     """
     length, gate, sigma, decay = _checked(length, gate, sigma, decay)
-    return max(gate * length - decay, 0.0) / (gate**2 + sigma**2)
+    return float(memorizing_gains(np.array([length]), np.array([gate]), sigma, decay)[0])
 
 
 def memorizing_cost(length: Scalar, gate: Scalar, sigma: Scalar, decay: Scalar = 0.0) -> float:
@@ -171,7 +184,59 @@ def memorizing_cost(length: Scalar, gate: Scalar, sigma: Scalar, decay: Scalar =
         0.00999
     """
     length, gate, sigma, decay = _checked(length, gate, sigma, decay)
-    return length**2 - max(gate * length - decay, 0.0) ** 2 / (gate**2 + sigma**2)
+    return float(memorizing_costs(np.array([length]), np.array([gate]), sigma, decay)[0])
+
+
+def memorizing_gains(
+    lengths: Float[np.ndarray, " n"], gates: Float[np.ndarray, " n"], sigma: float, decay: float
+) -> Float[np.ndarray, " n"]:
+    """:func:`memorizing_gain` of many samples, elementwise and unchecked."""
+    return np.maximum(gates * lengths - decay, 0.0) / (gates**2 + sigma**2)
+
+
+def memorizing_costs(
+    lengths: Float[np.ndarray, " n"], gates: Float[np.ndarray, " n"], sigma: float, decay: float
+) -> Float[np.ndarray, " n"]:
+    """:func:`memorizing_cost` of many samples, elementwise and unchecked; ``L²`` where the gate is 0."""
+    return lengths**2 - np.maximum(gates * lengths - decay, 0.0) ** 2 / (gates**2 + sigma**2)
+
+
+def leaked_costs(
+    gains: Elementwise,
+    behind: Elementwise,
+    cosines: Elementwise,
+    normals: Elementwise,
+    other_gains: Elementwise,
+    residuals: Elementwise,
+    sigma: float,
+) -> Float[np.ndarray, "*s"]:
+    r"""What a memorizing unit adds to n times the objective by being on where another sample's noise crosses its gate.
+
+    .. math:: \alpha_i^2 \sigma^2 \left[(1 + a^2)\,\Phi(-a) - a\,\varphi(a)\right]
+              + 2 \alpha_i\, \hat z_i \cdot \hat z_j \left\{\alpha_j \sigma^2\, (v_i \cdot v_j)\, \Phi(-a)
+              - (\|z_j\| - \alpha_j \kappa_j)\,\sigma \left[\varphi(a) - a\,\Phi(-a)\right]\right\}
+
+    to first order, elementwise and unchecked.
+
+    Args:
+        gains: ``α_i`` of the units.
+        behind: a, how many standard deviations behind the gate of unit i the sample j lies.
+        cosines: ``ẑ_i·ẑ_j``.
+        normals: ``v_i·v_j``.
+        other_gains: ``α_j`` of the samples' own units.
+        residuals: ``‖z_j‖ − α_j κ_j``, what is missing of the sample.
+        sigma: noise level > 0.
+    """
+    a = np.asarray(behind)
+    beyond, density = special.ndtr(-a), normal_density(a)
+    square = gains**2 * sigma**2 * ((1 + a * a) * beyond - a * density)
+    cross = other_gains * sigma**2 * normals * beyond - residuals * sigma * (density - a * beyond)
+    return square + 2 * gains * cosines * cross
+
+
+def normal_density(a: Float[np.ndarray, "*s"]) -> Float[np.ndarray, "*s"]:
+    """The standard normal density."""
+    return np.exp(-a * a / 2) / np.sqrt(2 * np.pi)
 
 
 def gate_distance(length: Scalar, cosines: Float[np.ndarray, " m"], sigma: Scalar, decay: Scalar = 0.0) -> float:
@@ -184,8 +249,8 @@ def gate_distance(length: Scalar, cosines: Float[np.ndarray, " m"], sigma: Scala
               + 2 \alpha c \left\{\alpha \sigma^2 c\, \Phi(-a)
               - (L - \alpha\kappa)\, \sigma \left[\varphi(a) - a \Phi(-a)\right]\right\}
 
-    to first order in the leakage. It lies below the distance to the nearest sample, ``min L (1 - c)``, by some
-    standard deviations, of order :math:`\sqrt{\ln(1/\sigma)}`.
+    to first order in the leakage (:func:`leaked_costs`). It lies below the distance to the nearest sample,
+    ``min L (1 - c)``, by some standard deviations, of order :math:`\sqrt{\ln(1/\sigma)}`.
 
     Args:
         length: ``L > 0``, the radius.
@@ -216,11 +281,9 @@ def gate_distance(length: Scalar, cosines: Float[np.ndarray, " m"], sigma: Scala
 
     def cost(gate: float) -> float:
         gain = memorizing_gain(length, gate, sigma, decay)
-        a = (length * (1 - c) - gate) / sigma
-        beyond, density = stats.norm.cdf(-a), stats.norm.pdf(a)
-        square = gain**2 * sigma**2 * ((1 + a * a) * beyond - a * density)
-        cross = gain * sigma**2 * c * beyond - (length - gain * gate) * sigma * (density - a * beyond)
-        return memorizing_cost(length, gate, sigma, decay) + float(np.sum(square + 2 * gain * c * cross))
+        # All samples are alike, and v = ẑ.
+        leaked = leaked_costs(gain, (length * (1 - c) - gate) / sigma, c, c, gain, length - gain * gate, sigma)
+        return memorizing_cost(length, gate, sigma, decay) + float(np.sum(leaked))
 
     # The cost may have another, shallower valley: look at all of it first.
     grid = np.linspace(max(decay / length, 0.0), farthest, STEPS + 2)[1:-1]

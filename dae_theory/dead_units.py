@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from dae_theory.bivariate_normal import SATURATION
 from dae_theory.checks import check_integer
-from dae_theory.model import AffineDae, Dae, preactivations
+from dae_theory.model import AffineDae, Dae, preactivations, target
 from dae_theory.newton import lbfgs
 from dae_theory.precision import full_precision
 from dae_theory.relu_gaussian import relu_cross_moment, relu_mean
@@ -68,12 +68,12 @@ def dead_direction(
     rows = jnp.asarray(data)
     if isinstance(dae, AffineDae):
         a, bias, g = _maximize_with_bias(dae, rows, jnp.asarray(sigma, rows.dtype), num_steps)
-        size = jnp.linalg.norm(g)
-        return DeadDirection(penalty - size, a, -g / jnp.where(size > 0, size, 1.0), bias)
-    candidates = subset_directions(rows, max(16, min(256, 2**20 // (rows.size * dae.w1.shape[1]))))
-    a, g = _maximize_correlation(dae, rows, sigma, starting_directions(rows), candidates, num_steps)
+    else:
+        candidates = subset_directions(rows, max(16, min(256, 2**20 // (rows.size * dae.w1.shape[1]))))
+        a, g = _maximize_correlation(dae, rows, sigma, starting_directions(rows), candidates, num_steps)
+        bias = jnp.zeros((), rows.dtype)
     size = jnp.linalg.norm(g)
-    return DeadDirection(penalty - size, a, -g / jnp.where(size > 0, size, 1.0), jnp.zeros_like(size))
+    return DeadDirection(penalty - size, a, -g / jnp.where(size > 0, size, 1.0), bias)
 
 
 @functools.partial(jax.jit, static_argnames="num_steps")
@@ -145,7 +145,6 @@ def error_correlation(
     def of_row(x):
         m, m_a = preactivations(dae, x), x @ a + bias
         cross = relu_cross_moment(m, jnp.broadcast_to(m_a, m.shape), std, jnp.broadcast_to(std_a, m.shape), cov)
-        target = x - dae.b2 if isinstance(dae, AffineDae) else x
-        return dae.w2 @ cross - target * relu_mean(m_a, std_a)
+        return dae.w2 @ cross - target(dae, x) * relu_mean(m_a, std_a)
 
     return jnp.mean(jax.vmap(of_row)(data), axis=0)

@@ -19,7 +19,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from dae_theory.checks import check_data, check_level, is_concrete
-from dae_theory.model import AffineDae, Dae, ReluDae
+from dae_theory.model import AffineDae, Dae, ReluDae, by_unit
 from dae_theory.newton import lbfgs, newton, preconditioned_lbfgs
 from dae_theory.precision import full_precision
 from dae_theory.risk import exact_objective
@@ -195,14 +195,8 @@ def _minimize(
     start, unravel = ravel_pytree(dae)
     zero = (jnp.sum(jnp.square(dae.w1), axis=0) == 0) & (jnp.sum(jnp.square(dae.w2), axis=0) == 0)
     # There is no Hessian at a zero unit: such units are frozen.
-    free = ravel_pytree(
-        type(dae)(
-            **{
-                name: jnp.ones_like(part) if name == "b2" else jnp.broadcast_to(~zero, part.shape).astype(part.dtype)
-                for name, part in dae._asdict().items()
-            }
-        )
-    )[0]
+    ones = jax.tree.map(jnp.ones_like, dae)
+    free = ravel_pytree(by_unit(ones, lambda part: jnp.where(zero if part.ndim == 1 else zero[None, :], 0.0, part)))[0]
 
     def objective(x):
         return exact_objective(unravel(x * free), data, sigma, penalty, chunk_size=chunk_size)

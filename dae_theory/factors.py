@@ -21,7 +21,7 @@ from jaxtyping import Array, ArrayLike, Float
 from scipy import linalg, optimize
 
 from dae_theory.checks import check_data, check_integer, check_level, is_concrete
-from dae_theory.minimizers import block_units, orthogonal_factor, shrinkage
+from dae_theory.minimizers import cluster_units, orthogonal_factor
 from dae_theory.model import ReluDae
 from dae_theory.precision import full_precision
 from dae_theory.spectra import Labels, Ranks, check_ranks, partition, principal_axes
@@ -228,9 +228,8 @@ def _frames(
     frames = []
     for k, rank in enumerate(check_ranks(ranks, np.minimum(blocks.counts, d))):
         points, count = data[np.flatnonzero(blocks.members == k)], int(blocks.counts[k])
-        lam, axes = principal_axes(points, rank)
-        q = shrinkage(lam / count, count / n, sigma, penalty)
-        frames.append(block_units(q, axes, jnp.sum(points, axis=0), np.eye(rank)))
+        frame = cluster_units(points, count, n=n, sigma=sigma, penalty=penalty, rank=rank, factor=np.eye(rank))
+        frames.append(frame.T)
     return frames
 
 

@@ -24,7 +24,7 @@ from dae_theory.model import ReluDae
 from dae_theory.precision import full_precision
 from dae_theory.symmetry import column_norms, unit_columns
 
-__all__ = ["function_distance_sq", "function_inner_product"]
+__all__ = ["arc_cosine_kernel", "function_distance_sq", "function_inner_product"]
 
 
 @full_precision
@@ -38,7 +38,7 @@ def function_inner_product(dae_a: ReluDae, dae_b: ReluDae) -> Float[Array, ""]:
     """
     _check_dimensions(dae_a, dae_b)
     (e_a, c_a), (e_b, c_b) = _polar(dae_a), _polar(dae_b)
-    return jnp.sum((c_a.T @ c_b) * _kernel(e_a.T @ e_b))
+    return jnp.sum((c_a.T @ c_b) * arc_cosine_kernel(e_a.T @ e_b))
 
 
 @jax.custom_jvp
@@ -94,12 +94,13 @@ def _polar(dae: ReluDae) -> tuple[Float[Array, "d p"], Float[Array, "d p"]]:
 
 
 @jax.custom_jvp
-def _kernel(cosine: Float[Array, "p q"]) -> Float[Array, "p q"]:
+def arc_cosine_kernel(cosine: Float[Array, "p q"]) -> Float[Array, "p q"]:
+    r"""The kernel κ at angles of given cosines :cite:`cho09`, eq. (6); its derivatives are finite at 0 and π too."""
     return _kernel_of_angle(jnp.arccos(jnp.clip(cosine, -1.0, 1.0)))
 
 
-@_kernel.defjvp
-def _kernel_jvp(
+@arc_cosine_kernel.defjvp
+def _arc_cosine_kernel_jvp(
     primals: tuple[Float[Array, "p q"]], tangents: tuple[Float[Array, "p q"]]
 ) -> tuple[Float[Array, "p q"], Float[Array, "p q"]]:
     (cosine,), (tangent,) = primals, tangents
@@ -107,7 +108,7 @@ def _kernel_jvp(
     # but the second derivative along unit vectors is not affected, because κ − cos t/2 = O(t³).
     inside = jnp.abs(cosine) < 1.0
     angle = jnp.where(inside, jnp.arccos(jnp.where(inside, cosine, 0.0)), jnp.where(cosine > 0, 0.0, math.pi))
-    return _kernel(cosine), (math.pi - angle) / (2.0 * math.pi) * tangent
+    return arc_cosine_kernel(cosine), (math.pi - angle) / (2.0 * math.pi) * tangent
 
 
 def _kernel_of_angle(t: Float[Array, "p q"]) -> Float[Array, "p q"]:

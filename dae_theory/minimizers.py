@@ -41,6 +41,7 @@ from dae_theory.types import Scalar
 __all__ = [
     "block_minimizer",
     "block_units",
+    "cluster_units",
     "generalizing_minimizer",
     "memorizing_minimizer",
     "orthogonal_factor",
@@ -144,7 +145,7 @@ def block_minimizer(
         rank = ranks[numbers[0]]
         if rank:
             counts = jnp.asarray(blocks.counts[numbers], data.dtype)
-            block = functools.partial(_block, n=n, sigma=sigma, penalty=penalty, rank=rank)
+            block = functools.partial(cluster_units, n=n, sigma=sigma, penalty=penalty, rank=rank)
             columns.append(jax.vmap(block)(block_points(data, rows), counts).reshape(-1, d))
             owners.append(np.repeat(numbers, rank))
     order = np.argsort(np.concatenate(owners), kind="stable")
@@ -227,8 +228,15 @@ def _check(data: Float[Array, "n d"], sigma: Scalar, penalty: Scalar) -> None:
     check_level("penalty", penalty)
 
 
-def _block(
-    points: Float[Array, "m d"], count: Float[Array, ""], *, n: int, sigma: Scalar, penalty: Scalar, rank: int
+def cluster_units(
+    points: Float[Array, "m d"],
+    count: Float[Array, ""] | int,
+    *,
+    n: int,
+    sigma: Scalar,
+    penalty: Scalar,
+    rank: int,
+    factor: np.ndarray | None = None,
 ) -> Float[Array, "p_k d"]:
     """The units of one block, as rows.
 
@@ -239,10 +247,11 @@ def _block(
         sigma: Noise level σ >= 0.
         penalty: λ >= 0.
         rank: Number of units p_k.
+        factor: O, that of :func:`orthogonal_factor` by default.
     """
     lam, axes = principal_axes(points, rank)
     q = shrinkage(lam / count, count / n, sigma, penalty)
-    return block_units(q, axes, jnp.sum(points, axis=0), orthogonal_factor(rank)).T
+    return block_units(q, axes, jnp.sum(points, axis=0), orthogonal_factor(rank) if factor is None else factor).T
 
 
 def _check_any_unit(ranks: tuple[int, ...]) -> tuple[int, ...]:

@@ -37,6 +37,7 @@ __all__ = [
     "jacobian",
     "live_columns",
     "preactivations",
+    "target",
     "with_biases",
 ]
 
@@ -169,6 +170,11 @@ def decode(dae: Dae, code: Float[Array, " p"]) -> Float[Array, " d"]:
     check_example("code", code)
     linear = dae.w2 @ code
     return linear + dae.b2 if isinstance(dae, AffineDae) else linear
+
+
+def target(dae: Dae, x: Float[Array, " d"]) -> Float[Array, " d"]:
+    r"""What the units have to add up to at a clean sample, :math:`x - b_2`."""
+    return x - dae.b2 if isinstance(dae, AffineDae) else x
 
 
 @full_precision

@@ -17,10 +17,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from dae_theory.affine_gates import memorize, memorizing_costs
+from dae_theory.affine_gates import memorize
 from dae_theory.affine_minimizers import linear_cost
 from dae_theory.checks import check_integer
-from dae_theory.convexity import Hulls, project_on_hulls
+from dae_theory.convexity import Hulls, memorizing_costs, project_on_hulls
 from dae_theory.types import Scalar
 
 __all__ = ["Price", "nested_prices", "pays_up_to", "price_of_memory"]

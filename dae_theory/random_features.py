@@ -32,6 +32,7 @@ from jaxtyping import Array, Float
 
 from dae_theory.bivariate_normal import normal_cdf
 from dae_theory.checks import check_data, check_nonnegative, check_positive
+from dae_theory.function_space import arc_cosine_kernel
 from dae_theory.precision import full_precision
 from dae_theory.relu_gaussian import relu_cross_moment
 from dae_theory.types import Denoiser, Scalar
@@ -169,8 +170,7 @@ def gaussian_moments(
         slope = 2.0 / jnp.sqrt(jnp.pi) / scale
     else:
         size = jnp.sqrt(own[:, None] * own[None, :])
-        angle = jnp.arccos(jnp.clip(kernel / size, -1.0, 1.0))
-        second = size * (jnp.sin(angle) + (jnp.pi - angle) * jnp.cos(angle)) / (2.0 * jnp.pi)
+        second = size * arc_cosine_kernel(kernel / size)
         slope = jnp.full(len(w), 0.5, w.dtype)
     return FeatureMoments(second, jnp.sqrt(delta) * slope[:, None] * w / root, jnp.ones((), w.dtype))
 
@@ -261,15 +261,16 @@ def _rates(found: Modes, time: Scalar) -> Float[Array, " p"]:
 def _gained(found: Modes) -> Float[Array, " p"]:
     """``g_j/λ_j``, what each direction lowers the loss by in the end; 0 for an eigenvalue of rounding."""
     energy = jnp.sum(jnp.square(found.pull), axis=1) / found.pull.shape[1]
-    return jnp.where(_kept(found), energy / jnp.where(_kept(found), found.eigenvalues, 1.0), 0.0)
+    return _over_eigenvalues(found, energy)
 
 
-def _kept(found: Modes) -> Array:
+def _over_eigenvalues(found: Modes, values: Float[Array, " p"]) -> Float[Array, " p"]:
     eps = float(jnp.finfo(found.eigenvalues.dtype).eps)
-    return found.eigenvalues > eps * len(found.eigenvalues) * found.eigenvalues[-1]
+    kept = found.eigenvalues > eps * len(found.eigenvalues) * found.eigenvalues[-1]
+    return jnp.where(kept, values / jnp.where(kept, found.eigenvalues, 1.0), 0.0)
 
 
 def _combined(found: Modes, learned: Float[Array, " p"], time: Scalar) -> Float[Array, "d p"]:
-    share = jnp.where(_kept(found), learned / jnp.where(_kept(found), found.eigenvalues, 1.0), 0.0)
+    share = _over_eigenvalues(found, learned)
     delta = variance_of_noise(time).astype(found.pull.dtype)
     return -(found.pull.T * share[None, :]) @ found.vectors.T / jnp.sqrt(delta)

@@ -33,7 +33,7 @@ from jaxtyping import Array, Float
 
 from dae_theory.checks import check_data, check_finite, check_integer, check_level
 from dae_theory.chunks import sum_over
-from dae_theory.model import AffineDae, Dae, denoise, preactivations
+from dae_theory.model import AffineDae, Dae, denoise, preactivations, target
 from dae_theory.precision import full_precision
 from dae_theory.relu_gaussian import relu_covariance, relu_mean
 from dae_theory.types import PRNGKey, Scalar
@@ -311,12 +311,7 @@ def _pair_weights(w2: Float[Array, "d p"]) -> Float[Array, " pairs"]:
 
 def _risk_at(dae: Dae, noise: Noise, weights: Float[Array, " pairs"], x: Float[Array, " d"]) -> Float[Array, ""]:
     mean, covariance = _pair_moments(noise, preactivations(dae, x))
-    return jnp.sum(jnp.square(dae.w2 @ mean - _target(dae, x))) + weights @ covariance
-
-
-def _target(dae: Dae, x: Float[Array, " d"]) -> Float[Array, " d"]:
-    """What the units of the network have to add up to."""
-    return x - dae.b2 if isinstance(dae, AffineDae) else x
+    return jnp.sum(jnp.square(dae.w2 @ mean - target(dae, x))) + weights @ covariance
 
 
 # Jitted here: an eager call would dispatch about a hundred elementwise operations one by one.
@@ -396,7 +391,7 @@ def _gram_losses(dae: Dae, sigma: Float[Array, ""]) -> Callable[[Float[Array, " 
     def losses(x):
         m = preactivations(dae, x)
         h0 = jax.nn.relu(m)
-        e0 = dae.w2 @ h0 - _target(dae, x)
+        e0 = dae.w2 @ h0 - target(dae, x)
         constant, slope = e0 @ e0, e0 @ dae.w2
 
         def loss(key):

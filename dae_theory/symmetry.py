@@ -23,11 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dae_theory.checks import check_data, is_concrete
 from dae_theory.model import (
     AffineDae,
+    D,
     Dae,
     ReluDae,
     augmented,
@@ -112,32 +113,18 @@ def merge_parallel_columns(dae: Dae, *, tolerance: Scalar = 1e-3) -> Dae:
         >>> merge_parallel_columns(dae).w1.tolist()  # the first two units share a direction: 2 · 1 + 1 · 2 = 2²
         [[2.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
     """
-    groups = parallel_groups(dae, tolerance=tolerance)
-    if isinstance(dae, AffineDae):
-        return _merge_with_biases(dae, groups)
+    groups, d = parallel_groups(dae, tolerance=tolerance), dae.w1.shape[0]
     v = _sum_columns(dae.w2 * column_norms(dae.w1)[None, :], groups)
     # A mean weighted by what each member contributes: the first member's direction would ignore the others.
-    u = unit_columns(_sum_columns(dae.w1 * column_norms(dae.w2)[None, :], groups))
-    size = column_norms(v)
-    root = _root(size)
-    return ReluDae(u * root[None, :], unit_columns(v) * root[None, :])
-
-
-def _merge_with_biases(dae: AffineDae, groups: Int[Array, " p"]) -> AffineDae:
-    constant = jnp.all(dae.w1 == 0, axis=0)
-    shift = dae.w2 @ jnp.where(constant, jax.nn.relu(dae.b1), 0.0)
-    v = _sum_columns(dae.w2 * column_norms(dae.w1)[None, :], groups)
-    share = column_norms(dae.w2)[None, :]
-    total = _sum_columns(dae.w1 * share, groups)
-    bias = _sum_columns(dae.b1[None, :] * share, groups)[0]
-    norms, size = column_norms(total), column_norms(v)
-    root = _root(size)
-    b1 = jnp.where(norms > 0, bias / jnp.where(norms > 0, norms, 1.0), 0.0) * root
-    return AffineDae(unit_columns(total) * root[None, :], b1, unit_columns(v) * root[None, :], dae.b2 + shift)
-
-
-def _root(size: Float[Array, " p"]) -> Float[Array, " p"]:
-    return jnp.where(size > 0, jnp.sqrt(jnp.where(size > 0, size, 1.0)), 0.0)
+    total = _sum_columns(augmented(dae)[0] * column_norms(dae.w2)[None, :], groups)
+    norms, size = column_norms(total[:d]), column_norms(v)
+    u = total / jnp.where(norms > 0, norms, 1.0)[None, :]
+    root = jnp.where(size > 0, jnp.sqrt(jnp.where(size > 0, size, 1.0)), 0.0)
+    encoder, w2 = u * root[None, :], unit_columns(v) * root[None, :]
+    if not isinstance(dae, AffineDae):
+        return ReluDae(encoder, w2)
+    constant = jnp.where(jnp.all(dae.w1 == 0, axis=0), jax.nn.relu(dae.b1), 0.0)
+    return AffineDae(encoder[:d], encoder[d], w2, dae.b2 + dae.w2 @ constant)
 
 
 @full_precision
@@ -295,7 +282,7 @@ def _offsets(dae: AffineDae, data: Array | None, tolerance: Scalar) -> Iterator[
     """Moves of b₁ and b₂ in the order of ``ravel_pytree``, for units that are on everywhere."""
     if data is None:
         raise ValueError('the family "offset" needs data, on all rows of which units must be on.')
-    always = np.all(np.asarray(data) @ np.asarray(dae.w1) + np.asarray(dae.b1) > 0, axis=0)
+    always = np.all(_gates_on(dae, data), axis=0)
     for j in np.flatnonzero(always & np.asarray(live_columns(dae, tolerance=tolerance))):
         moves = {name: np.zeros(part.shape) for name, part in dae._asdict().items()}
         moves["b1"][j] = 1.0
@@ -306,14 +293,16 @@ def _offsets(dae: AffineDae, data: Array | None, tolerance: Scalar) -> Iterator[
 def rotation_pairs(dae: Dae, data: Float[Array, "m d"], *, tolerance: Scalar = 1e-3) -> list[tuple[int, int]]:
     """Pairs of live units with the same gates on all rows of ``data``, not all off: the planes of the rotations."""
     check_data(data)
-    gates = np.asarray(data) @ np.asarray(dae.w1)
-    if isinstance(dae, AffineDae):
-        gates = gates + np.asarray(dae.b1)
-    gates = gates > 0
+    gates = _gates_on(dae, data)
     _, patterns = np.unique(gates, axis=1, return_inverse=True)
     eligible = np.asarray(live_columns(dae, tolerance=tolerance)) & gates.any(axis=0)
     groups = _alike(patterns, eligible)
     return [(int(i), int(j)) for members in groups for i, j in itertools.combinations(members, 2)]
+
+
+def _gates_on(dae: Dae, data: Float[Array, "m d"]) -> Bool[np.ndarray, "m p"]:
+    linear = np.asarray(data) @ np.asarray(dae.w1)
+    return (linear + np.asarray(dae.b1) if isinstance(dae, AffineDae) else linear) > 0
 
 
 def column_norms(w: Float[Array, "d p"]) -> Float[Array, " p"]:
@@ -328,7 +317,7 @@ def unit_columns(w: Float[Array, "d p"]) -> Float[Array, "d p"]:
     return w / jnp.where(norms > 0, norms, 1.0)[None, :]
 
 
-def pad_columns(dae: Dae, width: int) -> Dae:
+def pad_columns(dae: D, width: int) -> D:
     """Append zero columns up to ``width``."""
     return by_unit(dae, lambda w: jnp.pad(w, [(0, 0)] * (w.ndim - 1) + [(0, width - w.shape[-1])]))
 

@@ -9,7 +9,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from dae_theory import certificate, codes, energies, model, population, risk, symmetry
-from dae_theory.affine_gates import memorize, memorizing_costs
+from dae_theory.affine_gates import memorize
 from dae_theory.affine_minimizers import (
     affine_block_cost,
     affine_block_minimizer,
@@ -18,7 +18,7 @@ from dae_theory.affine_minimizers import (
     affine_generalizing_minimizer,
     affine_memorizing_minimizer,
 )
-from dae_theory.convexity import gate_distance, hull_distances, project_on_hulls
+from dae_theory.convexity import gate_distance, hull_distances, memorizing_costs, project_on_hulls
 from dae_theory.exact_training import minimize_exact_objective
 from dae_theory.minimizers import memorizing_minimizer
 from dae_theory.mixture import GaussianMixture

@@ -149,31 +149,28 @@ def distance_to_closed_form(params: Dae, data: CellData, spec: CellSpec) -> Floa
     """
     if max(spec.identity) + 1 > params.w1.shape[1]:
         return jnp.full((), jnp.nan, data.train.dtype)
-    if isinstance(params, AffineDae):
-        return _distance_to_affine_closed_form(params, data, spec)
-    closed = block_minimizer(data.train, np.asarray(spec.identity), spec.sigma, spec.penalty, 1)
+    if not isinstance(params, AffineDae):
+        closed: Dae = block_minimizer(data.train, np.asarray(spec.identity), spec.sigma, spec.penalty, 1)
+    elif 2 <= len(data.train) <= max(spec.identity) + 1:
+        closed = _affine_minimizer(data, spec)
+    else:
+        return jnp.full((), jnp.nan, data.train.dtype)
     _, noisy = noisy_pairs(data.train, data, spec)
     target = jax.vmap(functools.partial(denoise, closed))(noisy)
     ours = jax.vmap(functools.partial(denoise, params))(noisy)
     return jnp.sum(jnp.square(ours - target)) / jnp.sum(jnp.square(target))
 
 
-def _distance_to_affine_closed_form(params: AffineDae, data: CellData, spec: CellSpec) -> Float[Array, ""]:
+def _affine_minimizer(data: CellData, spec: CellSpec) -> AffineDae:
     n, d = data.train.shape
-    if n < 2 or max(spec.identity) + 1 < n:
-        return jnp.full((), jnp.nan, data.train.dtype)
 
     def shaped(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, data.train.dtype)
 
     shapes = AffineDae(shaped(d, n), shaped(n), shaped(d, n), shaped(d))
-    closed = jax.pure_callback(
+    return jax.pure_callback(
         _affine_closed_form, shapes, data.train, spec.sigma, spec.penalty, vmap_method="sequential"
     )
-    _, noisy = noisy_pairs(data.train, data, spec)
-    target = jax.vmap(functools.partial(denoise, closed))(noisy)
-    ours = jax.vmap(functools.partial(denoise, params))(noisy)
-    return jnp.sum(jnp.square(ours - target)) / jnp.sum(jnp.square(target))
 
 
 def _affine_closed_form(rows: Any, sigma: Any, penalty: Any) -> AffineDae:

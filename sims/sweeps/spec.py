@@ -361,7 +361,7 @@ class Spec:
 
     def is_left_out(self, name: str) -> bool:
         """Whether a field came after version 3 and has its default: records are then as they were before it."""
-        return name in LATER and getattr(self, name) == getattr(type(self)(), name)
+        return name in LATER and getattr(self, name) == getattr(type(self), name)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Spec:
